@@ -1,0 +1,1 @@
+"""Experiments: one file each, all run through `experiments.run`."""

@@ -1,0 +1,1 @@
+"""Long-context LLM serving: one KV cache over many serving instances."""

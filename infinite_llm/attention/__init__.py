@@ -1,0 +1,1 @@
+"""DistAttention: attention where the rBlocks are."""

@@ -1,0 +1,1 @@
+"""rBlocks: books on the host, pools on the devices, movement between them."""

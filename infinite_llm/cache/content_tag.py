@@ -1,0 +1,58 @@
+"""Content tags: what an rBlock really holds, in 32 bits.
+
+The program that writes or moves an rBlock writes its tag beside it. A step sums
+the *mixed* tags of the rBlocks that it read, and the owner compares that sum
+with the one that the request demands (`DESIGN.md` section 5, rule 5). Mixing in
+the logical number that the table claims makes two swapped rBlocks visible,
+which a plain sum of tags would not show.
+
+This half runs on the host; `cache/kv_pool.py` mixes the same way on the device.
+"""
+
+_MASK = 0xFFFFFFFF
+
+
+def _avalanche(x: int) -> int:
+  """The finaliser of MurmurHash3: every input bit flips half the output."""
+  x &= _MASK
+  x ^= x >> 16
+  x = (x * 0x85EBCA6B) & _MASK
+  x ^= x >> 13
+  x = (x * 0xC2B2AE35) & _MASK
+  return x ^ (x >> 16)
+
+
+def content_tag(*, uid: int, logical_id: int, epoch: int, filled: int) -> int:
+  """Names the content of one rBlock.
+
+  Args:
+    uid: Request that the KV belongs to, uint32.
+    logical_id: Number of the rBlock within its request, from 0.
+    epoch: Reservation epoch under which the rBlock was granted, uint32.
+    filled: How many of its tokens are written.
+
+  Returns:
+    A uint32 that is never 0: 0 marks an rBlock with no proven content.
+  """
+  tag = 0x9E3779B9
+  for word in (uid, logical_id, epoch, filled):
+    tag = _avalanche(tag ^ _avalanche(word + 0x7F4A7C15))
+  return tag or 1
+
+
+def mix_tag(tag: int, logical_id: int) -> int:
+  """Binds a tag to the logical number under which a table names its rBlock.
+
+  Args:
+    tag: Content tag, uint32.
+    logical_id: Logical number that the table claims.
+
+  Returns:
+    The uint32 that this rBlock adds to a step's coverage (modulo 2**32).
+  """
+  return _avalanche(tag ^ _avalanche(logical_id + 0x51ED270B))
+
+
+def add_coverage(a: int, b: int) -> int:
+  """Adds two coverage sums, modulo 2**32."""
+  return (a + b) & _MASK

@@ -1,0 +1,1 @@
+"""How managers reach each other."""

@@ -1,0 +1,1 @@
+"""Runs models over pools: programs, sampling, requests."""

@@ -1,0 +1,28 @@
+"""Exceptions that callers of Infinite-LLM may want to catch.
+
+Every message names the argument or object, the rule and the value.
+"""
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot work, found before anything was started."""
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that is unreadable, truncated or does not fit its config."""
+
+
+class RequestError(ValueError):
+  """A request that can never be served; no other request is disturbed."""
+
+
+class CapacityError(RequestError):
+  """A request that needs more rBlocks than all reachable instances have."""
+
+
+class CoverageError(RuntimeError):
+  """A request whose KV could not be proved intact within its retries."""
+
+
+class InvariantError(RuntimeError):
+  """A broken invariant of the books: a bug, never a shortage."""

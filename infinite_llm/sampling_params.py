@@ -1,0 +1,84 @@
+"""How the next token of a request is chosen. Plain Python, no JAX."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+  """Sampling of one request; the defaults are greedy with 16 tokens.
+
+  Attributes:
+    max_tokens: Most tokens to generate, at least 1.
+    temperature: Divides the logits; 0 is greedy.
+    top_k: Keep the k most likely tokens; 0 keeps all.
+    top_p: Keep the smallest set of tokens whose probability reaches top_p.
+    min_p: Keep tokens at least this fraction as likely as the best one.
+    repetition_penalty: Divides positive and multiplies negative logits of
+      tokens that the prompt or the output already has (CTRL, arXiv
+      1909.05858); 1 changes nothing.
+    seed: Seed of this request's random numbers; None draws one.
+    stop: Strings that end the output; they are not part of it.
+    stop_token_ids: Tokens that end the output; they are part of its ids.
+    ignore_eos: Go on after the model's end-of-sequence token.
+    logprobs: Number of most likely tokens to report at every step beside the
+      chosen one; None reports nothing.
+    skip_special_tokens: Leave special tokens out of the text.
+  """
+
+  max_tokens: int = 16
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  seed: int | None = None
+  stop: tuple[str, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
+  ignore_eos: bool = False
+  logprobs: int | None = None
+  skip_special_tokens: bool = True
+
+  MAX_LOGPROBS: ClassVar[int] = 20
+
+  def __post_init__(self):
+    if isinstance(self.stop, str):
+      object.__setattr__(self, "stop", (self.stop,))
+    object.__setattr__(self, "stop", tuple(self.stop))
+    object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+    rules = (
+      ("max_tokens", self.max_tokens >= 1, "at least 1"),
+      (
+        "temperature",
+        self.temperature >= 0 and math.isfinite(self.temperature),
+        "finite and not negative",
+      ),
+      ("top_k", self.top_k >= 0, "not negative (0 keeps all tokens)"),
+      ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+      ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+      (
+        "repetition_penalty",
+        self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+        "finite and positive",
+      ),
+      (
+        "seed",
+        self.seed is None or 0 <= self.seed < 2**32,
+        "None or in [0, 2**32)",
+      ),
+      ("stop", all(self.stop), "made of non-empty strings"),
+      (
+        "logprobs",
+        self.logprobs is None or 0 <= self.logprobs <= self.MAX_LOGPROBS,
+        f"None or in [0, {self.MAX_LOGPROBS}]",
+      ),
+    )
+    for name, holds, rule in rules:
+      if not holds:
+        raise ValueError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
+
+  @property
+  def is_greedy(self) -> bool:
+    """Whether the most likely token is always taken."""
+    return self.temperature == 0

@@ -1,0 +1,1 @@
+"""Pure functions from a view of the cluster to decisions."""

@@ -1,0 +1,45 @@
+"""Plain types shared by all packages. Imports nothing of the project."""
+
+import dataclasses
+import enum
+
+InstanceId = int  # Position of an instance on the mesh axis "instance".
+RequestUid = int  # Non-zero uint32, never used twice in a lending group.
+BlockId = int  # Index of an rBlock in its instance's pool.
+Epoch = int  # Reservation epoch of an rBlock: non-zero uint32.
+
+NULL_BLOCK_ID: BlockId = 0
+"""rBlock 0 of every pool: padding points there, nobody ever owns it."""
+
+NO_EPOCH: Epoch = 0
+"""Epoch of an rBlock that nobody holds; no grant ever carries it."""
+
+
+class Tier(enum.Enum):
+  """Where an rBlock lies."""
+
+  HBM = "hbm"
+  HOST = "host"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolCounts:
+  """How the rBlocks of one instance are used, in blocks, without the null one.
+
+  Attributes:
+    used: Hold KV of the instance's own requests (also while being moved).
+    free: Held by nobody.
+    hosted: Hold KV for other instances.
+    reserved: Promised, to own requests or to others, but not yet filled.
+    total: All of them.
+  """
+
+  used: int
+  free: int
+  hosted: int
+  reserved: int
+  total: int
+
+  def is_conserved(self) -> bool:
+    """Whether every rBlock is counted once."""
+    return self.used + self.free + self.hosted + self.reserved == self.total

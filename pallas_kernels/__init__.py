@@ -1,0 +1,1 @@
+"""Device kernels: arrays in, arrays out; knows nothing of serving."""

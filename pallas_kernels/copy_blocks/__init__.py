@@ -1,0 +1,1 @@
+"""Packs rBlocks into a buffer and unpacks them, in place."""

@@ -1,0 +1,1 @@
+"""Attention of some queries over rBlocks held in one place."""
