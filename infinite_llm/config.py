@@ -1,0 +1,195 @@
+"""Validated configuration: frozen, hashable values that libraries may hold.
+
+Config files (`configs/*.py`) build `ml_collections` trees at the edge; inside
+the project only these dataclasses travel.
+"""
+
+import dataclasses
+
+from infinite_llm.errors import ConfigError
+
+KV_DTYPES = ("float32", "bfloat16")
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+  if not holds:
+    raise ConfigError(f"{name} must be {rule}; got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+  """The rBlock pool of each instance.
+
+  Attributes:
+    block_size: Tokens per rBlock, a multiple of 8.
+    num_blocks: rBlocks per instance, the null block included.
+    kv_dtype: Dtype of keys and values; None takes the model's.
+  """
+
+  block_size: int = 64
+  num_blocks: int = 1024
+  kv_dtype: str | None = None
+
+  def __post_init__(self):
+    _require(
+      self.block_size > 0 and self.block_size % 8 == 0,
+      "block_size",
+      "a positive multiple of 8",
+      self.block_size,
+    )
+    _require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
+    _require(
+      self.kv_dtype is None or self.kv_dtype in KV_DTYPES,
+      "kv_dtype",
+      f"None or one of {', '.join(KV_DTYPES)}",
+      self.kv_dtype,
+    )
+
+  @property
+  def capacity_tokens(self) -> int:
+    """Tokens of KV that one instance can hold."""
+    return (self.num_blocks - 1) * self.block_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LendingConfig:
+  """How instances of one lending group share their pools.
+
+  Attributes:
+    policy: Name of the borrowing policy: "borrow" or "static" (no sharing).
+    spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
+    max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
+    headroom_blocks: Free rBlocks that a creditor keeps for itself.
+    exchange_blocks: rBlocks that one exchange program moves per pair of
+      instances.
+    resend_after_s: Seconds without an answer after which a message is sent
+      again.
+    heartbeat_every_s: Seconds between heartbeats.
+  """
+
+  policy: str = "borrow"
+  spill_slots: int = 4
+  max_lent_blocks: int | None = None
+  headroom_blocks: int = 0
+  exchange_blocks: int = 16
+  resend_after_s: float = 0.5
+  heartbeat_every_s: float = 0.1
+
+  def __post_init__(self):
+    _require(
+      self.policy in ("borrow", "static"),
+      "policy",
+      "'borrow' or 'static'",
+      self.policy,
+    )
+    for name in ("spill_slots", "exchange_blocks"):
+      _require(
+        getattr(self, name) >= 1, name, "at least 1", getattr(self, name)
+      )
+    _require(
+      self.max_lent_blocks is None or self.max_lent_blocks >= 0,
+      "max_lent_blocks",
+      "None or not negative",
+      self.max_lent_blocks,
+    )
+    _require(
+      self.headroom_blocks >= 0,
+      "headroom_blocks",
+      "not negative",
+      self.headroom_blocks,
+    )
+    for name in ("resend_after_s", "heartbeat_every_s"):
+      _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+  """Continuous batching of one instance. All shapes come from here.
+
+  Attributes:
+    max_num_seqs: Most requests that one instance runs at once.
+    decode_buckets: Row counts that decode programs are compiled for, rising;
+      the last one is at least `max_num_seqs`.
+    prefill_buckets: Token counts that prefill programs are compiled for,
+      rising; the last one is the chunk size.
+    prefill_rows: Most requests in one prefill program.
+    max_row_attempts: Times a row may fail its coverage before its request
+      fails.
+  """
+
+  max_num_seqs: int = 16
+  decode_buckets: tuple[int, ...] = (1, 4, 16)
+  prefill_buckets: tuple[int, ...] = (128, 1024)
+  prefill_rows: int = 4
+  max_row_attempts: int = 6
+
+  def __post_init__(self):
+    for name in ("decode_buckets", "prefill_buckets"):
+      buckets = tuple(getattr(self, name))
+      object.__setattr__(self, name, buckets)
+      _require(
+        bool(buckets)
+        and buckets[0] >= 1
+        and all(a < b for a, b in zip(buckets, buckets[1:], strict=False)),
+        name,
+        "positive, rising and not empty",
+        buckets,
+      )
+    for name in ("max_num_seqs", "prefill_rows", "max_row_attempts"):
+      _require(
+        getattr(self, name) >= 1, name, "at least 1", getattr(self, name)
+      )
+    _require(
+      self.decode_buckets[-1] >= self.max_num_seqs,
+      "decode_buckets[-1]",
+      f"at least max_num_seqs ({self.max_num_seqs})",
+      self.decode_buckets[-1],
+    )
+
+  @property
+  def chunk_tokens(self) -> int:
+    """Most prompt tokens that one program computes."""
+    return self.prefill_buckets[-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+  """One lending group of instances that serve the same model.
+
+  Attributes:
+    num_instances: Instances of the group, each with its own pool.
+    tensor_parallel: Devices of each instance.
+    cache: Pool of each instance.
+    lending: Sharing between pools.
+    scheduler: Batching of each instance.
+    dtype: Dtype of weights and activations: "float32" or "bfloat16".
+    max_logprobs: Most likely tokens that a step can report.
+    seed: Seed for requests that bring none.
+  """
+
+  num_instances: int = 1
+  tensor_parallel: int = 1
+  cache: CacheConfig = CacheConfig()
+  lending: LendingConfig = LendingConfig()
+  scheduler: SchedulerConfig = SchedulerConfig()
+  dtype: str = "float32"
+  max_logprobs: int = 5
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("num_instances", "tensor_parallel"):
+      _require(
+        getattr(self, name) >= 1, name, "at least 1", getattr(self, name)
+      )
+    _require(
+      self.dtype in KV_DTYPES,
+      "dtype",
+      f"one of {', '.join(KV_DTYPES)}",
+      self.dtype,
+    )
+    _require(
+      0 <= self.max_logprobs <= 20,
+      "max_logprobs",
+      "in [0, 20]",
+      self.max_logprobs,
+    )
