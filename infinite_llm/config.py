@@ -5,6 +5,7 @@ the project only these dataclasses travel.
 """
 
 import dataclasses
+import itertools
 
 from infinite_llm.errors import ConfigError
 
@@ -14,6 +15,12 @@ KV_DTYPES = ("float32", "bfloat16")
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
   if not holds:
     raise ConfigError(f"{name} must be {rule}; got {value!r}.")
+
+
+def _require_positive(config: object, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _require(value >= 1, name, "at least 1", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +89,7 @@ class LendingConfig:
       "'borrow' or 'static'",
       self.policy,
     )
-    for name in ("spill_slots", "exchange_blocks"):
-      _require(
-        getattr(self, name) >= 1, name, "at least 1", getattr(self, name)
-      )
+    _require_positive(self, "spill_slots", "exchange_blocks")
     _require(
       self.max_lent_blocks is None or self.max_lent_blocks >= 0,
       "max_lent_blocks",
@@ -130,15 +134,12 @@ class SchedulerConfig:
       _require(
         bool(buckets)
         and buckets[0] >= 1
-        and all(a < b for a, b in zip(buckets, buckets[1:], strict=False)),
+        and all(a < b for a, b in itertools.pairwise(buckets)),
         name,
         "positive, rising and not empty",
         buckets,
       )
-    for name in ("max_num_seqs", "prefill_rows", "max_row_attempts"):
-      _require(
-        getattr(self, name) >= 1, name, "at least 1", getattr(self, name)
-      )
+    _require_positive(self, "max_num_seqs", "prefill_rows", "max_row_attempts")
     _require(
       self.decode_buckets[-1] >= self.max_num_seqs,
       "decode_buckets[-1]",
@@ -177,10 +178,7 @@ class EngineConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("num_instances", "tensor_parallel"):
-      _require(
-        getattr(self, name) >= 1, name, "at least 1", getattr(self, name)
-      )
+    _require_positive(self, "num_instances", "tensor_parallel")
     _require(
       self.dtype in KV_DTYPES,
       "dtype",
