@@ -1,0 +1,343 @@
+"""DistAttention: attention over a context whose rBlocks lie on many instances.
+
+The query travels, the KV stays. An owner names its requests with rBlocks
+elsewhere by *spill slot*; every instance holds, per (owner, slot), two versions
+of a table of the rBlocks that it hosts, and answers with the version that the
+owner names, or with the empty state. Partial states merge exactly (arXiv
+2401.02669, section on DistAttention), and so does coverage, the proof of what
+was read (`DESIGN.md` section 5).
+
+Everything here runs inside `shard_map` over ("instance", "tensor"); this module
+and `cache/movement.py` hold all collectives over "instance".
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from infinite_llm.cache.kv_pool import coverage
+from infinite_llm.cache.rows import INSTANCE_AXIS
+from pallas_kernels.attention_state import AttentionState, merge, merge_many
+from pallas_kernels.micro_attention.api import BlockTables, micro_attention
+
+NO_ROW = -1
+"""A spill slot that no row of this step uses."""
+
+
+class Window(NamedTuple):
+  """What a layer's attention looks at; static.
+
+  Attributes:
+    scale: Multiplier on the logits.
+    sliding_window: Most recent tokens that are visible; None is all.
+    max_query_tokens: Most query tokens of one sequence in this program.
+    implementation: Name of the micro-attention to use; None picks.
+  """
+
+  scale: float
+  sliding_window: int | None
+  max_query_tokens: int
+  implementation: str | None = None
+
+
+class HostedTables(NamedTuple):
+  """What one instance hosts for the others: two versions per (owner, slot).
+
+  Row `r = owner * S + slot` of `R = I * S`. The version's parity picks the
+  first index, so the previous version stays readable while the next arrives.
+
+  Attributes:
+    block_ids: `[2, E]` int32 rBlocks of this pool.
+    logical_ids: `[2, E]` int32 logical number of each in its request.
+    starts: `[2, R]` int32 where a row's entries start.
+    counts: `[2, R]` int32 how many there are.
+    version: `[2, R]` int32 version that is installed there; -1 is none.
+    epoch: `[R]` uint32 epoch of the slot that the row serves.
+  """
+
+  block_ids: jax.Array
+  logical_ids: jax.Array
+  starts: jax.Array
+  counts: jax.Array
+  version: jax.Array
+  epoch: jax.Array
+
+
+class SpillSlots(NamedTuple):
+  """The spill slots of one owner in one step; travels to all holders.
+
+  Attributes:
+    rows: `[S]` int32 which row of the step is the slot's; `NO_ROW` for none.
+    epoch: `[S]` uint32 epoch under which the request holds the slot.
+    versions: `[S, I]` int32 table version that each instance is to answer
+      with; -1 where it hosts nothing.
+  """
+
+  rows: jax.Array
+  epoch: jax.Array
+  versions: jax.Array
+
+
+def select_hosted(
+  hosted: HostedTables, epoch: jax.Array, version: jax.Array
+) -> BlockTables:
+  """Picks the tables that owners name; a row that does not match is empty.
+
+  Args:
+    hosted: Tables of this instance.
+    epoch: `[R]` uint32 slot epochs that the owners name.
+    version: `[R]` int32 versions that the owners name; -1 asks for nothing.
+
+  Returns:
+    Tables of `R` rows.
+  """
+  parity = version & 1
+  row = jnp.arange(version.shape[0])
+  matches = (
+    (version >= 0)
+    & (hosted.version[parity, row] == version)
+    & (hosted.epoch == epoch)
+  )
+  capacity = hosted.block_ids.shape[1]
+  starts = hosted.starts[parity, row] + parity * capacity
+  return BlockTables(
+    block_ids=hosted.block_ids.reshape(-1),
+    logical_ids=hosted.logical_ids.reshape(-1),
+    starts=jnp.where(
+      matches, hosted.starts[parity, row] + parity * capacity, 0
+    ),
+    counts=jnp.where(matches, hosted.counts[parity, row], 0),
+  )
+
+
+def answer_slots(hosted: HostedTables, slots: SpillSlots) -> BlockTables:
+  """Tables with which this instance answers all owners' slots of this step.
+
+  Collective over axis: "instance".
+
+  Args:
+    hosted: Tables of this instance.
+    slots: This instance's own slots, as an owner.
+
+  Returns:
+    Tables of `I * S` rows, row `owner * S + slot`.
+  """
+  me = jax.lax.axis_index(INSTANCE_AXIS)
+  used = (slots.rows != NO_ROW)[:, None]
+  named = jnp.where(used, slots.versions, -1)
+  epoch, version = jax.lax.all_gather((slots.epoch, named), INSTANCE_AXIS)
+  return select_hosted(hosted, epoch.reshape(-1), version[:, :, me].reshape(-1))
+
+
+def dist_coverage(
+  tag: jax.Array, tables: BlockTables, answered: BlockTables, slots: SpillSlots
+) -> jax.Array:
+  """Coverage of each row over all holders.
+
+  Collective over axis: "instance".
+
+  Args:
+    tag: `[N]` uint32 content tags of this instance's pool.
+    tables: Own tables, `B` rows.
+    answered: Result of `answer_slots`.
+    slots: This instance's own slots.
+
+  Returns:
+    `[B]` uint32 sums of the mixed tags of all rBlocks that a row reads.
+  """
+  own = coverage(tag, tables)
+  hosted = coverage(tag, answered).reshape(-1, slots.rows.shape[0])
+  returned = jax.lax.all_to_all(hosted, INSTANCE_AXIS, 0, 0)
+  total = jnp.sum(returned, axis=0, dtype=jnp.uint32)
+  return own.at[_drop_index(slots.rows, own.shape[0])].add(total, mode="drop")
+
+
+def decode_attention(
+  q: jax.Array,
+  positions: jax.Array,
+  kv: jax.Array,
+  layer: int,
+  tables: BlockTables,
+  answered: BlockTables,
+  slots: SpillSlots,
+  window: Window,
+) -> AttentionState:
+  """One layer of a group decode step: one query token per row.
+
+  The slots' queries go to everybody (kilobytes), local attention runs beside
+  the exchange, the partial states come back and merge.
+
+  Collective over axis: "instance".
+
+  Args:
+    q: `[B, H, D]` queries, one per row.
+    positions: `[B]` int32 position of each; -1 pads.
+    kv: `[N, L, 2, K, P, D]` pool of this instance.
+    layer: Layer of the pool to read.
+    tables: Own tables, `B` rows.
+    answered: Result of `answer_slots`.
+    slots: This instance's own slots.
+    window: What the layer looks at.
+
+  Returns:
+    State over `[B, H, D]`.
+  """
+  num_rows, num_heads, head_dim = q.shape
+  num_slots = slots.rows.shape[0]
+  used = slots.rows != NO_ROW
+  row = jnp.where(used, slots.rows, 0)
+  sent_q, sent_positions = jax.lax.all_gather(
+    (q[row], jnp.where(used, positions[row], -1)), INSTANCE_AXIS, tiled=True
+  )
+  local = local_attention(
+    q, _one_token_each(num_rows), positions, kv, layer, tables, window
+  )
+  hosted = local_attention(
+    sent_q,
+    _one_token_each(sent_q.shape[0]),
+    sent_positions,
+    kv,
+    layer,
+    answered,
+    window,
+  )
+  packed = _pack(hosted).reshape(-1, num_slots, num_heads, head_dim + 1)
+  returned = _unpack(jax.lax.all_to_all(packed, INSTANCE_AXIS, 0, 0))
+  remote = merge_many(returned)
+  merged = merge(AttentionState(local.out[row], local.lse[row]), remote)
+  target = _drop_index(slots.rows, num_rows)
+  return AttentionState(
+    local.out.at[target].set(merged.out, mode="drop"),
+    local.lse.at[target].set(merged.lse, mode="drop"),
+  )
+
+
+def prefill_attention(
+  q: jax.Array,
+  cu_seqlens: jax.Array,
+  positions: jax.Array,
+  kv: jax.Array,
+  layer: int,
+  tables: BlockTables,
+  answered: BlockTables,
+  slots: SpillSlots,
+  holders: jax.Array,
+  window: Window,
+) -> AttentionState:
+  """One layer of a group prefill chunk: the chunk goes only to its holders.
+
+  A chunk is megabytes, so it is passed from instance to instance by shifts
+  (i -> i + s), and a shift that no owner needs is left out by all alike.
+
+  Collective over axis: "instance".
+
+  Args:
+    q: `[T, H, D]` queries of at most one spilled sequence, in row 0.
+    cu_seqlens: `[B + 1]` int32 where each sequence's queries start.
+    positions: `[T]` int32; -1 pads.
+    kv: `[N, L, 2, K, P, D]` pool of this instance.
+    layer: Layer of the pool to read.
+    tables: Own tables, `B` rows.
+    answered: Result of `answer_slots`.
+    slots: This instance's own slots; at most one is used.
+    holders: `[I]` bool. Entry s: some owner i has rBlocks on i + s. The same
+      on all instances, since it decides which collectives run.
+    window: What the layer looks at.
+
+  Returns:
+    State over `[T, H, D]`.
+  """
+  num_instances = jax.lax.axis_size(INSTANCE_AXIS)
+  num_slots = slots.rows.shape[0]
+  me = jax.lax.axis_index(INSTANCE_AXIS)
+  slot = jnp.argmax(slots.rows != NO_ROW).astype(jnp.int32)
+  whole = jnp.asarray([0, q.shape[0]], jnp.int32)
+  state = local_attention(q, cu_seqlens, positions, kv, layer, tables, window)
+
+  def through(shift: int) -> Callable[[AttentionState], AttentionState]:
+    forth = [(i, (i + shift) % num_instances) for i in range(num_instances)]
+    back = [(j, i) for i, j in forth]
+
+    def visit(state: AttentionState) -> AttentionState:
+      sent_q, sent_positions, sent_slot = jax.lax.ppermute(
+        (q, positions, slot), INSTANCE_AXIS, forth
+      )
+      owner = (me - shift) % num_instances
+      row = owner * num_slots + sent_slot
+      hosted = local_attention(
+        sent_q,
+        whole,
+        sent_positions,
+        kv,
+        layer,
+        answered._replace(
+          starts=answered.starts[row][None], counts=answered.counts[row][None]
+        ),
+        window,
+      )
+      returned = jax.lax.ppermute(_pack(hosted), INSTANCE_AXIS, back)
+      return merge(state, _unpack(returned))
+
+    return visit
+
+  for shift in range(1, num_instances):
+    state = jax.lax.cond(holders[shift], through(shift), lambda s: s, state)
+  return state
+
+
+def local_attention(
+  q: jax.Array,
+  cu_seqlens: jax.Array,
+  positions: jax.Array,
+  kv: jax.Array,
+  layer: int,
+  tables: BlockTables,
+  window: Window,
+) -> AttentionState:
+  """Attention over rBlocks held here; no collective.
+
+  Args:
+    q: `[T, H, D]` queries of all rows, one after another.
+    cu_seqlens: `[B + 1]` int32 where each row's queries start.
+    positions: `[T]` int32; -1 pads.
+    kv: `[N, L, 2, K, P, D]` pool of this instance.
+    layer: Layer of the pool to read.
+    tables: Tables of `B` rows.
+    window: What the layer looks at.
+
+  Returns:
+    State over `[T, H, D]`.
+  """
+  return micro_attention(
+    q,
+    cu_seqlens,
+    positions,
+    kv,
+    layer,
+    tables,
+    scale=window.scale,
+    max_query_tokens=window.max_query_tokens,
+    sliding_window=window.sliding_window,
+    implementation=window.implementation,
+  )
+
+
+def _one_token_each(num_rows: int) -> jax.Array:
+  """`cu_seqlens` of rows with one query token each."""
+  return jnp.arange(num_rows + 1, dtype=jnp.int32)
+
+
+def _drop_index(rows: jax.Array, num_rows: int) -> jax.Array:
+  """Rows as scatter targets: an unused slot points out of bounds."""
+  return jnp.where(rows == NO_ROW, num_rows, rows)
+
+
+def _pack(state: AttentionState) -> jax.Array:
+  """`out` and `lse` in one array, so that one collective carries both."""
+  return jnp.concatenate([state.out, state.lse[..., None]], axis=-1)
+
+
+def _unpack(packed: jax.Array) -> AttentionState:
+  return AttentionState(packed[..., :-1], packed[..., -1])

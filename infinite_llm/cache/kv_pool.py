@@ -1,0 +1,150 @@
+"""The rBlock pools on the devices, and what they prove about their content."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from infinite_llm.cache import rows as mesh_rows
+from pallas_kernels.micro_attention.api import BlockTables
+
+
+class PoolArrays(NamedTuple):
+  """Pool of one instance, or of all of them along the first axis.
+
+  Attributes:
+    kv: `[N, L, 2, K, P, D]` keys (0) and values (1) of all rBlocks.
+    tag: `[N]` uint32. Content tag of each rBlock; 0 proves nothing.
+    epoch: `[N]` uint32. Reservation epoch under which a block may be received
+      from another instance; 0 refuses every payload.
+  """
+
+  kv: jax.Array
+  tag: jax.Array
+  epoch: jax.Array
+
+
+POOL_SPECS = PoolArrays(
+  kv=PartitionSpec("instance", None, None, "tensor"),
+  tag=PartitionSpec("instance"),
+  epoch=PartitionSpec("instance"),
+)
+
+
+class KVPool:
+  """Owns the pool buffers of all instances of this process.
+
+  Programs take the pool donated and give it back; only the newest wrapper is
+  held, so a buffer that a program consumed can never be read by mistake.
+  """
+
+  def __init__(
+    self,
+    mesh: Mesh,
+    rows: Sequence[Mesh],
+    *,
+    num_blocks: int,
+    num_layers: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+  ):
+    """Allocates empty pools: zero KV, zero tags.
+
+    Args:
+      mesh: ("instance", "tensor") mesh of the lending group.
+      rows: Row meshes of the instances.
+      num_blocks: N, rBlocks per instance with the null block.
+      num_layers: L.
+      num_kv_heads: K of the whole model, a multiple of the tensor ranks.
+      block_size: P, tokens per rBlock.
+      head_dim: D.
+      dtype: Dtype of keys and values.
+    """
+    self._mesh = mesh
+    shape = (num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim)
+
+    def empty() -> PoolArrays:
+      return PoolArrays(
+        kv=jnp.zeros(shape, dtype),
+        tag=jnp.zeros((num_blocks,), jnp.uint32),
+        epoch=jnp.zeros((num_blocks,), jnp.uint32),
+      )
+
+    self._rows = [
+      jax.jit(
+        empty,
+        out_shardings=jax.tree.map(
+          lambda spec, row=row: NamedSharding(row, spec), POOL_SPECS
+        ),
+      )()
+      for row in rows
+    ]
+    self._row_meshes = rows
+
+  @property
+  def block_bytes(self) -> int:
+    """Bytes of one rBlock over all tensor ranks."""
+    kv = self._rows[0].kv
+    return kv.nbytes // kv.shape[0]
+
+  def row(self, index: int) -> PoolArrays:
+    """The pool of the `index`-th instance of this process."""
+    return self._rows[index]
+
+  def set_row(self, index: int, arrays: PoolArrays) -> None:
+    """Takes back what a local program returned."""
+    self._rows[index] = arrays
+
+  def group(self) -> PoolArrays:
+    """All pools as one array over the mesh, made of the same buffers."""
+    return jax.tree.map(
+      lambda spec, *rows: mesh_rows.join_rows(rows, self._mesh, spec),
+      POOL_SPECS,
+      *self._rows,
+    )
+
+  def set_group(self, arrays: PoolArrays) -> None:
+    """Takes back what a group program returned."""
+    split = jax.tree.map(
+      lambda spec, array: mesh_rows.split_rows(array, self._row_meshes, spec),
+      POOL_SPECS,
+      arrays,
+    )
+    self._rows = [PoolArrays(*row) for row in zip(*split, strict=True)]
+
+
+def mix_tags(tag: jax.Array, logical_ids: jax.Array) -> jax.Array:
+  """Device half of `content_tag.mix_tag`: elementwise uint32."""
+  return _avalanche(
+    tag ^ _avalanche(logical_ids.astype(jnp.uint32) + jnp.uint32(0x51ED270B))
+  )
+
+
+def coverage(tag: jax.Array, tables: BlockTables) -> jax.Array:
+  """Sums what the rBlocks in each row's table really hold.
+
+  Args:
+    tag: `[N]` uint32 content tags of this device's pool.
+    tables: Tables of `B` rows with `E` entries in all.
+
+  Returns:
+    `[B]` uint32: sum of the mixed tags of each row's rBlocks, modulo 2**32.
+  """
+  mixed = mix_tags(tag[tables.block_ids], tables.logical_ids)
+  # Differences of a wrapping prefix sum are exact modulo 2**32, whatever the
+  # rows are: no segment ids, no padding to the longest row.
+  total = jnp.cumsum(mixed, dtype=jnp.uint32)
+  total = jnp.concatenate([jnp.zeros((1,), jnp.uint32), total])
+  return total[tables.starts + tables.counts] - total[tables.starts]
+
+
+def _avalanche(x: jax.Array) -> jax.Array:
+  x ^= x >> 16
+  x *= jnp.uint32(0x85EBCA6B)
+  x ^= x >> 13
+  x *= jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
