@@ -105,9 +105,7 @@ def select_hosted(
   return BlockTables(
     block_ids=hosted.block_ids.reshape(-1),
     logical_ids=hosted.logical_ids.reshape(-1),
-    starts=jnp.where(
-      matches, hosted.starts[parity, row] + parity * capacity, 0
-    ),
+    starts=jnp.where(matches, starts, 0),
     counts=jnp.where(matches, hosted.counts[parity, row], 0),
   )
 

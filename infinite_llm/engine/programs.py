@@ -1,0 +1,277 @@
+"""The compiled programs: one function per kind, `shard_map` at the top.
+
+Local programs run on an instance's own row of the mesh and contain no
+collective over "instance"; group programs run on the whole mesh. Both take the
+same trees with a leading axis over the instances they cover.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from infinite_llm.attention import dist_attention
+from infinite_llm.attention.dist_attention import (
+  HostedTables,
+  SpillSlots,
+  Window,
+)
+from infinite_llm.cache import movement
+from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays, coverage
+from infinite_llm.engine.step_batch import StepBatch
+from infinite_llm.models.registry import ModelConfig
+from pallas_kernels.append_kv.api import append_kv
+from pallas_kernels.micro_attention.api import BlockTables
+
+_PER_INSTANCE = PartitionSpec("instance")
+_REPLICATED = PartitionSpec()
+
+
+class StepOutput(NamedTuple):
+  """What a step gives for each row.
+
+  Attributes:
+    logits: `[I * B, V]` float32 of each row's last token.
+    proved: `[I * B]` bool. Whether the row read just what it demanded.
+  """
+
+  logits: jax.Array
+  proved: jax.Array
+
+
+class GroupInputs(NamedTuple):
+  """What a group program needs beside the batch.
+
+  Attributes:
+    hosted: Tables of what each instance hosts.
+    slots: Spill slots of each owner.
+    holders: `[I]` bool, the same everywhere: which shifts carry a chunk.
+  """
+
+  hosted: HostedTables
+  slots: SpillSlots
+  holders: jax.Array
+
+
+GROUP_SPECS = GroupInputs(
+  hosted=HostedTables(*[_PER_INSTANCE] * len(HostedTables._fields)),
+  slots=SpillSlots(*[_PER_INSTANCE] * len(SpillSlots._fields)),
+  holders=_REPLICATED,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepKind:
+  """Static part of a step program.
+
+  Attributes:
+    is_group: Over the whole mesh, with spill slots.
+    is_prefill: Rows may have many query tokens.
+  """
+
+  is_group: bool
+  is_prefill: bool
+
+
+def build_step(
+  kind: StepKind,
+  graphdef: Any,
+  model_config: ModelConfig,
+  param_specs: Any,
+  mesh: Mesh,
+  *,
+  num_tokens: int,
+  attention: str | None = None,
+) -> Callable[..., tuple[PoolArrays, StepOutput]]:
+  """Builds a step program.
+
+  Args:
+    kind: Which program.
+    graphdef: Static part of the NNX model.
+    model_config: Its configuration.
+    param_specs: Partition of its state over `mesh`.
+    mesh: Row mesh for a local program, the whole mesh for a group program.
+    num_tokens: T, query tokens of each instance.
+    attention: Name of the micro-attention; None picks.
+
+  Returns:
+    Jitted `(params, pool, batch[, group]) -> (pool, output)`. Donates `pool`.
+  """
+  window = functools.partial(
+    Window,
+    scale=model_config.head_dim**-0.5,
+    max_query_tokens=num_tokens if kind.is_prefill else 1,
+    implementation=attention,
+  )
+
+  def body(params, pool, batch, group=None):
+    batch, slots, hosted = _drop_leading_axis(
+      (batch, group and group.slots, group and group.hosted)
+    )
+    # Tags first: coverage is then of the pool as attention will read it.
+    pool = pool._replace(
+      tag=pool.tag.at[batch.tag_block].set(
+        jnp.where(batch.tag_block == 0, jnp.uint32(0), batch.tag_value)
+      )
+    )
+    answered = None
+    if kind.is_group:
+      answered = dist_attention.answer_slots(hosted, slots)
+      covered = dist_attention.dist_coverage(
+        pool.tag, batch.tables, answered, slots
+      )
+    else:
+      covered = coverage(pool.tag, batch.tables)
+
+    def attend(layer, q, k, v, kv):
+      kv = append_kv(kv, layer, k, v, batch.append_block, batch.append_offset)
+      layer_window = window(sliding_window=model_config.layer_window(layer))
+      if not kind.is_group:
+        state = dist_attention.local_attention(
+          q,
+          batch.cu_seqlens,
+          batch.positions,
+          kv,
+          layer,
+          batch.tables,
+          layer_window,
+        )
+      elif kind.is_prefill:
+        state = dist_attention.prefill_attention(
+          q,
+          batch.cu_seqlens,
+          batch.positions,
+          kv,
+          layer,
+          batch.tables,
+          answered,
+          slots,
+          group.holders,
+          layer_window,
+        )
+      else:
+        state = dist_attention.decode_attention(
+          q,
+          batch.positions,
+          kv,
+          layer,
+          batch.tables,
+          answered,
+          slots,
+          layer_window,
+        )
+      return state.out.astype(q.dtype), kv
+
+    model = nnx.merge(graphdef, params)
+    hidden, kv = model(batch.tokens, batch.positions, pool.kv, attend)
+    last = jnp.maximum(batch.cu_seqlens[1:] - 1, 0)
+    logits = model.logits(hidden[last])
+    proved = covered == batch.demand
+    return pool._replace(kv=kv), StepOutput(logits, proved)
+
+  in_specs = (param_specs, POOL_SPECS, _batch_specs())
+  if kind.is_group:
+    in_specs += (GROUP_SPECS,)
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=(POOL_SPECS, StepOutput(_PER_INSTANCE, _PER_INSTANCE)),
+      check_vma=False,
+    ),
+    donate_argnums=(1,),
+  )
+
+
+def build_verify(mesh: Mesh) -> Callable[..., jax.Array]:
+  """Builds the coverage check without tokens, over the whole mesh.
+
+  Returns:
+    Jitted `(tag [I*N], tables, demand [I, S], group) -> proved [I * S]`; row
+    `s` of an instance is its spill slot `s`.
+  """
+
+  def body(tag, tables, demand, group):
+    tables, demand, slots, hosted = _drop_leading_axis(
+      (tables, demand, group.slots, group.hosted)
+    )
+    answered = dist_attention.answer_slots(hosted, slots)
+    covered = dist_attention.dist_coverage(tag, tables, answered, slots)
+    return covered == demand
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS.tag, _table_specs(), _PER_INSTANCE, GROUP_SPECS),
+      out_specs=_PER_INSTANCE,
+      check_vma=False,
+    )
+  )
+
+
+def build_exchange(mesh: Mesh) -> Callable[..., PoolArrays]:
+  """Builds the exchange of rBlocks between all pairs of instances.
+
+  Returns:
+    Jitted `(pool, payloads) -> pool`. Donates `pool`.
+  """
+
+  def body(pool, payloads):
+    return movement.exchange(pool, _drop_leading_axis(payloads))
+
+  payload_specs = movement.Payloads(
+    *[_PER_INSTANCE] * len(movement.Payloads._fields)
+  )
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS, payload_specs),
+      out_specs=POOL_SPECS,
+      check_vma=False,
+    ),
+    donate_argnums=(0,),
+  )
+
+
+def build_grant(mesh: Mesh) -> Callable[..., PoolArrays]:
+  """Builds the local program that records reservation epochs.
+
+  Returns:
+    Jitted `(pool, block_ids [1, G], epochs [1, G]) -> pool`. Donates `pool`.
+  """
+
+  def body(pool, block_ids, epochs):
+    return movement.grant_epochs(pool, block_ids[0], epochs[0])
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS, _PER_INSTANCE, _PER_INSTANCE),
+      out_specs=POOL_SPECS,
+      check_vma=False,
+    ),
+    donate_argnums=(0,),
+  )
+
+
+def _drop_leading_axis[Tree](tree: Tree) -> Tree:
+  """Inside `shard_map` the axis over instances has size 1."""
+  return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _table_specs() -> BlockTables:
+  return BlockTables(*[_PER_INSTANCE] * len(BlockTables._fields))
+
+
+def _batch_specs() -> StepBatch:
+  specs = StepBatch(*[_PER_INSTANCE] * len(StepBatch._fields))
+  return specs._replace(tables=_table_specs())
