@@ -8,6 +8,12 @@ RequestUid = int  # Non-zero uint32, never used twice in a lending group.
 BlockId = int  # Index of an rBlock in its instance's pool.
 Epoch = int  # Reservation epoch of an rBlock: non-zero uint32.
 
+INSTANCE_AXIS = "instance"
+"""Mesh axis over instances: one row of the mesh is one model replica."""
+
+TENSOR_AXIS = "tensor"
+"""Mesh axis over the tensor-parallel shards of an instance."""
+
 NULL_BLOCK_ID: BlockId = 0
 """rBlock 0 of every pool: padding points there, nobody ever owns it."""
 

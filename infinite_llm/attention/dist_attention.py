@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from infinite_llm.cache.kv_pool import coverage
-from infinite_llm.cache.rows import INSTANCE_AXIS
+from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.attention_state import AttentionState, merge, merge_many
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from infinite_llm.cache.kv_pool import PoolArrays
-from infinite_llm.cache.rows import INSTANCE_AXIS
+from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
 
 

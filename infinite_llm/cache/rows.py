@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-INSTANCE_AXIS = "instance"
-TENSOR_AXIS = "tensor"
+from infinite_llm.types import INSTANCE_AXIS
 
 
 def split_rows(
