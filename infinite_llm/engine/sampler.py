@@ -1,0 +1,198 @@
+"""Samples the rows of a step where their logits are: on the instance itself."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from infinite_llm.engine.program_cache import ProgramCache
+from infinite_llm.engine.programs import StepOutput
+from infinite_llm.engine.sampling import (
+  Sampled,
+  SamplingArrays,
+  sample,
+  sampling_arrays,
+)
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.types import RequestUid
+
+
+class SampleRow(NamedTuple):
+  """One row of a step whose next token is wanted.
+
+  Attributes:
+    row: Its number in the step.
+    uid: Its request.
+    sampling: How to choose.
+    seed: Seed of the request.
+    position: Position of the token to be chosen.
+    token_ids: All tokens so far; read only for repetition penalties.
+  """
+
+  row: int
+  uid: RequestUid
+  sampling: SamplingParams
+  seed: int
+  position: int
+  token_ids: Sequence[int]
+
+
+class PendingSample(NamedTuple):
+  """Sampled rows, still being computed.
+
+  Attributes:
+    sampled: Tokens and log-probabilities of all rows.
+    proved: `[B]` bool. A row that is not proved has no token.
+  """
+
+  sampled: Sampled
+  proved: jax.Array
+
+
+class Sampler:
+  """Chooses next tokens for one instance.
+
+  Which tokens a request has seen, for repetition penalties, is state on the
+  device: a row per running request that asks for it. It takes a new token in
+  the program that chose it, and only if the row was proved.
+  """
+
+  def __init__(
+    self,
+    instance: int,
+    row_mesh: Mesh,
+    programs: ProgramCache,
+    *,
+    vocab_size: int,
+    max_num_seqs: int,
+    max_logprobs: int,
+  ):
+    """Allocates the state.
+
+    Args:
+      instance: Whose rows are sampled.
+      row_mesh: The instance's own devices.
+      programs: Where compiled programs are kept.
+      vocab_size: V.
+      max_num_seqs: Most requests with repetition penalties at once.
+      max_logprobs: Most likely tokens reported with each token.
+    """
+    self._instance = instance
+    self._programs = programs
+    self._max_logprobs = max_logprobs
+    self._replicated = NamedSharding(row_mesh, PartitionSpec())
+    self._seen = jax.device_put(
+      np.zeros((max_num_seqs, vocab_size), bool), self._replicated
+    )
+    self._free_rows = list(range(max_num_seqs))
+    self._row_of: dict[RequestUid, int] = {}
+
+  def sample(
+    self, output: StepOutput, rows: Sequence[SampleRow]
+  ) -> PendingSample:
+    """Launches the choice of the next tokens of a step.
+
+    Args:
+      output: What the step gave; `[B]` rows.
+      rows: Rows to sample; the others' tokens mean nothing.
+
+    Returns:
+      Tokens of all `B` rows.
+    """
+    bucket = output.logits.shape[0]
+    is_greedy = all(_is_plain_greedy(row.sampling) for row in rows)
+    neutral = (SamplingParams(), 0, 0)
+    given: list[tuple[SamplingParams, int, int]] = [neutral] * bucket
+    seen_rows = np.full(bucket, len(self._seen), np.int32)
+    for row in rows:
+      given[row.row] = (row.sampling, row.seed, row.position)
+      if row.sampling.repetition_penalty != 1:
+        seen_rows[row.row] = self._seen_row(row)
+    arrays, seen_rows = jax.device_put(
+      (sampling_arrays(given, bucket), seen_rows), self._replicated
+    )
+    name = "sample_greedy" if is_greedy else "sample"
+    sampled, self._seen = self._programs.run(
+      (name, self._instance, bucket),
+      lambda: _build_sample(is_greedy, self._max_logprobs),
+      (*output, arrays, self._seen, seen_rows),
+    )
+    return PendingSample(sampled, output.proved)
+
+  def forget(self, uid: RequestUid) -> None:
+    """Drops the state of a request that stopped running, if it has any."""
+    row = self._row_of.pop(uid, None)
+    if row is not None:
+      self._free_rows.append(row)
+
+  def warm_up(self, output: StepOutput) -> None:
+    """Compiles both ways of sampling a step of this shape."""
+    for sampling in (SamplingParams(), SamplingParams(temperature=1.0)):
+      self.sample(output, [SampleRow(0, 0, sampling, 0, 0, ())])
+
+  def _seen_row(self, row: SampleRow) -> int:
+    if row.uid not in self._row_of:
+      self._row_of[row.uid] = self._free_rows.pop()
+      seen = np.zeros(self._seen.shape[1], bool)
+      seen[np.asarray(row.token_ids)] = True
+      self._seen = self._programs.run(
+        ("mark_seen", self._instance),
+        lambda: jax.jit(_mark_seen, donate_argnums=(0,)),
+        (
+          self._seen,
+          *jax.device_put(
+            (np.int32(self._row_of[row.uid]), seen), self._replicated
+          ),
+        ),
+      )
+    return self._row_of[row.uid]
+
+
+def fetch(pending: PendingSample) -> Mapping[str, np.ndarray]:
+  """Waits for sampled rows. Blocks the host.
+
+  Returns:
+    Fields of `Sampled`, and `proved`, as numpy arrays over `[B]`.
+  """
+  sampled, proved = jax.device_get(pending)
+  return {**sampled._asdict(), "proved": proved}
+
+
+def _is_plain_greedy(sampling: SamplingParams) -> bool:
+  return (
+    sampling.is_greedy
+    and sampling.repetition_penalty == 1
+    and sampling.logprobs is None
+  )
+
+
+def _mark_seen(seen: jax.Array, row: jax.Array, tokens: jax.Array) -> jax.Array:
+  return seen.at[row].set(tokens)
+
+
+def _build_sample(greedy_only: bool, max_logprobs: int):
+  choose = functools.partial(
+    sample,
+    max_logprobs=0 if greedy_only else max_logprobs,
+    greedy_only=greedy_only,
+  )
+
+  def run(
+    logits: jax.Array,
+    proved: jax.Array,
+    arrays: SamplingArrays,
+    seen: jax.Array,
+    seen_rows: jax.Array,
+  ) -> tuple[Sampled, jax.Array]:
+    # Rows without a penalty point past the state: they read no token as seen,
+    # and what they would write is dropped.
+    mine = seen.at[seen_rows].get(mode="fill", fill_value=False)
+    sampled = choose(logits, arrays, mine)
+    target = jnp.where(proved, seen_rows, seen.shape[0])
+    return sampled, seen.at[target, sampled.token].set(True, mode="drop")
+
+  return jax.jit(run, donate_argnums=(3,))
