@@ -1,0 +1,92 @@
+"""Chooses which implementation of a kernel answers a call.
+
+Two exceptions carry the choice. An implementation that does not cover a call
+raises `NotImplementedError`, naming the argument, and the next one is tried;
+`ValueError` means that the call itself is wrong, for everybody. One asked for
+by name never falls back.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Implementations[**Params, Result]:
+  """The implementations of one kernel, the most preferred first."""
+
+  def __init__(
+    self, kernel: str, by_name: Mapping[str, Callable[Params, Result]]
+  ):
+    """Freezes the implementations and their order.
+
+    Args:
+      kernel: Name of the kernel, for messages.
+      by_name: Implementations in order of preference.
+    """
+    self._kernel = kernel
+    self._by_name = dict(by_name)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Names of the implementations, the most preferred first."""
+    return tuple(self._by_name)
+
+  def call(
+    self,
+    implementation: str | None,
+    *args: Params.args,
+    **kwargs: Params.kwargs,
+  ) -> Result:
+    """Calls one implementation.
+
+    Args:
+      implementation: Its name; None takes the first that covers the call, and
+        logs, once for each reason, why a preferred one did not.
+      *args: Arguments of the kernel.
+      **kwargs: Keyword arguments of the kernel.
+
+    Returns:
+      What the implementation returns.
+
+    Raises:
+      ValueError: If no implementation has this name, or the call is wrong.
+      NotImplementedError: If the named one, or every one, does not cover the
+        call.
+    """
+    if implementation is not None:
+      return self._find(implementation)(*args, **kwargs)
+    refusals: dict[str, str] = {}
+    for name, function in self._by_name.items():
+      try:
+        result = function(*args, **kwargs)
+      except NotImplementedError as error:
+        refusals[name] = str(error)
+        continue
+      for refused, reason in refusals.items():
+        _warn_once(self._kernel, name, refused, reason)
+      return result
+    reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+    raise NotImplementedError(
+      f"No implementation of {self._kernel} covers this call ({reasons})."
+    )
+
+  def _find(self, name: str) -> Callable[Params, Result]:
+    if name not in self._by_name:
+      raise ValueError(
+        f"implementation of {self._kernel} must be one of"
+        f" {', '.join(self.names)}; got {name!r}."
+      )
+    return self._by_name[name]
+
+
+@functools.cache
+def _warn_once(kernel: str, taken: str, refused: str, reason: str) -> None:
+  _LOGGER.warning(
+    "%s: taking %r, because %r does not cover the call: %s",
+    kernel,
+    taken,
+    refused,
+    reason,
+  )

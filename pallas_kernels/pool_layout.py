@@ -1,0 +1,99 @@
+"""What every kernel assumes of an rBlock pool, checked on shapes alone.
+
+A pool is one array `[N, L, 2, K, P, D]`: `N` rBlocks, each contiguous over its
+`L` layers, keys before values, `K` KV heads of `P` tokens of `D` numbers.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+NULL_BLOCK_ID = 0
+"""rBlock 0 of every pool: padding points there, and it holds no KV."""
+
+BLOCK_SIZE_MULTIPLE = 8
+"""Tokens per rBlock are a multiple of this, as the tiles of kernels are."""
+
+Layer = int | jax.Array
+"""A layer of a pool: an int, or a traced `[]` integer."""
+
+
+def require(holds: bool, name: str, rule: str, value: object) -> None:
+  """Raises ValueError "`name` must be `rule`; got `value`." unless it holds."""
+  if not holds:
+    raise ValueError(f"{name} must be {rule}; got {value}.")
+
+
+def require_shape(
+  name: str, x: jax.Array, letters: str, shape: tuple[int, ...]
+) -> None:
+  """Raises ValueError unless `x` has the shape that the letters name.
+
+  Args:
+    name: The argument.
+    x: Its value.
+    letters: The shape as documented, such as `"[T, H, D]"`.
+    shape: What the letters stand for in this call.
+  """
+  require(x.shape == shape, name, f"{letters} = {list(shape)}", list(x.shape))
+
+
+def require_int32(name: str, x: jax.Array) -> None:
+  """Raises ValueError unless `x` has dtype int32."""
+  require(x.dtype == jnp.int32, name, "int32", x.dtype)
+
+
+def require_floating(name: str, x: jax.Array) -> None:
+  """Raises ValueError unless `x` has a floating-point dtype."""
+  require(
+    jnp.issubdtype(x.dtype, jnp.floating), name, "floating-point", x.dtype
+  )
+
+
+def check_pool(kv_pool: jax.Array) -> None:
+  """Checks the shape and dtype of a pool.
+
+  Args:
+    kv_pool: `[N, L, 2, K, P, D]` floating-point.
+
+  Raises:
+    ValueError: If it is no such array, or `P` is a block size that kernels
+      refuse.
+  """
+  require(
+    kv_pool.ndim == 6 and kv_pool.shape[2] == 2,
+    "kv_pool",
+    "[N, L, 2, K, P, D]",
+    list(kv_pool.shape),
+  )
+  require(0 not in kv_pool.shape, "kv_pool", "not empty", list(kv_pool.shape))
+  require_floating("kv_pool", kv_pool)
+  block_size = kv_pool.shape[4]
+  require(
+    block_size % BLOCK_SIZE_MULTIPLE == 0,
+    "block_size (P of kv_pool)",
+    f"a positive multiple of {BLOCK_SIZE_MULTIPLE}",
+    block_size,
+  )
+
+
+def check_layer(layer: Layer, kv_pool: jax.Array) -> None:
+  """Checks a layer index, its value too where that is known.
+
+  Args:
+    layer: An int, or a `[]` integer array.
+    kv_pool: `[N, L, 2, K, P, D]`. The pool that it indexes.
+
+  Raises:
+    ValueError: If it is no scalar integer, or known to be out of range.
+  """
+  num_layers = kv_pool.shape[1]
+  if isinstance(layer, numbers.Integral):
+    rule = f"in [0, {num_layers}), the layers of kv_pool"
+    require(0 <= layer < num_layers, "layer", rule, layer)
+    return
+  is_scalar = jnp.ndim(layer) == 0 and jnp.issubdtype(
+    jnp.result_type(layer), jnp.integer
+  )
+  require(is_scalar, "layer", "an int or a [] integer array", layer)
