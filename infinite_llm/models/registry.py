@@ -1,0 +1,283 @@
+"""Model configurations, and how to read them from `config.json`.
+
+A decoder-only Llama-like model has few degrees of freedom: `ModelConfig` spells
+them out, and each supported architecture is one function that fills them in.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from infinite_llm.errors import CheckpointError, ConfigError
+from infinite_llm.models.rope import RopeConfig
+
+_SIZES = (
+  "vocab_size",
+  "model_dim",
+  "mlp_dim",
+  "num_layers",
+  "num_q_heads",
+  "num_kv_heads",
+  "head_dim",
+)
+_OPTIONAL_SIZES = ("sliding_window", "max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """Shape of a decoder-only transformer.
+
+  Attributes:
+    vocab_size: V.
+    model_dim: Width of the residual stream.
+    mlp_dim: Width inside the gated MLP.
+    num_layers: L.
+    num_q_heads: Query heads of the whole model.
+    num_kv_heads: KV heads of the whole model; divides `num_q_heads`.
+    head_dim: D, even; need not be `model_dim / num_q_heads`.
+    norm_eps: Added to the mean square in every RMSNorm.
+    rope: Rotary frequencies.
+    tie_embeddings: Whether the embedding is also the output head.
+    qkv_bias: Whether the query, key and value projections have a bias.
+    out_bias: Whether the attention's output projection has one.
+    mlp_bias: Whether the projections of the MLP have one.
+    qk_norm: Whether queries and keys are normalised per head before RoPE.
+    sliding_window: Tokens that a windowed layer sees, the query's included;
+      None if no layer has a window.
+    windowed_layers: Layers with that window, rising; None means all.
+    max_position_embeddings: Context that the model was trained for, in tokens;
+      None if unknown. A property of its quality, not a limit of this system.
+  """
+
+  vocab_size: int
+  model_dim: int
+  mlp_dim: int
+  num_layers: int
+  num_q_heads: int
+  num_kv_heads: int
+  head_dim: int
+  norm_eps: float = 1e-6
+  rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+  tie_embeddings: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  sliding_window: int | None = None
+  windowed_layers: tuple[int, ...] | None = None
+  max_position_embeddings: int | None = None
+
+  def __post_init__(self):
+    for name in _SIZES + _OPTIONAL_SIZES:
+      value = getattr(self, name)
+      if value is None and name in _OPTIONAL_SIZES:
+        continue
+      # JSON may hold a float or a bool (which is an int): neither is a size.
+      if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
+    if self.head_dim % 2:
+      raise ConfigError(f"head_dim must be even; got {self.head_dim}.")
+    if self.num_q_heads % self.num_kv_heads:
+      raise ConfigError(
+        f"num_q_heads must be a multiple of num_kv_heads ({self.num_kv_heads});"
+        f" got {self.num_q_heads}."
+      )
+    if self.norm_eps < 0:
+      raise ConfigError(f"norm_eps must not be negative; got {self.norm_eps}.")
+    if self.windowed_layers is not None:
+      object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
+      if not set(self.windowed_layers) <= set(range(self.num_layers)):
+        raise ConfigError(
+          f"windowed_layers must be in [0, {self.num_layers}); got "
+          f"{self.windowed_layers}."
+        )
+
+  def layer_window(self, layer: int) -> int | None:
+    """Tokens that a layer's queries see, their own included; None is all."""
+    if self.windowed_layers is None or layer in self.windowed_layers:
+      return self.sliding_window
+    return None
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+  """Reads a Hugging Face `config.json`, as old and new `transformers` write it.
+
+  Args:
+    config: The parsed file.
+
+  Returns:
+    The configuration of the model that it describes.
+
+  Raises:
+    CheckpointError: If the architecture is unknown, a field is missing or
+      wrong, or the model has a feature that is not implemented. The message
+      names it.
+  """
+  architecture = _architecture(config)
+  _refuse_unimplemented(config, architecture)
+  try:
+    return _ARCHITECTURES[architecture](config)
+  except ConfigError as error:
+    raise CheckpointError(f"config.json of {architecture}: {error}") from error
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+  names = config.get("architectures") or []
+  if not names:
+    model_type = config.get("model_type")
+    names = [_BY_MODEL_TYPE.get(model_type, f"model_type {model_type!r}")]
+  if len(names) != 1 or names[0] not in _ARCHITECTURES:
+    raise CheckpointError(
+      f"Unknown architecture: {', '.join(map(str, names))}. Implemented are "
+      f"{', '.join(_ARCHITECTURES)}."
+    )
+  return names[0]
+
+
+def _refuse_unimplemented(config: Mapping[str, Any], architecture: str) -> None:
+  for name, implemented in (
+    ("hidden_act", "silu"),
+    ("partial_rotary_factor", 1.0),
+    ("quantization_config", None),
+  ):
+    value = config.get(name)
+    if value is not None and value != implemented:
+      raise CheckpointError(
+        f"{architecture} with {name}={value!r} is not implemented."
+      )
+
+
+def _required(config: Mapping[str, Any], name: str) -> Any:
+  if config.get(name) is None:
+    raise CheckpointError(f"config.json has no field {name!r}.")
+  return config[name]
+
+
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+  """Reads `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`.
+
+  Raises:
+    CheckpointError: If the scaling is of an unknown type or incomplete.
+  """
+  parameters = dict(
+    config.get("rope_parameters") or config.get("rope_scaling") or {}
+  )
+  theta = parameters.get("rope_theta", config.get("rope_theta"))
+  theta = 10_000.0 if theta is None else float(theta)
+  kind = parameters.get("rope_type", parameters.get("type")) or "default"
+  if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    raise CheckpointError(
+      "RoPE with partial_rotary_factor="
+      f"{parameters['partial_rotary_factor']!r} is not implemented."
+    )
+  if kind == "default":
+    return RopeConfig(theta=theta)
+  if kind == "linear":
+    fields = ("factor",)
+  elif kind == "llama3":
+    fields = ("factor", "low_freq_factor", "high_freq_factor")
+  else:
+    raise CheckpointError(
+      f"RoPE scaling of type {kind!r} is not implemented; linear and llama3 "
+      "are."
+    )
+  missing = [name for name in fields if parameters.get(name) is None]
+  if missing:
+    raise CheckpointError(
+      f"RoPE scaling of type {kind!r} lacks {', '.join(missing)}."
+    )
+  scaling = {name: float(parameters[name]) for name in fields}
+  if kind == "llama3":
+    # transformers 5 falls back to the trained context, so does this.
+    scaling["original_max_position_embeddings"] = int(
+      parameters.get("original_max_position_embeddings")
+      or _required(config, "max_position_embeddings")
+    )
+  return RopeConfig(theta=theta, scaling=kind, **scaling)
+
+
+def _common(config: Mapping[str, Any], **fields: Any) -> ModelConfig:
+  """Fills in what all architectures spell alike; `fields` come on top."""
+  model_dim = _required(config, "hidden_size")
+  num_q_heads = _required(config, "num_attention_heads")
+  shared = {
+    "vocab_size": _required(config, "vocab_size"),
+    "model_dim": model_dim,
+    "mlp_dim": _required(config, "intermediate_size"),
+    "num_layers": _required(config, "num_hidden_layers"),
+    "num_q_heads": num_q_heads,
+    "num_kv_heads": config.get("num_key_value_heads") or num_q_heads,
+    "head_dim": config.get("head_dim") or model_dim // num_q_heads,
+    "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+    "rope": _rope(config),
+    "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+    "max_position_embeddings": config.get("max_position_embeddings"),
+  }
+  return ModelConfig(**shared | fields)
+
+
+def _llama(config: Mapping[str, Any]) -> ModelConfig:
+  bias = bool(config.get("attention_bias", False))
+  mlp_bias = bool(config.get("mlp_bias", False))
+  return _common(config, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+
+
+def _mistral(config: Mapping[str, Any]) -> ModelConfig:
+  return _common(config, sliding_window=config.get("sliding_window"))
+
+
+def _qwen2(config: Mapping[str, Any]) -> ModelConfig:
+  return _common(config, qkv_bias=True, **_qwen_windows(config))
+
+
+def _qwen3(config: Mapping[str, Any]) -> ModelConfig:
+  bias = bool(config.get("attention_bias", False))
+  return _common(
+    config,
+    # Older files leave out head_dim where it has the architecture's default.
+    head_dim=config.get("head_dim") or 128,
+    qkv_bias=bias,
+    out_bias=bias,
+    qk_norm=True,
+    **_qwen_windows(config),
+  )
+
+
+def _qwen_windows(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Windows of Qwen models: the layers from `max_window_layers` on have one."""
+  if not config.get("use_sliding_window", False):
+    return {}
+  window = _required(config, "sliding_window")
+  num_layers = _required(config, "num_hidden_layers")
+  types = config.get("layer_types")
+  if types is None:
+    first = _required(config, "max_window_layers")
+    layers = range(min(first, num_layers), num_layers)
+    return {"sliding_window": window, "windowed_layers": tuple(layers)}
+  unknown = set(types) - {"full_attention", "sliding_attention"}
+  if unknown:
+    raise CheckpointError(
+      f"layer_types {', '.join(sorted(unknown))} are not implemented."
+    )
+  if len(types) != num_layers:
+    raise CheckpointError(
+      f"layer_types must name num_hidden_layers={num_layers} layers; got "
+      f"{len(types)}."
+    )
+  layers = tuple(i for i, t in enumerate(types) if t == "sliding_attention")
+  return {"sliding_window": window, "windowed_layers": layers}
+
+
+_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
+  "LlamaForCausalLM": _llama,
+  "MistralForCausalLM": _mistral,
+  "Qwen2ForCausalLM": _qwen2,
+  "Qwen3ForCausalLM": _qwen3,
+}
+
+_BY_MODEL_TYPE = {
+  "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+}
