@@ -51,11 +51,15 @@ class _Logits:
 
   def sees(self, q_positions: jax.Array, kv_positions: jax.Array) -> jax.Array:
     """Whether queries see KV tokens; positions broadcast, int32 to bool."""
-    sees = kv_positions <= q_positions
+    return self.range_sees(q_positions, q_positions, kv_positions)
+
+  def range_sees(
+    self, first: jax.Array, last: jax.Array, kv_positions: jax.Array
+  ) -> jax.Array:
+    """Whether any position in `[first, last]` sees KV tokens."""
+    sees = kv_positions <= last
     if self.sliding_window is not None:
-      # The difference cannot overflow where `sees` still holds; elsewhere it
-      # does not matter.
-      sees &= q_positions - kv_positions < self.sliding_window
+      sees &= first - kv_positions < self.sliding_window
     return sees
 
   def of(self, products: jax.Array, sees: jax.Array) -> jax.Array:
@@ -200,7 +204,8 @@ def _attend_single_queries(
   num_strips = jnp.where(is_single, -(-tables.counts // strip_entries), 0)
   ends = jnp.cumsum(num_strips)  # [B] where each row's strips end
 
-  def step(i, sums: _Sums) -> _Sums:
+  def read_entries(i) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query `[W]`, rBlocks `[W, E]` and visibility `[W, E, P]` of step `i`."""
     strip = i * strips_per_step + jnp.arange(strips_per_step)
     row, strip_of_row = _locate(strip, ends, num_strips)
     token = token_of[row]
@@ -209,36 +214,33 @@ def _attend_single_queries(
     entries += tables.starts[row, None]
     block_ids, kv_positions = _entries(tables, entries, is_held, block_size)
     sees = logits.sees(q_positions[token, None, None], kv_positions)
+    return token, block_ids, sees
 
-    def attend(_, sums: _Sums) -> _Sums:
-      k, v = _load(kv_pool, layer, block_ids, sees)  # [W, K, S, D]
-      s = jnp.einsum("wkgd,wksd->wkgs", q[token], k)
-      s = logits.of(s, sees.reshape(strips_per_step, 1, 1, -1))
-      # Strips of one row share the row's top, and only rows of this step are
-      # touched. Setting a row twice is harmless: to the same values.
-      old_top = sums.top[token]
-      top = sums.top.at[token].max(jnp.max(s, axis=-1))
-      shift = _shift(top[token])
-      decay = jnp.exp(old_top - shift)
-      weights = jnp.exp(s - shift[..., None])
-      acc = jnp.einsum("wkgs,wksd->wkgd", weights, v)
-      return _Sums(
-        top=top,
-        total=sums.total.at[token]
-        .set(sums.total[token] * decay)
-        .at[token]
-        .add(jnp.sum(weights, axis=-1)),
-        acc=sums.acc.at[token]
-        .set(sums.acc[token] * decay[..., None])
-        .at[token]
-        .add(acc),
-      )
+  def is_seen(i) -> jax.Array:
+    return jnp.any(read_entries(i)[2])
 
-    return _if(jnp.any(sees), attend, sums)
+  def attend(i, sums: _Sums) -> _Sums:
+    token, block_ids, sees = read_entries(i)
+    k, v = _load(kv_pool, layer, block_ids, sees)  # [W, K, S, D]
+    s = jnp.einsum("wkgd,wksd->wkgs", q[token], k)
+    s = logits.of(s, sees.reshape(strips_per_step, 1, 1, -1))
+    # Strips of one query share its sums, and only queries of this step are
+    # touched. Setting one twice is harmless: it is to the same values.
+    top = sums.top.at[token].max(jnp.max(s, axis=-1))
+    shift = _shift(top[token])
+    decay = jnp.exp(sums.top[token] - shift)
+    weights = jnp.exp(s - shift[..., None])
+    acc = sums.acc.at[token].set(sums.acc[token] * decay[..., None])
+    total = sums.total.at[token].set(sums.total[token] * decay)
+    return _Sums(
+      top=top,
+      total=total.at[token].add(jnp.sum(weights, axis=-1)),
+      acc=acc.at[token].add(jnp.einsum("wkgs,wksd->wkgd", weights, v)),
+    )
 
   num_steps = -(-ends[-1] // strips_per_step)
   sums = _varying(_Sums.zero(q.shape), operands)
-  return lax.fori_loop(0, num_steps, step, sums).state()
+  return _fold(num_steps, is_seen, attend, sums).state()
 
 
 def _attend_tiles(
@@ -276,39 +278,44 @@ def _attend_tiles(
     is_of_row = start + jnp.arange(tile) < cu_seqlens[row + 1]
     positions = lax.dynamic_slice_in_dim(q_positions, start, tile)
     positions = jnp.where(is_of_row, positions, -1)[:, None]  # [tile, 1]
+    first = jnp.min(jnp.where(positions < 0, _NOWHERE, positions))
+    last = jnp.max(positions)
     q_tile = lax.dynamic_slice_in_dim(q, start, tile)
     q_tile = q_tile.transpose(1, 2, 0, 3)  # [K, G, tile, D]
     count = tables.counts[row]
 
-    def attend_group(j, sums: _Sums) -> _Sums:
+    def read_entries(j) -> tuple[jax.Array, jax.Array]:
+      """Ids `[E]` and positions `[E, P]` of the tile's entries in step `j`."""
       entries = j * group_entries + jnp.arange(group_entries)
       is_held = entries < count
       entries += tables.starts[row]
-      block_ids, kv_positions = _entries(tables, entries, is_held, block_size)
+      return _entries(tables, entries, is_held, block_size)
+
+    def is_seen(j) -> jax.Array:
+      return jnp.any(logits.range_sees(first, last, read_entries(j)[1]))
+
+    def attend(j, sums: _Sums) -> _Sums:
+      block_ids, kv_positions = read_entries(j)
       sees = logits.sees(positions, kv_positions.reshape(1, -1))  # [tile, S]
+      seen_by_any = jnp.any(sees, axis=0).reshape(1, group_entries, -1)
+      k, v = _load(kv_pool, layer, block_ids[None], seen_by_any)
+      s = jnp.einsum("kgtd,ksd->kgts", q_tile, k[0])
+      s = logits.of(s, sees)
+      top = jnp.maximum(sums.top, jnp.max(s, axis=-1))
+      shift = _shift(top)
+      decay = jnp.exp(sums.top - shift)
+      weights = jnp.exp(s - shift[..., None])
+      acc = jnp.einsum("kgts,ksd->kgtd", weights, v[0])
+      return _Sums(
+        top=top,
+        total=sums.total * decay + jnp.sum(weights, axis=-1),
+        acc=sums.acc * decay[..., None] + acc,
+      )
 
-      def attend(_, sums: _Sums) -> _Sums:
-        seen_by_any = jnp.any(sees, axis=0).reshape(1, group_entries, -1)
-        k, v = _load(kv_pool, layer, block_ids[None], seen_by_any)
-        s = jnp.einsum("kgtd,ksd->kgts", q_tile, k[0])
-        s = logits.of(s, sees)
-        top = jnp.maximum(sums.top, jnp.max(s, axis=-1))
-        shift = _shift(top)
-        decay = jnp.exp(sums.top - shift)
-        weights = jnp.exp(s - shift[..., None])
-        acc = jnp.einsum("kgts,ksd->kgtd", weights, v[0])
-        return _Sums(
-          top=top,
-          total=sums.total * decay + jnp.sum(weights, axis=-1),
-          acc=sums.acc * decay[..., None] + acc,
-        )
-
-      return _if(jnp.any(sees), attend, sums)
-
+    num_groups = -(-count // group_entries)
     sums = _Sums.zero((num_kv_heads, group, tile, head_dim))
     sums = _varying(sums, operands)
-    num_groups = -(-count // group_entries)
-    done = lax.fori_loop(0, num_groups, attend_group, sums).state()
+    done = _fold(num_groups, is_seen, attend, sums).state()
     # The part of a tile behind its row's end is EMPTY, and the rows behind are
     # yet to be written.
     return AttentionState(
@@ -399,13 +406,24 @@ def _load(
   return load(0), load(1)
 
 
-def _if(condition: jax.Array, function, operand):
-  """Applies `function(0, operand)` if the condition holds.
+def _fold(count: jax.Array, is_seen, attend, sums: _Sums) -> _Sums:
+  """Applies `sums = attend(i, sums)` for each `i < count` that `is_seen(i)`.
 
-  As a loop of one step or none, because XLA updates what a loop carries in
-  place, where `lax.cond` would copy it.
+  A search for the next step, rather than `lax.cond` in every step: what a loop
+  carries is updated in place, what `lax.cond` returns is copied.
   """
-  return lax.fori_loop(0, condition.astype(jnp.int32), function, operand)
+
+  def next_seen(i: jax.Array) -> jax.Array:
+    return lax.while_loop(
+      lambda i: (i < count) & ~is_seen(i), lambda i: i + 1, i
+    )
+
+  def step(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
+    i, sums = carry
+    return next_seen(i + 1), attend(i, sums)
+
+  start = next_seen(jnp.zeros_like(count))
+  return lax.while_loop(lambda carry: carry[0] < count, step, (start, sums))[1]
 
 
 def _varying(x, operands):
