@@ -1,0 +1,386 @@
+"""DistAttention equals attention over the whole context, wherever it lies."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from infinite_llm.attention import dist_attention
+from infinite_llm.attention.dist_attention import (
+  NO_ROW,
+  HostedTables,
+  SpillSlots,
+  Window,
+)
+from infinite_llm.cache import content_tag
+from infinite_llm.cache.kv_pool import coverage, mix_tags
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine.group_inputs import (
+  empty_hosted,
+  empty_slots,
+  shifts_in_use,
+)
+from pallas_kernels.micro_attention.api import BlockTables, micro_attention
+
+I, N, L, K, P, D, H, S = 4, 12, 2, 2, 8, 16, 4, 2
+LAYER = 1
+SCALE = D**-0.5
+PER_INSTANCE = PartitionSpec("instance")
+
+
+@dataclasses.dataclass
+class Context:
+  """A request whose rBlocks lie anywhere.
+
+  Attributes:
+    owner: Instance that asks.
+    row: Its row in the owner's step.
+    slot: Its spill slot; None if all is at home.
+    length: Tokens of context, the query's own included.
+    places: `(instance, block)` of each logical rBlock.
+  """
+
+  owner: int
+  row: int
+  slot: int | None
+  length: int
+  places: list[tuple[int, int]]
+
+
+class Cluster:
+  """Random pools of four instances, and requests spread over them."""
+
+  def __init__(self, seed: int):
+    self.rng = np.random.default_rng(seed)
+    self.pool = self.rng.standard_normal(
+      (I * N, L, 2, K, P, D), dtype=np.float32
+    )
+    self.tag = self.rng.integers(1, 2**32, I * N, dtype=np.uint32)
+    self.free = [list(self.rng.permutation(np.arange(1, N))) for _ in range(I)]
+    self.contexts: list[Context] = []
+
+  def add(self, owner, row, slot, length, holders):
+    """Adds a request; `holders` gives the instance of each logical rBlock."""
+    places = [(h, int(self.free[h].pop())) for h in holders]
+    assert len(places) == -(-length // P)
+    self.contexts.append(Context(owner, row, slot, length, places))
+
+  def own_tables(self, num_rows: int) -> BlockTables:
+    """Tables of every owner, stacked on a leading axis."""
+    stacked = []
+    for owner in range(I):
+      rows = [[] for _ in range(num_rows)]
+      for c in self.contexts:
+        if c.owner == owner:
+          rows[c.row] = [
+            (b, i) for i, (h, b) in enumerate(c.places) if h == owner
+          ]
+      stacked.append(tables_of(rows))
+    return BlockTables(*map(np.stack, zip(*stacked, strict=True)))
+
+  def hosted(self, version=4, epoch=9) -> HostedTables:
+    """What each instance hosts, installed under one version and epoch."""
+    stacked = []
+    for holder in range(I):
+      tables = empty_hosted(I * S, N)
+      entry = 0
+      for c in self.contexts:
+        if c.slot is None or holder == c.owner:
+          continue
+        r = c.owner * S + c.slot
+        mine = [(b, i) for i, (h, b) in enumerate(c.places) if h == holder]
+        parity = version % 2
+        tables.starts[parity, r] = entry
+        tables.counts[parity, r] = len(mine)
+        tables.version[parity, r] = version
+        tables.epoch[r] = epoch
+        for block, logical in mine:
+          tables.block_ids[parity, entry] = block
+          tables.logical_ids[parity, entry] = logical
+          entry += 1
+      stacked.append(tables)
+    return HostedTables(*map(np.stack, zip(*stacked, strict=True)))
+
+  def slots(self, version=4, epoch=9) -> list[SpillSlots]:
+    """Slots as the owners name them."""
+    slots = [empty_slots(I, S) for _ in range(I)]
+    for c in self.contexts:
+      if c.slot is not None:
+        slots[c.owner].rows[c.slot] = c.row
+        slots[c.owner].epoch[c.slot] = epoch
+        for holder, _ in c.places:
+          if holder != c.owner:
+            slots[c.owner].versions[c.slot, holder] = version
+    return slots
+
+  def expected(self, context: Context, q, positions):
+    """Attention over the whole context, in one pool."""
+    tables = tables_of(
+      [[(h * N + b, i) for i, (h, b) in enumerate(context.places)]], capacity=64
+    )
+    return micro_attention(
+      q,
+      jnp.asarray([0, len(q)], jnp.int32),
+      jnp.asarray(positions, jnp.int32),
+      jnp.asarray(self.pool),
+      LAYER,
+      jax.tree.map(jnp.asarray, tables),
+      scale=SCALE,
+      max_query_tokens=len(q),
+      implementation="reference",
+    )
+
+
+def tables_of(rows, capacity=N) -> BlockTables:
+  """Ragged tables from `[(block, logical), ...]` of each row."""
+  flat = [entry for row in rows for entry in row]
+  block_ids = np.zeros(capacity, np.int32)
+  logical_ids = np.zeros(capacity, np.int32)
+  for e, (block, logical) in enumerate(flat):
+    block_ids[e], logical_ids[e] = block, logical
+  counts = np.asarray([len(row) for row in rows], np.int32)
+  starts = (np.cumsum(counts) - counts).astype(np.int32)
+  return BlockTables(block_ids, logical_ids, starts, counts)
+
+
+def stack(trees):
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def on_mesh(body, *args):
+  """Runs `body` on four instances; every leaf has a leading instance axis."""
+  mesh = make_mesh(I, 1)
+
+  def local(*args):
+    out = body(*jax.tree.map(lambda x: x[0], args))
+    return jax.tree.map(lambda x: x[None], out)
+
+  run = jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=PER_INSTANCE,
+      out_specs=PER_INSTANCE,
+      check_vma=False,
+    )
+  )
+  return jax.tree.map(np.asarray, run(*args))
+
+
+def spread(seed: int, num_blocks: int) -> Cluster:
+  """Requests on three owners: spread out, elsewhere only, and at home."""
+  cluster = Cluster(seed)
+  length = num_blocks * P - int(cluster.rng.integers(0, P))
+  holders = [*cluster.rng.integers(0, I, num_blocks - 1), 0]
+  cluster.add(0, 1, 1, length, [int(h) for h in holders])
+  # Owner 2 has a single token at home; all that came before lies elsewhere.
+  cluster.add(2, 0, 0, 2 * P + 1, [3, 1, 2])
+  cluster.add(1, 2, None, P + 3, [1, 1])
+  return cluster
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decode_over_instances_equals_attention_in_one_place(seed):
+  cluster = spread(seed, num_blocks=6)
+  num_rows = 3
+  q = cluster.rng.standard_normal((I, num_rows, H, D), dtype=np.float32)
+  positions = np.full((I, num_rows), -1, np.int32)
+  for c in cluster.contexts:
+    positions[c.owner, c.row] = c.length - 1
+
+  def body(q, positions, pool, own, hosted, slots):
+    answered = dist_attention.answer_slots(hosted, slots)
+    return dist_attention.decode_attention(
+      q, positions, pool, LAYER, own, answered, slots, Window(SCALE, None, 1)
+    )
+
+  state = on_mesh(
+    body,
+    q,
+    positions,
+    cluster.pool.reshape(I, N, L, 2, K, P, D),
+    cluster.own_tables(num_rows),
+    cluster.hosted(),
+    stack(cluster.slots()),
+  )
+  for c in cluster.contexts:
+    want = cluster.expected(c, q[c.owner, c.row][None], [c.length - 1])
+    np.testing.assert_allclose(
+      state.out[c.owner, c.row], want.out[0], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      state.lse[c.owner, c.row], want.lse[0], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
+  cluster = Cluster(seed)
+  chunk = 2 * P
+  # The chunk's own rBlocks are at home, what came before lies anywhere.
+  before = [int(h) for h in cluster.rng.integers(0, I, 4)]
+  cluster.add(0, 0, 1, 6 * P, [*before, 0, 0])
+  cluster.add(3, 0, 0, 3 * P + 5, [1, 2, 3, 3])
+  q = cluster.rng.standard_normal((I, chunk, H, D), dtype=np.float32)
+  positions = np.full((I, chunk), -1, np.int32)
+  cu_seqlens = np.zeros((I, 2), np.int32)
+  for c in cluster.contexts:
+    count = min(chunk, c.length - 2 * P)
+    positions[c.owner, :count] = np.arange(c.length - count, c.length)
+    cu_seqlens[c.owner, 1] = count
+  slots = cluster.slots()
+
+  def body(q, cu_seqlens, positions, pool, own, hosted, slots, holders):
+    answered = dist_attention.answer_slots(hosted, slots)
+    return dist_attention.prefill_attention(
+      q,
+      cu_seqlens,
+      positions,
+      pool,
+      LAYER,
+      own,
+      answered,
+      slots,
+      holders,
+      Window(SCALE, None, chunk),
+    )
+
+  state = on_mesh(
+    body,
+    q,
+    cu_seqlens,
+    positions,
+    cluster.pool.reshape(I, N, L, 2, K, P, D),
+    cluster.own_tables(1),
+    cluster.hosted(),
+    stack(slots),
+    np.stack([shifts_in_use(slots)] * I),
+  )
+  for c in cluster.contexts:
+    count = cu_seqlens[c.owner, 1]
+    want = cluster.expected(
+      c, q[c.owner, :count], positions[c.owner, :count]
+    )
+    np.testing.assert_allclose(
+      state.out[c.owner, :count], want.out, rtol=1e-5, atol=1e-5
+    )
+
+
+def covered(cluster, hosted, slots, num_rows=3):
+  """Coverage of every row of every instance."""
+
+  def body(tag, own, hosted, slots):
+    answered = dist_attention.answer_slots(hosted, slots)
+    return dist_attention.dist_coverage(tag, own, answered, slots)
+
+  return on_mesh(
+    body,
+    cluster.tag.reshape(I, N),
+    cluster.own_tables(num_rows),
+    hosted,
+    stack(slots),
+  )
+
+
+def demanded(cluster, context) -> int:
+  """Coverage that the books demand for a request."""
+  return functools.reduce(
+    content_tag.add_coverage,
+    (
+      content_tag.mix_tag(int(cluster.tag[h * N + b]), i)
+      for i, (h, b) in enumerate(context.places)
+    ),
+  )
+
+
+class TestCoverage:
+  def test_it_is_the_sum_over_all_holders(self):
+    cluster = spread(0, num_blocks=6)
+    sums = covered(cluster, cluster.hosted(), cluster.slots())
+    for c in cluster.contexts:
+      assert sums[c.owner, c.row] == demanded(cluster, c)
+
+  def test_a_version_that_is_not_installed_answers_with_nothing(self):
+    cluster = spread(1, num_blocks=6)
+    sums = covered(cluster, cluster.hosted(version=4), cluster.slots(version=6))
+    spilled = [c for c in cluster.contexts if c.slot is not None]
+    at_home = [c for c in cluster.contexts if c.slot is None]
+    assert all(sums[c.owner, c.row] != demanded(cluster, c) for c in spilled)
+    assert all(sums[c.owner, c.row] == demanded(cluster, c) for c in at_home)
+
+  def test_an_older_epoch_of_the_slot_answers_with_nothing(self):
+    cluster = spread(2, num_blocks=6)
+    sums = covered(cluster, cluster.hosted(epoch=8), cluster.slots(epoch=9))
+    for c in cluster.contexts:
+      is_proved = sums[c.owner, c.row] == demanded(cluster, c)
+      assert is_proved == (c.slot is None)
+
+  def test_both_versions_can_be_read(self):
+    cluster = spread(3, num_blocks=6)
+    old, new = cluster.hosted(version=4), cluster.hosted(version=5)
+    both = HostedTables(
+      *(
+        getattr(old, name)
+        if name == "epoch"
+        else np.stack(
+          [getattr(old, name)[:, 0], getattr(new, name)[:, 1]], axis=1
+        )
+        for name in HostedTables._fields
+      )
+    )
+    for version in (4, 5):
+      sums = covered(cluster, both, cluster.slots(version=version))
+      for c in cluster.contexts:
+        assert sums[c.owner, c.row] == demanded(cluster, c)
+
+  def test_two_swapped_rblocks_are_noticed(self):
+    cluster = spread(4, num_blocks=6)
+    hosted = cluster.hosted()
+    context = cluster.contexts[1]
+    holder = context.places[0][0]
+    # The table says the right logical number, the pool has other content.
+    first = context.places[0][1]
+    other = 1 if first != 1 else 2
+    tags = cluster.tag.reshape(I, N)
+    want = demanded(cluster, context)
+    tags[holder, [first, other]] = tags[holder, [other, first]]
+    sums = covered(cluster, hosted, cluster.slots())
+    assert sums[context.owner, context.row] != want
+
+  def test_the_order_of_a_table_is_part_of_the_proof(self):
+    tag = jnp.asarray([0, 11, 22], jnp.uint32)
+
+    def of(blocks):
+      return coverage(
+        tag,
+        BlockTables(
+          jnp.asarray(blocks, jnp.int32),
+          jnp.asarray([0, 1], jnp.int32),
+          jnp.asarray([0], jnp.int32),
+          jnp.asarray([2], jnp.int32),
+        ),
+      )
+
+    assert of([1, 2]) != of([2, 1])
+
+  def test_host_and_device_mix_alike(self):
+    rng = np.random.default_rng(0)
+    tags = rng.integers(0, 2**32, 100, dtype=np.uint32)
+    logical_ids = rng.integers(0, 2**31, 100, dtype=np.int32)
+    mixed = mix_tags(jnp.asarray(tags), jnp.asarray(logical_ids))
+    for tag, logical_id, got in zip(tags, logical_ids, mixed, strict=True):
+      want = content_tag.mix_tag(int(tag), int(logical_id))
+      assert int(got) == want
+
+
+def test_only_shifts_that_carry_something_are_run():
+  slots = [empty_slots(I, S) for _ in range(I)]
+  slots[3].rows[0] = 0
+  slots[3].versions[0, [0, 2]] = 1
+  slots[1].rows[1] = NO_ROW
+  slots[1].versions[1, 2] = 1
+  assert shifts_in_use(slots).tolist() == [False, True, False, True]
