@@ -7,8 +7,7 @@ pools and the hosted tables.
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -41,6 +40,9 @@ from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.types import INSTANCE_AXIS, NO_EPOCH, NULL_BLOCK_ID, Epoch
 
 _GRANT_BUCKET = 64
+
+_Outputs = Iterable[tuple[int, StepOutput]] | None
+"""Outputs of a warm-up job, each with its instance."""
 
 
 class ModelRunner:
@@ -263,7 +265,11 @@ class ModelRunner:
     """
     self._hosted[instance] = self._place(instance, tables)
 
-  def warm_up(self, progress: Callable[[str, int, int], None] | None) -> None:
+  def warm_up(
+    self,
+    progress: Callable[[str, int, int], None] | None,
+    sample: Callable[[int, StepOutput], None],
+  ) -> None:
     """Compiles and runs every program that the configuration can need.
 
     Blocks the host.
@@ -271,19 +277,37 @@ class ModelRunner:
     Args:
       progress: Called with what comes next, how many programs are done and
         how many there are.
+      sample: Called with an instance and an output of every shape.
     """
     jobs = list(self._warm_up_jobs())
     for done, (name, job) in enumerate(jobs):
       if progress:
         progress(name, done, len(jobs))
-      job()
+      for instance, output in job() or ():
+        sample(instance, output)
     jax.block_until_ready(self.pool.group())
     if progress:
       progress("ready", len(jobs), len(jobs))
     self.launches.clear()
     self.programs.close_warm_up()
 
-  def _warm_up_jobs(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+  def _warm_up_jobs(self) -> Iterator[tuple[str, Callable[[], _Outputs]]]:
+    def local(instance: int, bucket: int, *, is_prefill: bool) -> _Outputs:
+      return [
+        (
+          instance,
+          self.local_step(instance, [], is_prefill=is_prefill, bucket=bucket),
+        )
+      ]
+
+    def group(bucket: int | None, *, is_prefill: bool) -> _Outputs:
+      return enumerate(
+        self.group_step(nothing, slots, is_prefill=is_prefill, bucket=bucket)
+      )
+
+    def check() -> None:
+      self.verify(nothing, slots)
+
     scheduler = self._config.scheduler
     instances = range(self._config.num_instances)
     for is_prefill, buckets in (
@@ -293,9 +317,7 @@ class ModelRunner:
       for instance, bucket in itertools.product(instances, buckets):
         yield (
           f"local {'prefill' if is_prefill else 'decode'}, {bucket} tokens",
-          functools.partial(
-            self.local_step, instance, [], is_prefill=is_prefill, bucket=bucket
-          ),
+          functools.partial(local, instance, bucket, is_prefill=is_prefill),
         )
     if len(instances) == 1 or self._config.lending.policy == "static":
       return
@@ -304,18 +326,13 @@ class ModelRunner:
       empty_slots(len(instances), self._config.lending.spill_slots)
       for _ in instances
     ]
-    yield (
-      "group decode",
-      functools.partial(self.group_step, nothing, slots, is_prefill=False),
-    )
+    yield "group decode", functools.partial(group, None, is_prefill=False)
     for bucket in scheduler.prefill_buckets:
       yield (
         f"group prefill, {bucket} tokens",
-        functools.partial(
-          self.group_step, nothing, slots, is_prefill=True, bucket=bucket
-        ),
+        functools.partial(group, bucket, is_prefill=True),
       )
-    yield "coverage check", functools.partial(self.verify, nothing, slots)
+    yield "coverage check", check
     quota = self._config.lending.exchange_blocks
     payloads = [empty_payloads(len(instances), quota) for _ in instances]
     yield "exchange", functools.partial(self.exchange, payloads)

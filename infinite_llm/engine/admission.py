@@ -1,0 +1,71 @@
+"""Which requests can be served at all. Pure functions of the configuration."""
+
+from infinite_llm.config import EngineConfig
+from infinite_llm.errors import CapacityError, RequestError
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.types import InstanceId, RequestUid
+
+
+def reachable_tokens(config: EngineConfig) -> int:
+  """Tokens that one request could have if it were alone in its group."""
+  own = config.cache.num_blocks - 1
+  lending = config.lending
+  if lending.policy == "static":
+    return own * config.cache.block_size
+  lent = max(own - lending.headroom_blocks, 0)
+  if lending.max_lent_blocks is not None:
+    lent = min(lent, lending.max_lent_blocks)
+  blocks = own + lent * (config.num_instances - 1)
+  return blocks * config.cache.block_size
+
+
+def check_request(
+  prompt: tuple[int, ...],
+  sampling: SamplingParams,
+  instance: InstanceId | None,
+  config: EngineConfig,
+  vocab_size: int,
+) -> None:
+  """Refuses a request that can never be served.
+
+  Args:
+    prompt: Its token ids.
+    sampling: How to choose its tokens.
+    instance: The owner that the caller asked for; None leaves it open.
+    config: Sizes and rules of the group.
+    vocab_size: V of the model.
+
+  Raises:
+    RequestError: If an argument is wrong.
+    CapacityError: If the prompt is larger than all reachable memory.
+  """
+  if not prompt:
+    raise RequestError("prompt must have at least one token; got none.")
+  for token in (min(prompt), max(prompt)):
+    if not 0 <= token < vocab_size:
+      raise RequestError(
+        f"prompt token ids must be in [0, {vocab_size}); got {token}."
+      )
+  if instance is not None and not 0 <= instance < config.num_instances:
+    raise RequestError(
+      f"instance must be in [0, {config.num_instances}); got {instance}."
+    )
+  if (sampling.logprobs or 0) > config.max_logprobs:
+    raise RequestError(
+      f"logprobs must be at most max_logprobs = {config.max_logprobs}; got"
+      f" {sampling.logprobs}."
+    )
+  available = reachable_tokens(config)
+  if len(prompt) + 1 > available:
+    raise CapacityError(
+      f"The prompt needs room for {len(prompt) + 1} tokens (one of them for the"
+      f" answer), but all reachable rBlocks hold {available}:"
+      f" {config.num_instances} instance(s) of"
+      f" {config.cache.capacity_tokens} tokens, policy"
+      f" {config.lending.policy!r}."
+    )
+
+
+def derived_seed(seed: int, uid: RequestUid) -> int:
+  """Seed of a request that brings none: differs by request, not by run."""
+  return (seed * 0x9E3779B1 + uid * 0x85EBCA77) % 2**32

@@ -1,0 +1,420 @@
+"""The engine of a lending group: requests in, tokens out."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import logging
+
+from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.transport.in_process import InProcessTransport
+from infinite_llm.engine.admission import (
+  check_request,
+  derived_seed,
+  reachable_tokens,
+)
+from infinite_llm.engine.lending_group import LendingGroup
+from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.engine.programs import StepOutput
+from infinite_llm.engine.sampler import (
+  PendingSample,
+  Sampler,
+  SampleRow,
+  fetch,
+)
+from infinite_llm.engine.step_batch import RowInput
+from infinite_llm.engine.stream import OutputStream
+from infinite_llm.errors import CapacityError, RequestError
+from infinite_llm.models.hf_loader import LoadedModel
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.batching import Batcher, Row
+from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.types import InstanceId, PoolCounts, RequestUid
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Running:
+  """What the engine keeps of a request beside the scheduler's part."""
+
+  request: Request
+  instance: InstanceId
+  seed: int
+  stream: OutputStream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Launched:
+  """Rows of one instance in one program, and their tokens to come."""
+
+  instance: InstanceId
+  rows: Sequence[Row]
+  pending: PendingSample
+
+
+class Engine:
+  """Serves one model on the instances of one lending group.
+
+  A step plans every instance on its own, launches local programs for requests
+  whose rBlocks are all at home and group programs for the others, and commits
+  the rows that were proved.
+
+  Attributes:
+    config: Sizes and rules.
+    runner: The devices.
+    group: Managers and data plane.
+    batchers: Continuous batching of each instance.
+  """
+
+  def __init__(
+    self,
+    model: LoadedModel,
+    config: EngineConfig,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    transport: InProcessTransport | None = None,
+    attention: str | None = None,
+  ):
+    """Builds pools and managers around a loaded model; compiles nothing.
+
+    Args:
+      model: Parameters on a mesh of `config.num_instances` rows.
+      config: Sizes and rules.
+      clock: Monotonic seconds, for resends, heartbeats and stalls.
+      transport: Carries the managers' messages; None makes one.
+      attention: Name of the micro-attention; None picks.
+    """
+    self.config = config
+    self._model = model
+    self._clock = clock
+    mesh = jax.tree.leaves(model.state)[0].sharding.mesh
+    self.runner = ModelRunner(model, mesh, config, attention=attention)
+    self.group = LendingGroup(
+      config, self.runner, clock, transport or InProcessTransport()
+    )
+    self.batchers = [
+      Batcher(manager, config.scheduler, config.cache.block_size)
+      for manager in self.group.managers
+    ]
+    self._samplers = [
+      Sampler(
+        instance,
+        row,
+        self.runner.programs,
+        vocab_size=model.config.vocab_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_logprobs=config.max_logprobs,
+      )
+      for instance, row in enumerate(self.runner.row_meshes)
+    ]
+    self._uids = itertools.count(1)
+    self._running: dict[RequestUid, _Running] = {}
+    self._uid_of: dict[str, RequestUid] = {}
+    self._finished: list[RequestOutput] = []
+    self._last_progress_s = clock()
+
+  @property
+  def capacity_tokens(self) -> int:
+    """Most tokens that one request can have, over all instances."""
+    return reachable_tokens(self.config)
+
+  def warm_up(
+    self, progress: Callable[[str, int, int], None] | None = None
+  ) -> None:
+    """Compiles every program that the configuration can need.
+
+    Blocks the host.
+
+    Args:
+      progress: Called with what comes next, how many are done, how many there
+        are.
+    """
+    self.runner.warm_up(progress, self._warm_up_sampler)
+
+  def add_request(
+    self,
+    prompt_token_ids: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    request_id: str | None = None,
+    instance: InstanceId | None = None,
+  ) -> str:
+    """Takes a request.
+
+    Args:
+      prompt_token_ids: Its prompt, at least one token.
+      sampling: How to choose its tokens.
+      request_id: Its name, unique among unfinished requests; None makes one.
+      instance: Which instance owns it; None takes the least loaded one.
+
+    Returns:
+      The request's name.
+
+    Raises:
+      RequestError: If an argument is wrong; nothing else is disturbed.
+      CapacityError: If the prompt can never fit.
+    """
+    uid = next(self._uids)
+    request_id = request_id or f"request-{uid}"
+    prompt = tuple(prompt_token_ids)
+    if request_id in self._uid_of:
+      raise RequestError(
+        f"request_id must be unique among unfinished requests; got"
+        f" {request_id!r} again."
+      )
+    check_request(
+      prompt, sampling, instance, self.config, self._model.config.vocab_size
+    )
+    if instance is None:
+      instance = self._least_loaded()
+    request = Request(
+      uid=uid,
+      request_id=request_id,
+      prompt_token_ids=prompt,
+      sampling=sampling,
+      arrival=uid,
+      max_total_tokens=min(
+        len(prompt) + sampling.max_tokens, self.capacity_tokens
+      ),
+    )
+    seed = sampling.seed
+    self._running[uid] = _Running(
+      request=request,
+      instance=instance,
+      seed=derived_seed(self.config.seed, uid) if seed is None else seed,
+      stream=OutputStream(
+        request, self._model.tokenizer, self._model.generation, instance
+      ),
+    )
+    self._uid_of[request_id] = uid
+    self.batchers[instance].add(request)
+    return request_id
+
+  def abort(self, request_id: str) -> None:
+    """Ends a request early; its rBlocks are given back.
+
+    Args:
+      request_id: Its name. One that is already finished is left alone.
+    """
+    uid = self._uid_of.get(request_id)
+    if uid is not None:
+      self.batchers[self._running[uid].instance].abort(uid)
+      self._close(uid, "abort", None)
+
+  def has_unfinished(self) -> bool:
+    """Whether any request has not ended."""
+    return bool(self._running) or bool(self._finished)
+
+  def settle(self) -> bool:
+    """Lets the managers finish what they are about; `step` begins with it.
+
+    Returns:
+      Whether anything happened.
+    """
+    return self.group.settle(self._proved_tokens)
+
+  def step(self) -> list[RequestOutput]:
+    """Advances every instance by one step.
+
+    Returns:
+      Outputs of the requests that got a token or ended.
+    """
+    happened = self.settle()
+    plans = [batcher.plan() for batcher in self.batchers]
+    launched = []
+    for instance, plan in enumerate(plans):
+      for rows, is_prefill in (
+        (plan.local_decode, False),
+        (plan.local_prefill, True),
+      ):
+        if rows:
+          inputs = [self._row_input(row) for row in rows]
+          output = self.runner.local_step(
+            instance, inputs, is_prefill=is_prefill
+          )
+          launched.append(self._sample(instance, rows, output))
+    launched += self._group_step(
+      [plan.group_decode for plan in plans], is_prefill=False
+    )
+    launched += self._group_step(
+      [plan.group_prefill for plan in plans], is_prefill=True
+    )
+    for step in launched:
+      self._commit(step)
+    self._take_failed()
+    if happened or launched or not self._running:
+      self._last_progress_s = self._clock()
+    else:
+      self._break_stall()
+    outputs, self._finished = self._finished, []
+    return outputs
+
+  def progress(self, request_id: str) -> tuple[int, int]:
+    """How far the prompt of a request is computed.
+
+    Returns:
+      `(computed, total)` prompt tokens; all of them once it is finished.
+    """
+    uid = self._uid_of.get(request_id)
+    if uid is None:
+      return 1, 1
+    request = self._running[uid].request
+    total = len(request.prompt_token_ids)
+    return min(request.num_computed_tokens, total), total
+
+  def pool_counts(self) -> list[PoolCounts]:
+    """How the rBlocks of each instance are used."""
+    return [manager.counts() for manager in self.group.managers]
+
+  def _group_step(
+    self, rows: Sequence[Sequence[Row]], *, is_prefill: bool
+  ) -> list[_Launched]:
+    if not any(rows):
+      return []
+    self.group.upload_tables()
+    slots = self.group.slots(
+      [{row.uid: b for b, row in enumerate(mine)} for mine in rows]
+    )
+    outputs = self.runner.group_step(
+      [[self._row_input(row) for row in mine] for mine in rows],
+      slots,
+      is_prefill=is_prefill,
+    )
+    return [
+      self._sample(instance, mine, outputs[instance])
+      for instance, mine in enumerate(rows)
+      if mine
+    ]
+
+  def _row_input(self, row: Row) -> RowInput:
+    running = self._running[row.uid]
+    manager = self.group.managers[running.instance]
+    return RowInput(
+      token_ids=running.request.tokens(row.start, row.start + row.num_tokens),
+      start=row.start,
+      table=manager.table(row.uid),
+    )
+
+  def _sample(
+    self, instance: InstanceId, rows: Sequence[Row], output: StepOutput
+  ) -> _Launched:
+    wanted = []
+    for b, row in enumerate(rows):
+      if row.samples:
+        running = self._running[row.uid]
+        request = running.request
+        wanted.append(
+          SampleRow(
+            row=b,
+            uid=row.uid,
+            sampling=request.sampling,
+            seed=running.seed,
+            position=request.num_tokens,
+            token_ids=request.tokens(0, request.num_tokens)
+            if request.sampling.repetition_penalty != 1
+            else (),
+          )
+        )
+    pending = self._samplers[instance].sample(output, wanted)
+    return _Launched(instance=instance, rows=rows, pending=pending)
+
+  def _commit(self, launched: _Launched) -> None:
+    """Advances the proved rows of a step, and only those."""
+    batcher = self.batchers[launched.instance]
+    result = fetch(launched.pending)
+    for b, row in enumerate(launched.rows):
+      if row.uid not in self._running:
+        continue
+      if not result["proved"][b]:
+        logging.warning(
+          "Request %s: what its step read is not what it demanded; trying"
+          " again.",
+          self._running[row.uid].request.request_id,
+        )
+        self._samplers[launched.instance].forget(row.uid)
+        batcher.row_failed(row)
+        continue
+      batcher.advance(row)
+      if row.samples:
+        self._append(row.uid, {name: x[b] for name, x in result.items()})
+
+  def _append(self, uid: RequestUid, sampled) -> None:
+    running = self._running[uid]
+    reason = running.stream.push(sampled)
+    if reason is None:
+      self._finished.append(running.stream.output(None))
+      return
+    status = (
+      RequestStatus.FINISHED_LENGTH
+      if reason == "length"
+      else RequestStatus.FINISHED_STOPPED
+    )
+    self.batchers[running.instance].finish(uid, status)
+    self._close(uid, reason, None)
+
+  def _close(
+    self, uid: RequestUid, reason: str, error: Exception | None
+  ) -> None:
+    running = self._running.pop(uid)
+    del self._uid_of[running.request.request_id]
+    self._samplers[running.instance].forget(uid)
+    self._finished.append(running.stream.output(reason, error))
+
+  def _take_failed(self) -> None:
+    """Reports requests that the scheduler gave up."""
+    failed = [
+      uid
+      for uid, running in self._running.items()
+      if running.request.status is RequestStatus.FAILED
+    ]
+    for uid in failed:
+      self._close(uid, "error", self._running[uid].request.error)
+
+  def _break_stall(self) -> None:
+    """Makes room when nothing can go on and no message is awaited.
+
+    Requests of several instances may wait for each other's rBlocks. The
+    youngest running one gives its own up and is computed again later, so the
+    oldest always gets through.
+    """
+    lending = self.config.lending
+    patience_s = 3 * max(lending.resend_after_s, lending.heartbeat_every_s)
+    if self._clock() - self._last_progress_s < patience_s:
+      return
+    self._last_progress_s = self._clock()
+    running = [
+      running
+      for running in self._running.values()
+      if running.request.status is RequestStatus.RUNNING
+    ]
+    if len(running) > 1:
+      youngest = max(running, key=lambda r: r.request.arrival)
+      logging.warning(
+        "All requests wait for rBlocks; %s gives its own up.",
+        youngest.request.request_id,
+      )
+      self.batchers[youngest.instance].preempt(youngest.request.uid)
+      return
+    stuck = min(self._running.values(), key=lambda r: r.request.arrival)
+    error = CapacityError(
+      f"Request {stuck.request.request_id} needs room for"
+      f" {stuck.request.num_tokens + 1} tokens, which nobody gives up:"
+      f" {self.pool_counts()}."
+    )
+    self.batchers[stuck.instance].fail(stuck.request.uid, error)
+    self._take_failed()
+
+  def _proved_tokens(self, uid: RequestUid) -> int:
+    return self._running[uid].request.num_computed_tokens
+
+  def _least_loaded(self) -> InstanceId:
+    """The instance whose requests have the fewest tokens; first of equals."""
+    load = [0] * len(self.batchers)
+    for running in self._running.values():
+      load[running.instance] += running.request.num_tokens
+    return load.index(min(load))
+
+  def _warm_up_sampler(self, instance: InstanceId, output: StepOutput) -> None:
+    self._samplers[instance].warm_up(output)

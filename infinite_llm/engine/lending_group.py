@@ -1,0 +1,215 @@
+"""Joins the managers of a lending group to its devices.
+
+Managers decide and keep books; this module carries their messages, turns their
+effects into programs, and tells them what the devices proved.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+
+from infinite_llm.attention.dist_attention import HostedTables, SpillSlots
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.transport.in_process import InProcessTransport
+from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
+from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.gmanager import GManager
+from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.rmanager import (
+  GrantEpochs,
+  Move,
+  MoveBlocks,
+  RManager,
+)
+from infinite_llm.types import RequestUid
+
+_MAX_ROUNDS = 1000
+
+
+class LendingGroup:
+  """Managers, transport and data plane of the instances of one JAX job.
+
+  Attributes:
+    managers: rManager of each instance.
+    transport: Carries their messages.
+    num_blocks_moved: rBlocks sent between instances so far.
+  """
+
+  def __init__(
+    self,
+    config: EngineConfig,
+    runner: ModelRunner,
+    clock: Callable[[], float],
+    transport: InProcessTransport,
+  ):
+    """Registers all managers with the transport.
+
+    Args:
+      config: Sizes and rules.
+      runner: The devices.
+      clock: Monotonic seconds, for resends and heartbeats.
+      transport: Carries messages; nobody else uses it.
+    """
+    self._config = config
+    self._runner = runner
+    self.transport = transport
+    self.managers = [
+      RManager(
+        instance=instance,
+        num_instances=config.num_instances,
+        pool=BlockPool(instance, config.cache.num_blocks),
+        block_size=config.cache.block_size,
+        lending=config.lending,
+        clock=clock,
+      )
+      for instance in range(config.num_instances)
+    ]
+    self._gmanager = GManager(config.lending.policy)
+    for instance, manager in enumerate(self.managers):
+      transport.register(instance, manager.on_message)
+    transport.register(GMANAGER, self._gmanager.on_message)
+    self._uploaded = [manager.hosted.generation for manager in self.managers]
+    self._moves: collections.deque[Move] = collections.deque()
+    self.num_blocks_moved = 0
+
+  def settle(self, proved_tokens: Callable[[RequestUid], int]) -> bool:
+    """Exchanges messages, moves rBlocks and checks them until all is quiet.
+
+    Args:
+      proved_tokens: How many tokens of a request are computed and proved.
+
+    Returns:
+      Whether anything happened.
+    """
+    for manager in self.managers:
+      manager.tick()
+    for round_number in range(_MAX_ROUNDS):
+      busy = self._carry_messages()
+      busy |= self._apply_effects()
+      busy |= self._exchange()
+      busy |= self._verify(proved_tokens)
+      if not busy:
+        return round_number > 0
+    raise InvariantError(
+      f"The managers did not come to rest within {_MAX_ROUNDS} rounds."
+    )
+
+  def slots(self, rows: Sequence[Mapping[RequestUid, int]]) -> list[SpillSlots]:
+    """Names the spill slots of a group program.
+
+    Args:
+      rows: For each instance, the step's row of each of its requests with
+        rBlocks elsewhere.
+
+    Returns:
+      Spill slots of each instance.
+    """
+    return [
+      self._slots(manager, mine)
+      for manager, mine in zip(self.managers, rows, strict=True)
+    ]
+
+  def upload_tables(self) -> None:
+    """Installs hosted tables that changed since they were last installed."""
+    for instance, manager in enumerate(self.managers):
+      if self._uploaded[instance] != manager.hosted.generation:
+        self._uploaded[instance] = manager.hosted.generation
+        arrays = manager.hosted.arrays(
+          self._config.num_instances,
+          self._config.lending.spill_slots,
+          self._config.cache.num_blocks,
+        )
+        self._runner.set_hosted(instance, HostedTables(**arrays))
+
+  def _slots(
+    self, manager: RManager, rows: Mapping[RequestUid, int]
+  ) -> SpillSlots:
+    slots = empty_slots(
+      self._config.num_instances, self._config.lending.spill_slots
+    )
+    for uid, row in rows.items():
+      spill = manager.spill(uid)
+      if spill is None:
+        continue
+      slots.rows[spill.slot] = row
+      slots.epoch[spill.slot] = spill.slot_epoch
+      for holder, version in spill.versions.items():
+        slots.versions[spill.slot, holder] = version
+    return slots
+
+  def _carry_messages(self) -> bool:
+    for sender in (*self.managers, self._gmanager):
+      for envelope in sender.drain_messages():
+        self.transport.send(envelope)
+    return self.transport.deliver() > 0
+
+  def _apply_effects(self) -> bool:
+    happened = False
+    for instance, manager in enumerate(self.managers):
+      for effect in manager.drain_effects():
+        happened = True
+        match effect:
+          case GrantEpochs(block_ids=block_ids, epochs=epochs):
+            self._runner.grant_epochs(
+              instance, dict(zip(block_ids, epochs, strict=True))
+            )
+          case MoveBlocks(moves=moves):
+            self._moves.extend(moves)
+    return happened
+
+  def _exchange(self) -> bool:
+    """Runs one exchange program with as many waiting moves as it takes."""
+    if not self._moves:
+      return False
+    payloads, waiting = fill_payloads(
+      self._moves,
+      self._config.num_instances,
+      self._config.lending.exchange_blocks,
+    )
+    held = set(waiting)
+    sent = [move for move in self._moves if move not in held]
+    self._moves = collections.deque(waiting)
+    self._runner.exchange(payloads)
+    self.num_blocks_moved += len(sent)
+    for instance, manager in enumerate(self.managers):
+      mine = tuple(move for move in sent if move.src_instance == instance)
+      if mine:
+        manager.on_exchanged(mine)
+    return True
+
+  def _verify(self, proved_tokens: Callable[[RequestUid], int]) -> bool:
+    """Has the devices prove moved rBlocks, so that old copies can go."""
+    uids = [manager.unverified() for manager in self.managers]
+    if not any(uids):
+      return False
+    self.upload_tables()
+    block_size = self._config.cache.block_size
+    tables = []
+    slots = []
+    for manager, mine in zip(self.managers, uids, strict=True):
+      checks = []
+      rows = {}
+      for uid in mine:
+        slot = _slot(manager, uid)
+        rows[uid] = slot
+        # Full rBlocks only: a step that failed may have filled the last one
+        # further than the books say.
+        tokens = proved_tokens(uid) // block_size * block_size
+        checks.append((slot, manager.table(uid), tokens))
+      tables.append(checks)
+      slots.append(self._slots(manager, rows))
+    proved = self._runner.verify(tables, slots)
+    for instance, mine in enumerate(uids):
+      manager = self.managers[instance]
+      for uid in mine:
+        is_proved = bool(proved[instance, _slot(manager, uid)])
+        manager.on_verified(uid, is_proved)
+    return True
+
+
+def _slot(manager: RManager, uid: RequestUid) -> int:
+  spill = manager.spill(uid)
+  if spill is None:
+    raise InvariantError(f"Request {uid} has moved rBlocks but no spill slot.")
+  return spill.slot
