@@ -5,6 +5,7 @@ the project only these dataclasses travel.
 """
 
 import dataclasses
+import difflib
 import itertools
 
 from infinite_llm.errors import ConfigError
@@ -191,3 +192,41 @@ class EngineConfig:
       "in [0, 20]",
       self.max_logprobs,
     )
+
+
+_PARTS: dict[str, type] = {
+  "cache": CacheConfig,
+  "lending": LendingConfig,
+  "scheduler": SchedulerConfig,
+}
+
+
+def engine_config(**options: object) -> EngineConfig:
+  """Builds an `EngineConfig` from flat options, whatever part they belong to.
+
+  Args:
+    **options: Fields of `EngineConfig`, `CacheConfig`, `LendingConfig` and
+      `SchedulerConfig`, by name.
+
+  Returns:
+    The validated configuration.
+
+  Raises:
+    ConfigError: If an option does not exist, with the nearest that does, or
+      if a value breaks its rule.
+  """
+  owner_of = {
+    field.name: part
+    for part, owner in (*_PARTS.items(), ("", EngineConfig))
+    for field in dataclasses.fields(owner)
+    if field.name not in _PARTS
+  }
+  values: dict[str, dict[str, object]] = {part: {} for part in ("", *_PARTS)}
+  for name, value in options.items():
+    if name not in owner_of:
+      near = difflib.get_close_matches(name, owner_of, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else "."
+      raise ConfigError(f"There is no option {name!r}{hint}")
+    values[owner_of[name]][name] = value
+  parts = {part: owner(**values[part]) for part, owner in _PARTS.items()}
+  return EngineConfig(**values[""], **parts)  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,7 @@
 """Which requests can be served at all. Pure functions of the configuration."""
 
+from collections.abc import Sequence
+
 from infinite_llm.config import EngineConfig
 from infinite_llm.errors import CapacityError, RequestError
 from infinite_llm.sampling_params import SamplingParams
@@ -20,7 +22,7 @@ def reachable_tokens(config: EngineConfig) -> int:
 
 
 def check_request(
-  prompt: tuple[int, ...],
+  prompt: Sequence[int],
   sampling: SamplingParams,
   instance: InstanceId | None,
   config: EngineConfig,
@@ -39,7 +41,7 @@ def check_request(
     RequestError: If an argument is wrong.
     CapacityError: If the prompt is larger than all reachable memory.
   """
-  if not prompt:
+  if len(prompt) == 0:
     raise RequestError("prompt must have at least one token; got none.")
   for token in (min(prompt), max(prompt)):
     if not 0 <= token < vocab_size:

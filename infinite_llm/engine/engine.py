@@ -164,9 +164,7 @@ class Engine:
         f"request_id must be unique among unfinished requests; got"
         f" {request_id!r} again."
       )
-    check_request(
-      prompt, sampling, instance, self.config, self._model.config.vocab_size
-    )
+    self.check(prompt, sampling, instance=instance)
     if instance is None:
       instance = self._least_loaded()
     request = Request(
@@ -191,6 +189,27 @@ class Engine:
     self._uid_of[request_id] = uid
     self.batchers[instance].add(request)
     return request_id
+
+  def check(
+    self,
+    prompt_token_ids: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    instance: InstanceId | None = None,
+  ) -> None:
+    """Refuses what `add_request` would refuse, and changes nothing.
+
+    Raises:
+      RequestError: If an argument is wrong.
+      CapacityError: If the prompt can never fit.
+    """
+    check_request(
+      prompt_token_ids,
+      sampling,
+      instance,
+      self.config,
+      self._model.config.vocab_size,
+    )
 
   def abort(self, request_id: str) -> None:
     """Ends a request early; its rBlocks are given back.
