@@ -165,8 +165,8 @@ def _check_options(
 
 def _require_positive_int(name: str, value: object) -> None:
   require(
-    isinstance(value, numbers.Integral) and value >= 1,
+    isinstance(value, numbers.Integral) and 1 <= value < 2**31,
     name,
-    "a Python int of at least 1",
+    "a Python int in [1, 2**31)",
     value,
   )

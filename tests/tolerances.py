@@ -1,0 +1,75 @@
+"""The one table of tolerances, by dtype, and how errors are measured.
+
+No test loosens an entry: a test that needs another figure needs another row.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tolerance:
+  """What a result may differ by, where inputs have a given dtype.
+
+  Attributes:
+    attention: `relative_error` of an attention output against float64.
+    lse: `lse_error` of a log-sum-exp against float64.
+    logits: Largest absolute difference of two models' logits.
+    greedy_tie: Two greedy continuations may part where the oracle's two best
+      logits are closer than this.
+  """
+
+  attention: float
+  lse: float
+  logits: float
+  greedy_tie: float
+
+
+TOLERANCES = {
+  "float32": Tolerance(attention=2e-6, lse=2e-6, logits=1e-4, greedy_tie=2e-4),
+  # Inputs are rounded before both sides see them. What is left is a kernel's
+  # own rounding of its weights: 2**-9 for bfloat16, 2**-12 for float16.
+  "bfloat16": Tolerance(attention=4e-3, lse=1e-4, logits=6e-2, greedy_tie=0.12),
+  "float16": Tolerance(attention=5e-4, lse=1e-4, logits=8e-3, greedy_tie=16e-3),
+}
+
+
+def tolerance(dtype: object) -> Tolerance:
+  """Looks a dtype up.
+
+  Args:
+    dtype: A dtype, or its name.
+
+  Returns:
+    Its row of the table.
+  """
+  return TOLERANCES[jnp.dtype(dtype).name]
+
+
+def relative_error(out: object, ref: object) -> float:
+  """`||out - ref|| / ||ref||` in float64; `||out||` where `ref` is 0."""
+  out, ref = np.asarray(out, np.float64), np.asarray(ref, np.float64)
+  norm = np.linalg.norm(ref)
+  return float(np.linalg.norm(out - ref) / (norm if norm > 0 else 1.0))
+
+
+def lse_error(lse: object, ref: object) -> float:
+  """Largest error of log-sum-exps, relative where they are large.
+
+  Args:
+    lse: `[...]`. The result.
+    ref: `[...]`. What it should be.
+
+  Returns:
+    The largest `|lse - ref| / max(1, |ref|)`; infinite if not exactly the same
+    ones are -inf, or one is NaN.
+  """
+  lse, ref = np.asarray(lse, np.float64), np.asarray(ref, np.float64)
+  is_empty = np.isneginf(ref)
+  if np.isnan(lse).any() or (np.isneginf(lse) != is_empty).any():
+    return float("inf")
+  lse, ref = lse[~is_empty], ref[~is_empty]
+  errors = np.abs(lse - ref) / np.maximum(1.0, np.abs(ref))
+  return float(errors.max(initial=0.0))
