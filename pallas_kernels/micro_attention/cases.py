@@ -18,6 +18,7 @@ from pallas_kernels.pool_layout import NULL_BLOCK_ID
 
 _LAYER = 1  # Of two: neither the first nor alone, so that indexing shows.
 _UNOWNED_ENTRIES = 2  # Between rows, and at the end; they point at NaN.
+_BUCKET = 64  # Tables and pool are padded to multiples, to compile less often.
 
 
 class Inputs(NamedTuple):
@@ -109,7 +110,7 @@ class Case:
     rng = np.random.default_rng(seed)
     cu_seqlens, q_positions = self._queries()
     tables = self._tables(rng)
-    num_blocks = int(tables.block_ids.max()) + 1
+    num_blocks = _round_up(int(tables.block_ids.max()) + 1)
     shape = (self.num_kv_heads, self.block_size, self.head_dim)
     pool = np.full((num_blocks, 2, 2, *shape), np.nan, np.float32)
     for row, (start, count) in enumerate(
@@ -167,6 +168,9 @@ class Case:
       entries += [(nan_id, self.first_block)] * _UNOWNED_ENTRIES
       block_ids += [block for block, _ in entries]
       logical_ids += [logical for _, logical in entries]
+    padding = _round_up(len(block_ids)) - len(block_ids)
+    block_ids += [nan_id] * padding
+    logical_ids += [self.first_block] * padding
     return BlockTables(
       *(
         np.asarray(x, np.int32)
@@ -210,6 +214,10 @@ def hold(tables: BlockTables, is_held: np.ndarray) -> BlockTables:
   )
 
 
+def _round_up(count: int) -> int:
+  return -(-count // _BUCKET) * _BUCKET
+
+
 _RAGGED = {
   "query_lens": (1, 7, 0, 33, 1, 20),
   "kv_lens": (50, 7, 0, 120, 1, 200),
@@ -239,10 +247,21 @@ CASES = (
   ),
   Case(name="decode_huge_logits", **_DECODE, query_std=1e6),
   Case(name="decode_tiny_logits", **_DECODE, query_std=1e-6),
-  Case(name="decode_mha", **_DECODE, num_kv_heads=4),
-  Case(name="decode_mqa", **_DECODE, num_q_heads=16, num_kv_heads=1),
-  Case(name="decode_bf16", **_DECODE, dtype="bfloat16", head_dim=128),
-  Case(name="decode_f16", **_DECODE, dtype="float16", head_dim=64),
+  Case(
+    name="decode_mha_bf16",
+    **_DECODE,
+    num_kv_heads=4,
+    head_dim=128,
+    dtype="bfloat16",
+  ),
+  Case(
+    name="decode_mqa_f16",
+    **_DECODE,
+    num_q_heads=16,
+    num_kv_heads=1,
+    head_dim=64,
+    dtype="float16",
+  ),
   Case(name="decode_block_8", **_DECODE, block_size=8, head_dim=16),
   Case(name="decode_block_24", **_DECODE, block_size=24),
   Case(name="decode_block_256", **_DECODE, block_size=256, head_dim=256),
@@ -271,10 +290,21 @@ CASES = (
   Case(name="prefill_far", **_RAGGED, first_block=65_536, sliding_window=90),
   Case(name="prefill_huge_logits", **_RAGGED, query_std=1e6),
   Case(name="prefill_tiny_logits", **_RAGGED, query_std=1e-6),
-  Case(name="prefill_mha", **_RAGGED, num_kv_heads=4),
-  Case(name="prefill_mqa", **_RAGGED, num_q_heads=16, num_kv_heads=1),
-  Case(name="prefill_bf16", **_RAGGED, dtype="bfloat16", head_dim=128),
-  Case(name="prefill_f16", **_RAGGED, dtype="float16", head_dim=64),
+  Case(
+    name="prefill_mha_bf16",
+    **_RAGGED,
+    num_kv_heads=4,
+    head_dim=128,
+    dtype="bfloat16",
+  ),
+  Case(
+    name="prefill_mqa_f16",
+    **_RAGGED,
+    num_q_heads=16,
+    num_kv_heads=1,
+    head_dim=64,
+    dtype="float16",
+  ),
   Case(name="prefill_block_8", **_RAGGED, block_size=8, head_dim=16),
   Case(name="prefill_block_256", **_RAGGED, block_size=256, head_dim=256),
 )

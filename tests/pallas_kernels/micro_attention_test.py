@@ -24,6 +24,7 @@ from pallas_kernels.micro_attention.api import (
   micro_attention,
 )
 from pallas_kernels.micro_attention.cases import CASES, Case, hold
+from pallas_kernels.pool_layout import NULL_BLOCK_ID
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _CASES = {case.name: case for case in CASES}
@@ -36,17 +37,62 @@ def _inputs(case: Case):
 
 @functools.cache
 def _expected(case: Case) -> AttentionState:
-  """The reference in float64, of the inputs as rounded to their dtype."""
-  inputs = jax.tree.map(np.asarray, _inputs(case))
-  with jax.enable_x64(True):
-    inputs = inputs._replace(
-      q=jnp.asarray(inputs.q, jnp.float64),
-      kv_pool=jnp.asarray(inputs.kv_pool, jnp.float64),
+  """Float64 attention, one query after another, token by token."""
+  q, cu_seqlens, q_positions, kv_pool, layer, tables = jax.tree.map(
+    np.asarray, _inputs(case)
+  )
+  block_size, group = case.block_size, case.num_q_heads // case.num_kv_heads
+  window = case.sliding_window or np.inf
+  out = np.zeros(q.shape)
+  lse = np.full(q.shape[:2], -np.inf)
+  for row, (start, count) in enumerate(
+    zip(tables.starts, tables.counts, strict=True)
+  ):
+    entries = [
+      (block_id, logical_id)
+      for block_id, logical_id in zip(
+        tables.block_ids[start : start + count],
+        tables.logical_ids[start : start + count],
+        strict=True,
+      )
+      if block_id != NULL_BLOCK_ID
+    ]
+    if not entries:
+      continue
+    kv = np.concatenate([kv_pool[b, layer] for b, _ in entries], axis=2)
+    kv = np.repeat(kv.astype(np.float64), group, axis=1)  # [2, H, S, D]
+    positions = np.concatenate(
+      [i * block_size + np.arange(block_size) for _, i in entries]
     )
-    state = jax.jit(
-      functools.partial(reference.micro_attention, **case.options)
-    )(*inputs)
-    return jax.tree.map(np.asarray, state)
+    for t in range(cu_seqlens[row], cu_seqlens[row + 1]):
+      behind = q_positions[t] - positions
+      seen = (behind >= 0) & (behind < window)
+      if not seen.any():
+        continue
+      k, v = kv[:, :, seen]
+      logits = np.einsum("hd,hsd->hs", q[t].astype(np.float64), k)
+      logits *= case.options["scale"]
+      if case.logit_soft_cap is not None:
+        logits = case.logit_soft_cap * np.tanh(logits / case.logit_soft_cap)
+      lse[t] = np.logaddexp.reduce(logits, axis=1)
+      weights = np.exp(logits - lse[t][:, None])
+      out[t] = np.einsum("hs,hsd->hd", weights, v)
+  return AttentionState(out=out, lse=lse)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "scale",
+    "max_query_tokens",
+    "sliding_window",
+    "logit_soft_cap",
+    "implementation",
+  ),
+)
+def _call(*inputs, **options) -> AttentionState:
+  """One function, so that cases of the same shapes share a program."""
+  return micro_attention(*inputs, **options)
 
 
 def _assert_close(case: Case, state: AttentionState):
@@ -65,8 +111,20 @@ def test_case_names_are_unique():
 @pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case, name):
-  call = functools.partial(micro_attention, implementation=name, **case.options)
-  _assert_close(case, jax.jit(call)(*_inputs(case)))
+  _assert_close(
+    case, _call(*_inputs(case), implementation=name, **case.options)
+  )
+
+
+def test_the_reference_computes_in_float64_if_asked():
+  case = _CASES["prefill_ragged"]
+  inputs = jax.tree.map(np.asarray, _inputs(case))
+  with jax.enable_x64(True):
+    q = jnp.asarray(inputs.q, jnp.float64)
+    state = reference.micro_attention(*inputs._replace(q=q), **case.options)
+    assert state.out.dtype == state.lse.dtype == jnp.float64
+    assert relative_error(state.out, _expected(case).out) < 1e-14
+    assert lse_error(state.lse, _expected(case).lse) < 1e-14
 
 
 def test_huge_logits_leave_one_token():
@@ -90,9 +148,7 @@ def test_layer_may_be_an_int(case_name, name):
 def test_a_larger_bound_on_query_tokens_changes_nothing(name):
   case = _CASES["decode_ragged"]
   options = case.options | {"max_query_tokens": 16}
-  _assert_close(
-    case, micro_attention(*_inputs(case), implementation=name, **options)
-  )
+  _assert_close(case, _call(*_inputs(case), implementation=name, **options))
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
@@ -139,21 +195,17 @@ def test_any_split_over_holders_merges_to_the_whole(data, case_name, name):
       )
     )
   )
-  call = _jitted(case, name)
   states = [
-    call(*inputs._replace(tables=hold(inputs.tables, holders == holder)))
+    _call(
+      *inputs._replace(tables=hold(inputs.tables, holders == holder)),
+      implementation=name,
+      **case.options,
+    )
     for holder in range(num_holders)
   ]
   _assert_close(case, functools.reduce(merge, states))
   _assert_close(
     case, merge_many(jax.tree.map(lambda *x: jnp.stack(x), *states))
-  )
-
-
-@functools.cache
-def _jitted(case: Case, name: str):
-  return jax.jit(
-    functools.partial(micro_attention, implementation=name, **case.options)
   )
 
 
@@ -336,6 +388,6 @@ def test_float64_is_left_to_the_reference():
   with jax.enable_x64(True):
     inputs = _inputs(case)
     inputs = inputs._replace(q=inputs.q.astype(jnp.float64))
-    assert micro_attention(*inputs, **case.options).out.dtype == jnp.float64
+    assert _call(*inputs, **case.options).out.dtype == jnp.float64
     with pytest.raises(NotImplementedError, match="q: accumulates in float32"):
       micro_attention(*inputs, implementation="xla", **case.options)
