@@ -13,7 +13,7 @@ without the rBlock that holds it, the answer is wrong. No training is involved,
 so this is the checkpoint that shows the system at work, in an ordinary Hugging
 Face folder.
 
-Construction (2 layers, 2 query heads of 64 dimensions, no MLP):
+Construction (2 layers, 2 query heads of 64 dimensions, an idle MLP):
 
 - *Codes.* Each token t has a code c(t): a shortest vector of the Leech lattice,
   24 small integers. Inner products are 32 with itself and at most 16 (at least
@@ -69,7 +69,7 @@ NUM_QUERY_HEADS = 2
 ROPE_THETA = 1e32
 CODE_DIM = 24
 
-_MLP_DIM = 16  # All zero; the format wants an MLP.
+_MLP_DIM = 16
 _FORMAT = 1  # Rises when the formula changes, so that old folders are rebuilt.
 _RECIPE = "needle_recipe"  # Key in `config.json` of what a folder was made of.
 _MAX_POSITION = 2**24
@@ -92,6 +92,8 @@ _LAST_MEANING = slice(80, 104)  # m(t_{i-1})
 _SECOND_LAST_MEANING = slice(104, 128)  # m(t_{i-2})
 _OUT = slice(128, 152)  # Code of the token to come.
 _FILL = slice(152, 160)  # Gives END the norm of all other tokens.
+_SPARE = slice(160, 176)  # Always 0, as is _OTHER_SPARE.
+_OTHER_SPARE = slice(176, 192)
 
 # Dimensions of a head: rotary pair i is (i, i + 32).
 _DISTANCE_PAIRS = 8
@@ -301,12 +303,18 @@ def _weights(
       f"{prefix}.self_attn.v_proj.weight": np.tile(v, (num_kv_heads, 1)),
       f"{prefix}.self_attn.o_proj.weight": o,
     }
-    for name, shape in (
-      ("gate_proj", (_MLP_DIM, HIDDEN_DIM)),
-      ("up_proj", (_MLP_DIM, HIDDEN_DIM)),
-      ("down_proj", (HIDDEN_DIM, _MLP_DIM)),
-    ):
-      weights[f"{prefix}.mlp.{name}.weight"] = np.zeros(shape, np.float32)
+    # The format wants an MLP. This one adds nothing, as its input is 0. Zero
+    # weights would do too, but XLA for CPUs (jaxlib 0.11.2) was seen to return
+    # NaN where a fused program had them as constants.
+    gate = np.zeros((_MLP_DIM, HIDDEN_DIM), np.float32)
+    gate[:, _SPARE] = np.eye(_MLP_DIM)
+    down = np.zeros((HIDDEN_DIM, _MLP_DIM), np.float32)
+    down[_OTHER_SPARE] = np.eye(_MLP_DIM)
+    weights |= {
+      f"{prefix}.mlp.gate_proj.weight": gate,
+      f"{prefix}.mlp.up_proj.weight": gate.copy(),
+      f"{prefix}.mlp.down_proj.weight": down,
+    }
     for name in ("input_layernorm", "post_attention_layernorm"):
       weights[f"{prefix}.{name}.weight"] = np.ones(HIDDEN_DIM, np.float32)
   return weights
