@@ -225,12 +225,13 @@ def _hide(
     token_ids += sentences[n]
     marker = tokenizer.token_to_id(needle_tokenizer.definition(names[n]))
     first = start + sentences[n].index(marker) + 1
-    stop = len(token_ids)
+    # Two halves of the key among two phrases, then the next name if any.
+    told = 5 if n + 1 < count else 4
     needles[n] = Needle(
       name=names[n],
       pass_key=keys[n],
-      span=range(start, stop),
-      answer_span=range(first, stop - 1),  # All but the full stop.
+      span=range(start, len(token_ids)),
+      answer_span=range(first, first + told),
       depth=start / num_tokens,
     )
   token_ids += filler[done:].tolist()
