@@ -33,7 +33,7 @@ _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_COMPARE_ROWS = 8192
+_COMPARE_ROWS = 8192  # Of embedding and head at once, to bound memory.
 
 
 def load_hf(
@@ -174,9 +174,10 @@ class _Tensors:
     """
     embedding = self._files[_EMBEDDING].get_slice(_EMBEDDING)
     head = self._files[_HEAD].get_slice(_HEAD)
+    vocab_size, _ = embedding.get_shape()
     self._check_shape(_HEAD, embedding.get_shape())
-    for start in range(0, embedding.get_shape()[0], _COMPARE_ROWS):
-      rows = slice(start, start + _COMPARE_ROWS)
+    for start in range(0, vocab_size, _COMPARE_ROWS):
+      rows = slice(start, min(start + _COMPARE_ROWS, vocab_size))
       if not np.array_equal(embedding[rows], head[rows]):
         raise CheckpointError(
           f"{self._file_names[_HEAD]}: {_HEAD} differs from {_EMBEDDING}, but "
