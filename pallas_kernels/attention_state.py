@@ -6,9 +6,13 @@ attention over any other set: with `w = exp(lse)`,
   merge(a, b) = ((w_a * out_a + w_b * out_b) / (w_a + w_b), log(w_a + w_b))
 
 which is FlashAttention's split-KV rule, and DistAttention's (arXiv 2401.02669,
-section 4.1). It is associative and commutative, and the state of no tokens at
-all, `EMPTY = (0, -inf)`, is its identity, to the bit. So it does not matter how
-a context is cut over instances, nor in which order their answers come.
+section 4.1). It is commutative, and the state of no tokens at all, `EMPTY = (0,
+-inf)`, is its identity, both to the bit; and it is associative. So it does not
+matter how a context is cut over instances, nor in which order answers come.
+
+Associative as far as float32 goes: a merge rounds `lse`, and a weight errs by
+what its `lse` does, `2**-24 * |lse|`. That is nothing for trained models; with
+logits in the thousands it is 1e-4, and past `2**24` the algebra is lost.
 """
 
 from typing import NamedTuple

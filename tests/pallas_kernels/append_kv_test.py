@@ -1,0 +1,126 @@
+"""append_kv writes what it is told to, where it is told to, and no more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.append_kv.api import IMPLEMENTATIONS, append_kv
+from pallas_kernels.pool_layout import NULL_BLOCK_ID
+
+_N, _L, _K, _P, _D = 6, 3, 2, 8, 16
+_LAYER = 1
+_each_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+
+
+def _pool(dtype=jnp.float32) -> jax.Array:
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.standard_normal((_N, _L, 2, _K, _P, _D)), dtype)
+
+
+def _kv(num_tokens: int) -> tuple[jax.Array, jax.Array]:
+  rng = np.random.default_rng(1)
+  return tuple(
+    jnp.asarray(rng.standard_normal((num_tokens, _K, _D)), jnp.float32)
+    for _ in range(2)
+  )
+
+
+def _ints(*values: int) -> jax.Array:
+  return jnp.asarray(values, jnp.int32)
+
+
+def _expected(pool, k, v, block_ids, offsets) -> np.ndarray:
+  expected = np.array(pool)
+  for t, (block, offset) in enumerate(zip(block_ids, offsets, strict=True)):
+    expected[block, _LAYER, 0, :, offset] = k[t].astype(pool.dtype)
+    expected[block, _LAYER, 1, :, offset] = v[t].astype(pool.dtype)
+  return expected
+
+
+@_each_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layer", [_LAYER, jnp.int32(_LAYER)], ids=type)
+def test_tokens_land_in_their_places(layer, dtype, name):
+  pool, (k, v) = _pool(dtype), _kv(4)
+  block_ids, offsets = _ints(5, 5, 2, 1), _ints(6, 7, 0, 3)
+  result = append_kv(pool, layer, k, v, block_ids, offsets, implementation=name)
+  assert result.dtype == pool.dtype
+  expected = _expected(pool, k, v, block_ids, offsets)
+  np.testing.assert_array_equal(np.asarray(result), expected)
+
+
+@_each_implementation
+def test_padding_changes_the_null_block_only(name):
+  pool, (k, v) = _pool(), _kv(5)
+  block_ids = _ints(3, *[NULL_BLOCK_ID] * 4)
+  offsets = _ints(2, 0, 0, 0, 7)
+  result = append_kv(
+    pool, _LAYER, k, v, block_ids, offsets, implementation=name
+  )
+  expected = _expected(pool, k[:1], v[:1], block_ids[:1], offsets[:1])
+  np.testing.assert_array_equal(result[1:], expected[1:])
+
+
+@_each_implementation
+@pytest.mark.parametrize("block_id", [-1, _N, 2**31 - 1])
+def test_ids_outside_of_the_pool_are_dropped(block_id, name):
+  pool, (k, v) = _pool(), _kv(1)
+  result = append_kv(
+    pool, _LAYER, k, v, _ints(block_id), _ints(0), implementation=name
+  )
+  np.testing.assert_array_equal(result, pool)
+
+
+@_each_implementation
+def test_no_tokens_change_nothing(name):
+  pool, (k, v) = _pool(), _kv(0)
+  result = append_kv(pool, _LAYER, k, v, _ints(), _ints(), implementation=name)
+  np.testing.assert_array_equal(result, pool)
+
+
+@_each_implementation
+@pytest.mark.parametrize("num_tokens", [1, 512])
+def test_a_donated_pool_is_written_in_place(num_tokens, name):
+  of = jax.ShapeDtypeStruct
+  pool = of((4096, 32, 2, 8, 64, 128), jnp.bfloat16)
+  kv = of((num_tokens, 8, 128), jnp.bfloat16)
+  ids = of((num_tokens,), jnp.int32)
+
+  def append(*args):
+    return append_kv(*args, implementation=name)
+
+  compiled = jax.jit(append, donate_argnums=0)
+  compiled = compiled.lower(pool, of((), jnp.int32), kv, kv, ids, ids).compile()
+  memory = compiled.memory_analysis()
+  pool_bytes = pool.size * pool.dtype.itemsize
+  assert memory.alias_size_in_bytes == pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes / 100
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"kv_pool": _pool()[0]}, r"kv_pool must be \[N, L, 2, K, P, D\]"),
+    ({"layer": _L}, r"layer must be in \[0, 3\), .*; got 3"),
+    ({"k": _kv(3)[0][0]}, r"k must be \[T, K, D\]; got \[2, 16\]"),
+    ({"k": _kv(3)[0][:, :1]}, r"k must be \[T, K, D\] = \[3, 2, 16\]; got"),
+    ({"v": _kv(2)[1]}, r"v must be \[T, K, D\] = \[3, 2, 16\]; got"),
+    ({"v": _kv(3)[1].astype(int)}, "v must be floating-point; got int32"),
+    ({"block_ids": _ints(1)}, r"block_ids must be \[T\] = \[3\]; got \[1\]"),
+    ({"offsets": jnp.zeros(3)}, "offsets must be int32; got float32"),
+    ({"implementation": "cuda"}, "one of xla; got 'cuda'"),
+  ],
+)
+def test_a_wrong_call_names_argument_rule_and_value(changes, message):
+  k, v = _kv(3)
+  arguments = {
+    "kv_pool": _pool(),
+    "layer": 0,
+    "k": k,
+    "v": v,
+    "block_ids": _ints(1, 2, 3),
+    "offsets": _ints(0, 0, 0),
+  }
+  with pytest.raises(ValueError, match=message):
+    append_kv(**(arguments | changes))
