@@ -24,5 +24,9 @@ class CoverageError(RuntimeError):
   """A request whose KV could not be proved intact within its retries."""
 
 
+class ModelError(RuntimeError):
+  """Logits that are no distribution: a NaN, or nothing finite."""
+
+
 class InvariantError(RuntimeError):
   """A broken invariant of the books: a bug, never a shortage."""

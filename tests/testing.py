@@ -1,11 +1,14 @@
 """Builders that tests share."""
 
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Attend, Transformer
 
@@ -76,3 +79,86 @@ def dense_greedy(model: Transformer, prompt, count: int) -> list[int]:
   for row in range(len(prompt) - 1, len(tokens) - 1):
     tokens[row + 1] = step(tokens, row)
   return tokens[len(prompt) :].tolist()
+
+
+class GreedyOracle:
+  """Dense, cache-free greedy decoding, compiled once for all lengths."""
+
+  def __init__(self, model: Transformer, max_tokens: int):
+    """Compiles nothing yet.
+
+    Args:
+      model: The whole model.
+      max_tokens: Longest sequence that will be asked for.
+    """
+    self._max_tokens = max_tokens
+
+    def rows(tokens):
+      top = jax.lax.top_k(dense_logits(model, tokens), 2)
+      return top[1][:, 0], top[0][:, 0] - top[0][:, 1]
+
+    self._rows = jax.jit(rows)
+
+  def first_difference(
+    self, prompt: list[int], answer: list[int], tolerance: float
+  ) -> str | None:
+    """Compares an answer with what the model says, token for token.
+
+    Args:
+      prompt: Token ids.
+      answer: Token ids that are said to follow greedily.
+      tolerance: A different token is accepted, and the comparison ends there,
+        where the two best logits are closer than this.
+
+    Returns:
+      What differs first, or None.
+    """
+    tokens = np.zeros(self._max_tokens, np.int32)
+    tokens[: len(prompt) + len(answer)] = [*prompt, *answer]
+    # Causality lets one pass check all tokens: each is judged given the ones
+    # before it, which are equal up to the first difference.
+    best, margin = (np.asarray(x) for x in self._rows(tokens))
+    for i, token in enumerate(answer):
+      row = len(prompt) + i - 1
+      if token != best[row]:
+        if margin[row] < tolerance:
+          return None
+        return (
+          f"token {i} of the answer is {token}, the oracle says {best[row]}"
+          f" by a margin of {margin[row]:.2e}"
+        )
+    return None
+
+
+def drain(engine: Engine, max_steps: int = 100_000) -> dict[str, RequestOutput]:
+  """Steps until all requests ended; checks conservation after every step.
+
+  Args:
+    engine: An engine with requests.
+    max_steps: More are a failure.
+
+  Returns:
+    The last output of each request.
+  """
+  finished = {}
+  for _ in range(max_steps):
+    if not engine.has_unfinished():
+      return finished
+    for output in engine.step():
+      if output.is_finished:
+        finished[output.request_id] = output
+    for counts in engine.pool_counts():
+      if not counts.is_conserved():
+        raise AssertionError(f"rBlocks were lost or made: {counts}")
+  raise AssertionError(f"not done after {max_steps} steps")
+
+
+def pools_are_empty(engine: Engine, patience_s: float = 5.0) -> bool:
+  """Whether every rBlock is free once the last messages are answered."""
+  deadline = time.monotonic() + patience_s
+  while time.monotonic() < deadline:
+    engine.settle()
+    if all(counts.free == counts.total for counts in engine.pool_counts()):
+      return True
+    time.sleep(0.001)
+  return False

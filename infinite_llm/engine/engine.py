@@ -27,7 +27,7 @@ from infinite_llm.engine.sampler import (
 )
 from infinite_llm.engine.step_batch import RowInput
 from infinite_llm.engine.stream import OutputStream
-from infinite_llm.errors import CapacityError, RequestError
+from infinite_llm.errors import CapacityError, ModelError, RequestError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher, Row
@@ -364,6 +364,14 @@ class Engine:
     reason = running.stream.push(sampled)
     if reason is None:
       self._finished.append(running.stream.output(None))
+      return
+    if reason == "error":
+      error = ModelError(
+        f"Request {running.request.request_id}: the model gave logits that are"
+        f" no distribution at token {running.request.num_tokens}: a NaN, or"
+        " nothing finite."
+      )
+      self.batchers[running.instance].fail(uid, error)
       return
     status = (
       RequestStatus.FINISHED_LENGTH

@@ -10,7 +10,7 @@ from infinite_llm.attention.dist_attention import (
   SpillSlots,
 )
 from infinite_llm.cache.movement import Payloads
-from infinite_llm.scheduler.debtor import Move
+from infinite_llm.scheduler.effects import Move
 from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID
 
 

@@ -14,14 +14,10 @@ from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER
-from infinite_llm.scheduler.rmanager import (
-  GrantEpochs,
-  Move,
-  MoveBlocks,
-  RManager,
-)
+from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import RequestUid
 
 _MAX_ROUNDS = 1000

@@ -94,7 +94,7 @@ class LLM:
     for ids, each in zip(tokens, params, strict=True):
       self.engine.check(ids, each)
     streams = [
-      self._open(ids, each, None)
+      self._open(ids, each, None, keep=1)
       for ids, each in zip(tokens, params, strict=True)
     ]
     outputs = []
@@ -140,10 +140,11 @@ class LLM:
     prompt: Sequence[int],
     sampling: SamplingParams,
     instance: InstanceId | None,
+    keep: int | None = None,
   ) -> Iterator[RequestOutput]:
-    """Adds a request now; the iterator yields its outputs."""
+    """Adds a request now; the iterator yields its last `keep` outputs."""
     name = self.engine.add_request(prompt, sampling, instance=instance)
-    self._mail[name] = collections.deque()
+    self._mail[name] = collections.deque(maxlen=keep)
     return self._outputs(name)
 
   def _outputs(self, name: str) -> Iterator[RequestOutput]:

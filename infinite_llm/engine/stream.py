@@ -1,0 +1,128 @@
+"""One request's way from tokens to text, and when it ends."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import tokenizers
+
+from infinite_llm.engine.detokenizer import Detokenizer
+from infinite_llm.engine.outputs import RequestOutput, TokenLogprob
+from infinite_llm.engine.sampling import NO_TOKEN
+from infinite_llm.models.loaded_model import GenerationDefaults
+from infinite_llm.scheduler.request import Request
+from infinite_llm.types import InstanceId
+
+
+class OutputStream:
+  """Takes tokens one by one; knows why a request ends."""
+
+  def __init__(
+    self,
+    request: Request,
+    tokenizer: tokenizers.Tokenizer | None,
+    generation: GenerationDefaults,
+    instance: InstanceId,
+  ):
+    """Starts with no token.
+
+    Args:
+      request: The request; gets the tokens.
+      tokenizer: Turns tokens into text; None leaves the text empty.
+      generation: The model's end-of-sequence tokens.
+      instance: The owner, to report.
+    """
+    sampling = request.sampling
+    self._request = request
+    self._instance = instance
+    self._detokenizer = tokenizer and Detokenizer(
+      tokenizer,
+      stop=sampling.stop,
+      skip_special_tokens=sampling.skip_special_tokens,
+    )
+    self._end_ids = frozenset(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+      self._end_ids |= frozenset(generation.eos_token_ids)
+    self._logprobs: list[TokenLogprob] | None = (
+      None if sampling.logprobs is None else []
+    )
+    self._text = ""
+    self._reported = 0
+
+  def push(self, sampled: Mapping[str, np.ndarray]) -> str | None:
+    """Takes the next token.
+
+    Args:
+      sampled: Scalars `token` and `logprob`, vectors `top_ids` and
+        `top_logprobs`, as `Sampled` has them for one row.
+
+    Returns:
+      "stop" or "length" if the request ends with it, "error" if the logits
+      were no distribution and there is no token, else None.
+    """
+    token = int(sampled["token"])
+    if token == NO_TOKEN:
+      return "error"
+    request = self._request
+    request.output_token_ids.append(token)
+    if self._logprobs is not None:
+      self._logprobs.append(self._logprob(token, sampled))
+    is_end = token in self._end_ids
+    if self._detokenizer is not None:
+      self._text += self._detokenizer.append(token)
+    if is_end or self._is_stopped:
+      reason = "stop"
+    elif request.num_tokens >= request.max_total_tokens:
+      reason = "length"
+    else:
+      return None
+    if self._detokenizer is not None and not self._is_stopped:
+      self._text += self._detokenizer.finish()
+    return reason
+
+  def output(
+    self, reason: str | None, error: Exception | None = None
+  ) -> RequestOutput:
+    """What the caller sees now.
+
+    Args:
+      reason: Why the request ended; None if it goes on.
+      error: What went wrong, if the reason is "error".
+
+    Returns:
+      The output; its `new_text` is what came since the last call.
+    """
+    new_text = self._text[self._reported :]
+    self._reported = len(self._text)
+    request = self._request
+    return RequestOutput(
+      request_id=request.request_id,
+      prompt_token_ids=request.prompt_token_ids,
+      token_ids=tuple(request.output_token_ids),
+      text=self._text,
+      new_text=new_text,
+      finish_reason=reason,
+      logprobs=None if self._logprobs is None else tuple(self._logprobs),
+      error=error,
+      instance=self._instance,
+    )
+
+  @property
+  def _is_stopped(self) -> bool:
+    return self._detokenizer is not None and self._detokenizer.is_stopped
+
+  def _logprob(
+    self, token: int, sampled: Mapping[str, np.ndarray]
+  ) -> TokenLogprob:
+    count = self._request.sampling.logprobs or 0
+    return TokenLogprob(
+      token_id=token,
+      logprob=float(sampled["logprob"]),
+      top={
+        int(i): float(x)
+        for i, x in zip(
+          sampled["top_ids"][:count],
+          sampled["top_logprobs"][:count],
+          strict=True,
+        )
+      },
+    )
