@@ -38,6 +38,7 @@ class OutputStream:
       tokenizer,
       stop=sampling.stop,
       skip_special_tokens=sampling.skip_special_tokens,
+      prompt_token_ids=request.prompt_token_ids,
     )
     self._end_ids = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:

@@ -262,9 +262,7 @@ def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
   )
   for c in cluster.contexts:
     count = cu_seqlens[c.owner, 1]
-    want = cluster.expected(
-      c, q[c.owner, :count], positions[c.owner, :count]
-    )
+    want = cluster.expected(c, q[c.owner, :count], positions[c.owner, :count])
     np.testing.assert_allclose(
       state.out[c.owner, :count], want.out, rtol=1e-5, atol=1e-5
     )

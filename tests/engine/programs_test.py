@@ -1,0 +1,135 @@
+"""Programs work on the pool in place: temporaries stay below 1 % of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine import programs
+from infinite_llm.engine.group_inputs import (
+  empty_hosted,
+  empty_payloads,
+  empty_slots,
+)
+from infinite_llm.engine.programs import GroupInputs, StepKind
+from infinite_llm.engine.step_batch import build_batch
+from infinite_llm.models.hf_loader import load_hf
+from tests.testing import GOLDEN
+
+NUM_BLOCKS = 100_000
+BLOCK_SIZE = 16
+SLOTS = 2
+
+
+def abstract(tree, mesh, spec):
+  """Shapes of a host tree per instance, as arrays sharded over a mesh."""
+  count = mesh.shape["instance"]
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (count, *np.shape(x)), x.dtype, sharding=NamedSharding(mesh, spec)
+    ),
+    tree,
+  )
+
+
+def abstract_pool(config, mesh) -> PoolArrays:
+  num_blocks = NUM_BLOCKS * mesh.shape["instance"]
+  shape = (
+    num_blocks,
+    config.num_layers,
+    2,
+    config.num_kv_heads,
+    BLOCK_SIZE,
+    config.head_dim,
+  )
+  return PoolArrays(
+    *(
+      jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, spec))
+      for s, dtype, spec in (
+        (shape, jnp.float32, POOL_SPECS.kv),
+        ((num_blocks,), jnp.uint32, POOL_SPECS.tag),
+        ((num_blocks,), jnp.uint32, POOL_SPECS.epoch),
+      )
+    )
+  )
+
+
+def check_in_place(compiled, pool: PoolArrays, mesh) -> None:
+  """The pool is aliased, and temporaries are below 1 % of it."""
+  pool_bytes = sum(x.size * x.dtype.itemsize for x in pool)
+  pool_bytes //= mesh.devices.size
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes >= pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes // 100
+
+
+@pytest.mark.parametrize("is_prefill", [False, True])
+@pytest.mark.parametrize("is_group", [False, True])
+def test_a_step_updates_the_pool_in_place(is_group, is_prefill):
+  num_instances = 2 if is_group else 1
+  mesh = make_mesh(num_instances, 1)
+  model = load_hf(GOLDEN / "llama3", mesh, dtype="float32")
+  num_tokens = 128 if is_prefill else SLOTS
+  spec = PartitionSpec("instance")
+  batch = build_batch(
+    [],
+    num_tokens=num_tokens,
+    num_rows=1 if is_prefill else SLOTS,
+    table_capacity=NUM_BLOCKS,
+    block_size=BLOCK_SIZE,
+  )
+  pool = abstract_pool(model.config, mesh)
+  args = [model.state, pool, abstract(batch, mesh, spec)]
+  if is_group:
+    hosted = empty_hosted(num_instances * SLOTS, NUM_BLOCKS)
+    args.append(
+      GroupInputs(
+        hosted=abstract(hosted, mesh, spec),
+        slots=abstract(empty_slots(num_instances, SLOTS), mesh, spec),
+        holders=jax.ShapeDtypeStruct((num_instances,), bool),
+      )
+    )
+  step = programs.build_step(
+    StepKind(is_group=is_group, is_prefill=is_prefill),
+    model.graphdef,
+    model.config,
+    jax.tree.map(lambda leaf: leaf.sharding.spec, model.state),
+    mesh,
+    num_tokens=num_tokens,
+  )
+  check_in_place(step.lower(*args).compile(), pool, mesh)
+
+
+def test_an_exchange_updates_the_pool_in_place():
+  mesh = make_mesh(2, 1)
+  config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
+  pool = abstract_pool(config, mesh)
+  payloads = abstract(empty_payloads(2, 16), mesh, PartitionSpec("instance"))
+  exchange = programs.build_exchange(mesh).lower(pool, payloads).compile()
+  check_in_place(exchange, pool, mesh)
+
+
+def test_a_local_step_has_no_collective_over_instances():
+  mesh = make_mesh(1, 1)
+  model = load_hf(GOLDEN / "llama3", mesh, dtype="float32")
+  batch = build_batch(
+    [], num_tokens=2, num_rows=2, table_capacity=64, block_size=BLOCK_SIZE
+  )
+  step = programs.build_step(
+    StepKind(is_group=False, is_prefill=False),
+    model.graphdef,
+    model.config,
+    jax.tree.map(lambda leaf: leaf.sharding.spec, model.state),
+    mesh,
+    num_tokens=2,
+  )
+  lowered = step.lower(
+    model.state,
+    abstract_pool(model.config, mesh),
+    abstract(batch, mesh, PartitionSpec("instance")),
+  ).as_text()
+  for collective in ("all_gather", "all_to_all", "collective_permute"):
+    assert collective not in lowered
