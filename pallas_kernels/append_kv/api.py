@@ -31,9 +31,10 @@ def append_kv(
 ) -> jax.Array:
   """Writes the keys and values of `T` tokens into their rBlocks.
 
-  In place where the caller's program donates the pool. Whatever reads the pool
-  should read the result: a reader of the pool as it was before makes XLA copy
-  all of it.
+  In place where the caller's program donates the pool, if no reader of the pool
+  as it was is left to run: for such a reader XLA copies all of it. So read the
+  result, and let what is appended next depend on what was read, as a layer's
+  keys and values depend on the attention of the layer before.
 
   Args:
     kv_pool: `[N, L, 2, K, P, D]` floating-point. All rBlocks of this device.

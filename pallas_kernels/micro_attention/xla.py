@@ -18,6 +18,7 @@ that pays where entries ascend by logical number, and is right in any order.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,9 @@ _STRIPS_PER_STEP = 16
 _TILE_ROWS = 1024  # Query rows, over all heads, of one prefill tile.
 _GROUP_TOKENS = 512  # KV tokens that a prefill tile passes in one step.
 _NOWHERE = jnp.iinfo(jnp.int32).max  # A KV position that no query sees.
+
+# Float32 products in full on every backend; on GPUs the default is TF32.
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,9 +197,9 @@ def _attend_single_queries(
   operands = (q, cu_seqlens, q_positions, kv_pool, layer, tables)
   num_tokens = q.shape[0]
   block_size = kv_pool.shape[4]
-  strip_entries = max(1, _STRIP_TOKENS // block_size)
-  max_strips = -(-tables.block_ids.shape[0] // strip_entries)
-  strips_per_step = min(_STRIPS_PER_STEP, max_strips)
+  num_entries = tables.block_ids.shape[0]
+  strip_entries = min(max(1, _STRIP_TOKENS // block_size), num_entries)
+  strips_per_step = min(_STRIPS_PER_STEP, num_entries)
 
   token_of = jnp.clip(cu_seqlens[:-1], 0, num_tokens - 1)  # [B]
   is_single = (cu_seqlens[1:] - cu_seqlens[:-1] == 1) & (
@@ -204,7 +208,7 @@ def _attend_single_queries(
   num_strips = jnp.where(is_single, -(-tables.counts // strip_entries), 0)
   ends = jnp.cumsum(num_strips)  # [B] where each row's strips end
 
-  def read_entries(i) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def read_entries(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query `[W]`, rBlocks `[W, E]` and visibility `[W, E, P]` of step `i`."""
     strip = i * strips_per_step + jnp.arange(strips_per_step)
     row, strip_of_row = _locate(strip, ends, num_strips)
@@ -216,13 +220,13 @@ def _attend_single_queries(
     sees = logits.sees(q_positions[token, None, None], kv_positions)
     return token, block_ids, sees
 
-  def is_seen(i) -> jax.Array:
+  def is_seen(i: jax.Array) -> jax.Array:
     return jnp.any(read_entries(i)[2])
 
-  def attend(i, sums: _Sums) -> _Sums:
+  def attend(i: jax.Array, sums: _Sums) -> _Sums:
     token, block_ids, sees = read_entries(i)
     k, v = _load(kv_pool, layer, block_ids, sees)  # [W, K, S, D]
-    s = jnp.einsum("wkgd,wksd->wkgs", q[token], k)
+    s = _einsum("wkgd,wksd->wkgs", q[token], k)
     s = logits.of(s, sees.reshape(strips_per_step, 1, 1, -1))
     # Strips of one query share its sums, and only queries of this step are
     # touched. Setting one twice is harmless: it is to the same values.
@@ -235,7 +239,7 @@ def _attend_single_queries(
     return _Sums(
       top=top,
       total=total.at[token].add(jnp.sum(weights, axis=-1)),
-      acc=acc.at[token].add(jnp.einsum("wkgs,wksd->wkgd", weights, v)),
+      acc=acc.at[token].add(_einsum("wkgs,wksd->wkgd", weights, v)),
     )
 
   num_steps = -(-ends[-1] // strips_per_step)
@@ -260,7 +264,8 @@ def _attend_tiles(
   operands = (q, cu_seqlens, q_positions, kv_pool, layer, tables)
   num_tokens, num_kv_heads, group, head_dim = q.shape
   block_size = kv_pool.shape[4]
-  group_entries = max(1, _GROUP_TOKENS // block_size)
+  num_entries = tables.block_ids.shape[0]
+  group_entries = min(max(1, _GROUP_TOKENS // block_size), num_entries)
   tile = max(8, _TILE_ROWS // (num_kv_heads * group))
   tile = min(tile, max_query_tokens)
 
@@ -272,7 +277,7 @@ def _attend_tiles(
   q = jnp.pad(q, ((0, tile), (0, 0), (0, 0), (0, 0)))
   q_positions = jnp.pad(q_positions, (0, tile), constant_values=-1)
 
-  def attend_tile(i, state: AttentionState) -> AttentionState:
+  def attend_tile(i: jax.Array, state: AttentionState) -> AttentionState:
     row, tile_of_row = _locate(i, ends, num_tiles)
     start = cu_seqlens[row] + tile_of_row * tile
     is_of_row = start + jnp.arange(tile) < cu_seqlens[row + 1]
@@ -284,28 +289,28 @@ def _attend_tiles(
     q_tile = q_tile.transpose(1, 2, 0, 3)  # [K, G, tile, D]
     count = tables.counts[row]
 
-    def read_entries(j) -> tuple[jax.Array, jax.Array]:
+    def read_entries(j: jax.Array) -> tuple[jax.Array, jax.Array]:
       """Ids `[E]` and positions `[E, P]` of the tile's entries in step `j`."""
       entries = j * group_entries + jnp.arange(group_entries)
       is_held = entries < count
       entries += tables.starts[row]
       return _entries(tables, entries, is_held, block_size)
 
-    def is_seen(j) -> jax.Array:
+    def is_seen(j: jax.Array) -> jax.Array:
       return jnp.any(logits.range_sees(first, last, read_entries(j)[1]))
 
-    def attend(j, sums: _Sums) -> _Sums:
+    def attend(j: jax.Array, sums: _Sums) -> _Sums:
       block_ids, kv_positions = read_entries(j)
       sees = logits.sees(positions, kv_positions.reshape(1, -1))  # [tile, S]
       seen_by_any = jnp.any(sees, axis=0).reshape(1, group_entries, -1)
       k, v = _load(kv_pool, layer, block_ids[None], seen_by_any)
-      s = jnp.einsum("kgtd,ksd->kgts", q_tile, k[0])
+      s = _einsum("kgtd,ksd->kgts", q_tile, k[0])
       s = logits.of(s, sees)
       top = jnp.maximum(sums.top, jnp.max(s, axis=-1))
       shift = _shift(top)
       decay = jnp.exp(sums.top - shift)
       weights = jnp.exp(s - shift[..., None])
-      acc = jnp.einsum("kgts,ksd->kgtd", weights, v[0])
+      acc = _einsum("kgts,ksd->kgtd", weights, v[0])
       return _Sums(
         top=top,
         total=sums.total * decay + jnp.sum(weights, axis=-1),
@@ -406,7 +411,12 @@ def _load(
   return load(0), load(1)
 
 
-def _fold(count: jax.Array, is_seen, attend, sums: _Sums) -> _Sums:
+def _fold(
+  count: jax.Array,
+  is_seen: Callable[[jax.Array], jax.Array],
+  attend: Callable[[jax.Array, _Sums], _Sums],
+  sums: _Sums,
+) -> _Sums:
   """Applies `sums = attend(i, sums)` for each `i < count` that `is_seen(i)`.
 
   A search for the next step, rather than `lax.cond` in every step: what a loop
@@ -426,7 +436,7 @@ def _fold(count: jax.Array, is_seen, attend, sums: _Sums) -> _Sums:
   return lax.while_loop(lambda carry: carry[0] < count, step, (start, sums))[1]
 
 
-def _varying(x, operands):
+def _varying[Tree](x: Tree, operands: object) -> Tree:
   """Marks constants as varying over the mesh axes over which operands vary.
 
   Inside `jax.shard_map`, what a loop carries must vary alike before and after.
