@@ -117,7 +117,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
   _refuse_unimplemented(config, architecture)
   try:
     return _ARCHITECTURES[architecture](config)
-  except ConfigError as error:
+  except CheckpointError:
+    raise
+  # Wrong values are caught by `ModelConfig`, wrong types also on the way there.
+  except (ArithmeticError, TypeError, ValueError) as error:
     raise CheckpointError(f"config.json of {architecture}: {error}") from error
 
 
@@ -162,6 +165,11 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
   parameters = dict(
     config.get("rope_parameters") or config.get("rope_scaling") or {}
   )
+  if any(isinstance(value, Mapping) for value in parameters.values()):
+    raise CheckpointError(
+      "RoPE parameters that differ between layer types "
+      f"({', '.join(parameters)}) are not implemented."
+    )
   theta = parameters.get("rope_theta", config.get("rope_theta"))
   theta = 10_000.0 if theta is None else float(theta)
   kind = parameters.get("rope_type", parameters.get("type")) or "default"
@@ -223,7 +231,8 @@ def _llama(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _mistral(config: Mapping[str, Any]) -> ModelConfig:
-  return _common(config, sliding_window=config.get("sliding_window"))
+  # Null means no window; a file without the field has the architecture's own.
+  return _common(config, sliding_window=config.get("sliding_window", 4096))
 
 
 def _qwen2(config: Mapping[str, Any]) -> ModelConfig:

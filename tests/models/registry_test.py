@@ -113,7 +113,8 @@ def test_mistral_windows_every_layer():
   config = _of("MistralForCausalLM", sliding_window=40)
 
   assert [config.layer_window(i) for i in range(3)] == [40, 40, 40]
-  assert _of("MistralForCausalLM").layer_window(0) is None
+  assert _of("MistralForCausalLM", sliding_window=None).sliding_window is None
+  assert _of("MistralForCausalLM").sliding_window == 4096
 
 
 def test_qwen2_has_qkv_biases_and_no_window_unless_asked_for():
@@ -180,6 +181,12 @@ def test_llama_biases_are_read():
       {"rope_parameters": {"partial_rotary_factor": 0.5}},
       r"partial_rotary_factor=0\.5 is not implemented",
     ),
+    (
+      {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+      r"RoPE parameters that differ between layer types \(full_attention\)",
+    ),
+    ({"hidden_size": "64"}, r"config\.json of LlamaForCausalLM: unsupported"),
+    ({"num_attention_heads": 0}, r"config\.json of LlamaForCausalLM: .* zero"),
     ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not implemented"),
     (
       {"quantization_config": {"bits": 4}},

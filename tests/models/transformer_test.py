@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,49 @@ def test_bfloat16_models_compute_in_bfloat16_and_score_in_float32():
   assert calls[0][4] == "bfloat16"
   assert hidden.dtype == jnp.bfloat16
   assert model.logits(hidden).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("vocab_size", [36, 37])
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_tensor_ranks_compute_what_one_device_does(vocab_size, tie_embeddings):
+  # Everything that a shard may hold a part of; 37 tokens cannot be sharded.
+  config = dataclasses.replace(
+    CONFIG,
+    vocab_size=vocab_size,
+    tie_embeddings=tie_embeddings,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+  )
+  mesh = make_mesh(1, 2)
+  graphdef, abstract = abstract_transformer(
+    config, dtype="float32", tensor_axis="tensor"
+  )
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32)),
+    abstract,
+  )
+  tokens = rng.integers(0, vocab_size, 9)
+
+  def run(state, tokens):
+    return testing.dense_logits(nnx.merge(graphdef, state), tokens)
+
+  sharded = jax.jit(
+    jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(param_specs(config, mesh), PartitionSpec()),
+      out_specs=PartitionSpec(),
+    )
+  )(state, tokens)
+
+  dense = nnx.merge(graphdef, state)
+  dense.tensor_axis = None
+  np.testing.assert_allclose(
+    sharded, testing.dense_logits(dense, tokens), atol=1e-4
+  )
 
 
 def test_head_counts_inside_shard_map_are_the_ranks_own():
