@@ -1,0 +1,268 @@
+"""Runs one experiment: a config file, its fields as flags, a folder of results.
+
+    python -m experiments.run --config=configs/quickstart.py
+      --workdir=runs/quickstart --config.document.num_tokens=131072
+
+The config file's `get_config()` names the experiment; every field can be set on
+the command line. The folder gets `config.json`, the config as it was run, and
+`result.json`, what came out and on what. The exit status is 0 if the result is
+right, 1 if it says `"correct": false`, 2 if the command or its input cannot
+work.
+"""
+
+import datetime
+import difflib
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from infinite_llm.errors import CheckpointError, ConfigError, RequestError
+
+_CONFIG = re.compile(r"^--?config(?:=(.*))?$")
+_OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+_HELP = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
+_PACKAGES = ("infinite-llm", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+
+Experiment = Callable[[ml_collections.ConfigDict, pathlib.Path], Mapping]
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the experiment that a command line asks for.
+
+  Args:
+    argv: The command line, program name first.
+
+  Returns:
+    The exit status.
+  """
+  logging.use_absl_handler()
+  try:
+    if _HELP.intersection(argv[1:]):
+      print(_help(argv))
+      return 0
+    config, workdir = _parse(argv)
+    run = _find_experiment(config.experiment)
+    result = _run(run, config, workdir, argv)
+  except (ConfigError, RequestError, CheckpointError) as error:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 130
+  return 1 if result.get("correct") is False else 0
+
+
+def _run(
+  run: Experiment,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  argv: Sequence[str],
+) -> Mapping:
+  """Runs the experiment and writes both files."""
+  started = datetime.datetime.now(datetime.UTC)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    # A run that fails must not leave an earlier run's result behind.
+    (workdir / "result.json").unlink(missing_ok=True)
+    _write_json(workdir / "config.json", config.to_dict())
+  except OSError as error:
+    raise ConfigError(
+      f"workdir must be a folder that can be written; got {str(workdir)!r}"
+      f" ({error.strerror})."
+    ) from error
+  result = run(config, workdir)
+  devices = jax.devices()
+  about = {
+    "command": shlex.join(["python", "-m", "experiments.run", *argv[1:]]),
+    "date": started.isoformat(timespec="seconds"),
+    "device": {
+      "platform": devices[0].platform,
+      "kind": devices[0].device_kind,
+      "count": len(devices),
+      "host_cpus": os.cpu_count(),
+    },
+    "versions": {
+      "python": sys.version.split()[0],
+      **{name: _version(name) for name in _PACKAGES},
+    },
+  }
+  _write_json(workdir / "result.json", {**result, "run": about})
+  return result
+
+
+def _parse(
+  argv: Sequence[str],
+) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+  """Reads the flags and loads the config.
+
+  Raises:
+    ConfigError: A flag or a field does not exist or has a wrong value.
+  """
+  path, rest = _split_config(argv)
+  config = _load_config(path)
+  for arg in rest:
+    if match := _OVERRIDE.match(arg):
+      _check_field(match[1], config)
+  # Flags of our own, so that nothing global is touched.
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+    "config", config, flag_values=values, sys_argv=rest
+  )
+  flags.DEFINE_string(
+    "workdir", f"runs/{config.experiment}", "Results.", flag_values=values
+  )
+  try:
+    _, *extra = values([argv[0], *rest])
+  except flags.Error as error:
+    raise ConfigError(str(error)) from error
+  if extra:
+    raise ConfigError(f"There is no argument {extra[0]!r}; see --help.")
+  return values.config, pathlib.Path(values.workdir)
+
+
+def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+  """Takes `--config=FILE` or `--config FILE` out of a command line."""
+  args = iter(argv[1:])
+  path = None
+  rest = []
+  for arg in args:
+    match = _CONFIG.match(arg)
+    if match is None:
+      rest.append(arg)
+    else:
+      path = next(args, None) if match[1] is None else match[1]
+  if not path:
+    raise ConfigError(
+      f"--config must name a config file, such as {_config_files()}; got none."
+      " See --help."
+    )
+  return path, rest
+
+
+def _load_config(path: str) -> ml_collections.ConfigDict:
+  """Runs a config file and its `get_config()`."""
+  try:
+    get_config = runpy.run_path(path).get("get_config")
+  except (OSError, SyntaxError) as error:
+    raise ConfigError(
+      f"--config must be a Python file; got {path!r} ({error})."
+    ) from error
+  config = get_config and get_config()
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(f"{path} must have a get_config() that gives ConfigDict.")
+  if "experiment" not in config:
+    raise ConfigError(f"{path} must set config.experiment; it does not.")
+  return config
+
+
+def _check_field(name: str, config: ml_collections.ConfigDict) -> None:
+  """Raises `ConfigError` if there is no such field, with the nearest one."""
+  fields = _fields(config)
+  if name in fields:
+    return
+  if any(field.startswith(f"{name}.") for field in fields):
+    inside = ", ".join(f for f in fields if f.startswith(f"{name}."))
+    raise ConfigError(f"config.{name} is a group; set one of {inside}.")
+  # First by the whole path, then by the last word alone.
+  near = difflib.get_close_matches(name, fields, n=1)
+  if not near:
+    last_words = {field.rpartition(".")[2]: field for field in fields}
+    last = name.rpartition(".")[2]
+    near = [
+      last_words[word]
+      for word in difflib.get_close_matches(last, last_words, n=1)
+    ]
+  hint = f"did you mean config.{near[0]}?" if near else "see --help."
+  raise ConfigError(f"There is no field config.{name}; {hint}")
+
+
+def _fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns all leaves by their dotted names, in order."""
+  fields = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      fields |= {f"{name}.{k}": v for k, v in _fields(value).items()}
+    else:
+      fields[name] = value
+  return fields
+
+
+def _find_experiment(name: str) -> Experiment:
+  """Returns the function `run` of `experiments/<name>.py`."""
+  try:
+    module = importlib.import_module(f"experiments.{name}")
+  except ModuleNotFoundError as error:
+    if error.name != f"experiments.{name}":
+      raise
+    here = pathlib.Path(__file__).parent
+    names = sorted(path.stem for path in here.glob("*.py"))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ConfigError(f"There is no experiment {name!r}{hint}") from error
+  if not hasattr(module, "run"):
+    raise ConfigError(f"experiments/{name}.py is no experiment: it has no run.")
+  return module.run
+
+
+def _help(argv: Sequence[str]) -> str:
+  """What `--help` prints; with --config, all its fields as well."""
+  text = [
+    (__doc__ or "").strip(),
+    "",
+    "Flags:",
+    "  --config=FILE        the config file; required",
+    "  --config.FIELD=VALUE any of its fields",
+    "  --workdir=FOLDER     where results go; runs/<experiment> if not given",
+    "",
+  ]
+  rest = [arg for arg in argv if arg not in _HELP]
+  if not any(map(_CONFIG.match, rest)):
+    text.append(f"Config files: {_config_files()}.")
+    text.append("With --config=FILE, --help lists the fields of that file.")
+    return "\n".join(text)
+  config, _ = _parse(rest)
+  text.append("Fields, with their values:")
+  text += [
+    f"  --config.{name}={'' if value is None else value}"
+    for name, value in _fields(config).items()
+  ]
+  return "\n".join(text)
+
+
+def _config_files() -> str:
+  return ", ".join(sorted(map(str, pathlib.Path("configs").glob("*.py"))))
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _write_json(path: pathlib.Path, value: Mapping) -> None:
+  """Writes the whole file or nothing."""
+  new = path.with_suffix(".new")
+  new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  new.replace(path)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))
