@@ -79,7 +79,9 @@ class BlockPool:
         f"block_id must be in [1, {self._num_blocks}) on instance"
         f" {self.instance}; got {block_id}."
       )
-    return self._blocks.setdefault(block_id, RBlock(block_id=block_id))
+    if block_id not in self._blocks:
+      self._blocks[block_id] = RBlock(block_id=block_id)
+    return self._blocks[block_id]
 
   def allocate(
     self, count: int, uid: RequestUid

@@ -1,0 +1,24 @@
+"""What managers need of a transport."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from infinite_llm.scheduler.messages import Address, Envelope
+
+type Handler = Callable[[Envelope], None]
+"""Takes a message that has arrived."""
+
+
+class Transport(Protocol):
+  """Carries messages between managers.
+
+  It may lose, repeat, delay and reorder them: the managers cope with that.
+  """
+
+  def register(self, address: Address, handler: Handler) -> None:
+    """Has messages to an address handed to `handler` from now on."""
+    ...
+
+  def send(self, envelope: Envelope) -> None:
+    """Takes a message to carry; it arrives later, or never."""
+    ...

@@ -1,0 +1,167 @@
+"""A debtor's books of one request."""
+
+import dataclasses
+import enum
+
+from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.cache.rblock import Location
+from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.effects import Move
+from infinite_llm.scheduler.messages import Grant, SlotName
+from infinite_llm.types import BlockId, Epoch, InstanceId
+
+
+class Phase(enum.Enum):
+  """What is under way with a request's rBlocks: one thing at a time.
+
+  A borrow goes ASKING, RESERVING, MOVING, COMMITTING, SWITCHED, and from there
+  to the next candidate or to IDLE; if it fails after the reservation, RETURNING
+  gives the grants back first.
+  """
+
+  IDLE = "idle"
+  ASKING = "asking the gManager for candidates"
+  RESERVING = "awaiting a creditor's grants"
+  MOVING = "awaiting the exchange"
+  COMMITTING = "awaiting the creditor's new table"
+  SWITCHED = "awaiting the proof of the moved copies"
+  RETURNING = "awaiting the end of returned leases"
+  SYNCING = "awaiting that creditors install their tables anew"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PendingMove:
+  """An rBlock with two copies, until one of them is given up.
+
+  Attributes:
+    move: What the data plane is asked to send.
+    old: The copy at home.
+    new: The copy at the creditor.
+  """
+
+  move: Move
+  old: Location
+  new: Location
+
+
+@dataclasses.dataclass(kw_only=True)
+class Borrow:
+  """Progress of one borrow.
+
+  Attributes:
+    wanted: rBlocks still to be moved.
+    candidates: Creditors not yet asked, best first.
+    creditor: The one being dealt with.
+    moves: What moves to it.
+    unsent: Those of them whose payload was not exchanged yet.
+    num_moved: rBlocks that moved and were proved, over all creditors.
+  """
+
+  wanted: int
+  candidates: list[InstanceId] = dataclasses.field(
+    default_factory=list[InstanceId]
+  )
+  creditor: InstanceId | None = None
+  moves: list[PendingMove] = dataclasses.field(
+    default_factory=list[PendingMove]
+  )
+  unsent: set[Move] = dataclasses.field(default_factory=set[Move])
+  num_moved: int = 0
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Account:
+  """Where the rBlocks of one request are, and what is being done about them.
+
+  Attributes:
+    table: Where its rBlocks lie.
+    num_live: rBlocks from the first on whose content was proved.
+    num_proved_tokens: Tokens whose KV was proved.
+    slot: Its spill slot; None while it has nothing elsewhere.
+    leases: Grants that it holds at each creditor, in use or not.
+    versions: Version of each creditor's hosted table that steps are to name.
+    phase: What is under way.
+    borrow: The borrow that is under way, if one is.
+    unsynced: Creditors that have not answered a sync.
+    must_sync: A sync is due once nothing else is under way.
+    has_synced: One was made since a step last succeeded.
+    is_lost: Some of its rBlocks are gone; only recomputing helps.
+    avoided: Creditors whose copies could not be proved.
+    is_closed: The request is over; what is left is to give back its leases.
+  """
+
+  table: BlockTable
+  num_live: int = 0
+  num_proved_tokens: int = 0
+  slot: SlotName | None = None
+  leases: dict[InstanceId, dict[BlockId, Epoch]] = dataclasses.field(
+    default_factory=dict[InstanceId, dict[BlockId, Epoch]]
+  )
+  versions: dict[InstanceId, int] = dataclasses.field(
+    default_factory=dict[InstanceId, int]
+  )
+  phase: Phase = Phase.IDLE
+  borrow: Borrow | None = None
+  unsynced: set[InstanceId] = dataclasses.field(default_factory=set[InstanceId])
+  must_sync: bool = False
+  has_synced: bool = False
+  is_lost: bool = False
+  avoided: set[InstanceId] = dataclasses.field(default_factory=set[InstanceId])
+  is_closed: bool = False
+
+  def current_slot(self) -> SlotName:
+    """The spill slot of a request that has, or is to get, rBlocks elsewhere."""
+    if self.slot is None:
+      raise InvariantError(
+        f"Request {self.table.uid} has rBlocks elsewhere but no spill slot."
+      )
+    return self.slot
+
+  def current_borrow(self) -> Borrow:
+    """The borrow, in a phase that implies one."""
+    if self.borrow is None:
+      raise InvariantError(
+        f"Request {self.table.uid} is {self.phase.value} without a borrow."
+      )
+    return self.borrow
+
+  def movable(self) -> tuple[int, ...]:
+    """Logical numbers of the rBlocks that may move away, oldest first.
+
+    Those are full, proved and at home.
+    """
+    num_full = self.num_proved_tokens // self.table.block_size
+    _, logical_ids = self.table.local_entries()
+    count = int(logical_ids.searchsorted(num_full))
+    return tuple(logical_ids[:count].tolist())
+
+  def is_readable(self) -> bool:
+    """Whether the versions that a step would name are surely installed."""
+    if self.must_sync or self.phase is Phase.SYNCING:
+      return False
+    # A release replaces the version that the table was rolled back to.
+    return not (
+      self.phase is Phase.RETURNING
+      and self.current_borrow().creditor in self.table.creditors()
+    )
+
+  def add_leases(self, creditor: InstanceId, grants: tuple[Grant, ...]) -> None:
+    """Notes grants of a creditor."""
+    held = self.leases.setdefault(creditor, {})
+    held.update({grant.block_id: grant.epoch for grant in grants})
+
+  def end_leases(self, creditor: InstanceId, grants: tuple[Grant, ...]) -> None:
+    """Notes that a creditor took grants back."""
+    held = self.leases.get(creditor, {})
+    for grant in grants:
+      if held.get(grant.block_id) == grant.epoch:
+        del held[grant.block_id]
+    if not held:
+      self.leases.pop(creditor, None)
+
+  def grants_of(self, creditor: InstanceId) -> tuple[Grant, ...]:
+    """The grants that it holds at a creditor."""
+    return tuple(
+      Grant(block_id=block_id, epoch=epoch)
+      for block_id, epoch in self.leases.get(creditor, {}).items()
+    )

@@ -1,0 +1,326 @@
+"""Continuous batching of one instance: which rows its next step has."""
+
+import collections
+import dataclasses
+
+from infinite_llm.config import SchedulerConfig
+from infinite_llm.errors import CoverageError, InvariantError
+from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.rmanager import Reconcile, RManager
+from infinite_llm.types import RequestUid
+
+_BORROW_CHUNKS = 2
+"""Room that a borrow makes at least, in prefill chunks: moving blocks takes a
+few rounds of messages, so one borrow serves several steps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+  """Tokens of one request that a step computes.
+
+  Attributes:
+    uid: The request.
+    start: Position of the first of them.
+    num_tokens: How many, at least 1.
+    samples: Whether the last one is the request's last, so that the step yields
+      its next token.
+  """
+
+  uid: RequestUid
+  start: int
+  num_tokens: int
+  samples: bool
+
+  @property
+  def end(self) -> int:
+    """Tokens of the request that are computed after the step."""
+    return self.start + self.num_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPlan:
+  """Rows of one instance's next step, by the program that computes them.
+
+  Attributes:
+    local_decode: One token each, all rBlocks at home.
+    local_prefill: Many tokens each, all rBlocks at home.
+    group_decode: One token each, rBlocks elsewhere too.
+    group_prefill: At most one row with rBlocks elsewhere.
+  """
+
+  local_decode: tuple[Row, ...] = ()
+  local_prefill: tuple[Row, ...] = ()
+  group_decode: tuple[Row, ...] = ()
+  group_prefill: tuple[Row, ...] = ()
+
+  @property
+  def rows(self) -> tuple[Row, ...]:
+    """All rows."""
+    return (
+      self.local_decode
+      + self.local_prefill
+      + self.group_decode
+      + self.group_prefill
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Draft:
+  """A plan in the making, and what its programs still have room for."""
+
+  local_decode: list[Row] = dataclasses.field(default_factory=list[Row])
+  local_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
+  group_decode: list[Row] = dataclasses.field(default_factory=list[Row])
+  group_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
+
+  def rows_for(self, *, is_group: bool, is_decode: bool) -> list[Row]:
+    if is_group:
+      return self.group_decode if is_decode else self.group_prefill
+    return self.local_decode if is_decode else self.local_prefill
+
+  def room(
+    self, scheduler: SchedulerConfig, *, is_group: bool, is_decode: bool
+  ) -> int:
+    """Tokens that one more row of a kind may have."""
+    if is_decode:
+      return 1
+    rows = self.rows_for(is_group=is_group, is_decode=False)
+    if len(rows) == (1 if is_group else scheduler.prefill_rows):
+      return 0
+    return scheduler.chunk_tokens - sum(row.num_tokens for row in rows)
+
+  def plan(self) -> StepPlan:
+    return StepPlan(
+      local_decode=tuple(self.local_decode),
+      local_prefill=tuple(self.local_prefill),
+      group_decode=tuple(self.group_decode),
+      group_prefill=tuple(self.group_prefill),
+    )
+
+
+class Batcher:
+  """Runs the requests of one instance, first come first served.
+
+  A step is planned anew each time from how far each request is; nothing is
+  promised from one step to the next. When rBlocks run short, the policy's
+  victim lends its own out; if that is impossible, the youngest request that is
+  younger than the one in need is preempted, so the oldest always gets through.
+  """
+
+  def __init__(
+    self, rmanager: RManager, scheduler: SchedulerConfig, block_size: int
+  ):
+    """Makes a batcher without requests.
+
+    Args:
+      rmanager: The instance's manager.
+      scheduler: Sizes of a step.
+      block_size: P, tokens per rBlock.
+    """
+    self._rmanager = rmanager
+    self._scheduler = scheduler
+    self._block_size = block_size
+    self._waiting: collections.deque[Request] = collections.deque()
+    self._running: dict[RequestUid, Request] = {}
+
+  @property
+  def waiting(self) -> tuple[Request, ...]:
+    """Requests without rBlocks, next one first."""
+    return tuple(self._waiting)
+
+  @property
+  def running(self) -> tuple[Request, ...]:
+    """Requests with rBlocks, by arrival."""
+    return tuple(sorted(self._running.values(), key=lambda r: r.arrival))
+
+  @property
+  def has_work(self) -> bool:
+    """Whether any request has not ended."""
+    return bool(self._waiting or self._running)
+
+  def add(self, request: Request) -> None:
+    """Takes a request; it waits behind those that came before."""
+    request.status = RequestStatus.WAITING
+    self._waiting.append(request)
+
+  def abort(self, uid: RequestUid) -> None:
+    """Ends a request at the caller's wish."""
+    self._end(uid, RequestStatus.FINISHED_ABORTED)
+
+  def finish(self, uid: RequestUid, status: RequestStatus) -> None:
+    """Ends a request that has all its tokens.
+
+    Args:
+      uid: The request.
+      status: How it ended.
+    """
+    if not status.is_finished:
+      raise InvariantError(f"status must be a finished one; got {status}.")
+    self._end(uid, status)
+
+  def fail(self, uid: RequestUid, error: Exception) -> None:
+    """Ends a request that cannot go on.
+
+    Args:
+      uid: The request.
+      error: Why.
+    """
+    self._end(uid, RequestStatus.FAILED).error = error
+
+  def preempt(self, uid: RequestUid) -> None:
+    """Gives up a running request's KV; it is next to be computed again."""
+    request = self._running.pop(uid)
+    self._rmanager.close(uid)
+    request.num_computed_tokens = 0
+    request.status = RequestStatus.WAITING
+    self._waiting.appendleft(request)
+
+  def plan(self) -> StepPlan:
+    """Chooses the rows of the next step and allocates what they write to.
+
+    Returns:
+      The rows. Requests whose rBlocks cannot be read or had now have none.
+    """
+    self._recompute_lost()
+    self._admit()
+    draft = _Draft()
+    # By arrival, and only younger ones are preempted: what is in the draft
+    # stays running.
+    for request in self.running:
+      if request.uid in self._running:
+        self._add_row(request, draft)
+    return draft.plan()
+
+  def advance(self, row: Row) -> None:
+    """Commits a row whose step was proved; its sampled token comes after."""
+    request = self._running[row.uid]
+    request.num_computed_tokens = row.end
+    if row.end > request.furthest_tokens:
+      request.furthest_tokens = row.end
+      request.attempts = 0
+    self._rmanager.confirm(row.uid, row.end)
+
+  def row_failed(self, row: Row) -> None:
+    """Reacts to a row whose step was not proved: it did not happen."""
+    request = self._running[row.uid]
+    request.attempts += 1
+    if request.attempts > self._scheduler.max_row_attempts:
+      self.fail(
+        row.uid,
+        CoverageError(
+          f"Request {request.request_id} on instance"
+          f" {self._rmanager.instance} could not prove its KV intact in"
+          f" {request.attempts} attempts at tokens {row.start} to {row.end};"
+          f" max_row_attempts is {self._scheduler.max_row_attempts}."
+        ),
+      )
+    elif self._rmanager.reconcile(row.uid) is Reconcile.RECOMPUTE:
+      self.preempt(row.uid)
+
+  def _end(self, uid: RequestUid, status: RequestStatus) -> Request:
+    request = self._running.pop(uid, None)
+    if request is not None:
+      self._rmanager.close(uid)
+    else:
+      request = self._take_waiting(uid)
+    request.status = status
+    return request
+
+  def _take_waiting(self, uid: RequestUid) -> Request:
+    for request in self._waiting:
+      if request.uid == uid:
+        self._waiting.remove(request)
+        return request
+    raise InvariantError(
+      f"Request {uid} is not on instance {self._rmanager.instance}."
+    )
+
+  def _recompute_lost(self) -> None:
+    for uid in [u for u in self._running if self._rmanager.is_lost(u)]:
+      self.preempt(uid)
+
+  def _admit(self) -> None:
+    """Lets requests in from the head of the queue while they fit."""
+    room = self._rmanager.pool.num_free + self._rmanager.lendable_elsewhere()
+    room -= sum(self._missing_blocks(r, r.num_tokens) for r in self.running)
+    while self._waiting and len(self._running) < self._scheduler.max_num_seqs:
+      request = self._waiting[0]
+      needed = self._num_blocks(request.num_tokens)
+      if needed > room:
+        return
+      room -= needed
+      self._waiting.popleft()
+      self._rmanager.open(request.uid)
+      request.status = RequestStatus.RUNNING
+      self._running[request.uid] = request
+
+  def _add_row(self, request: Request, draft: _Draft) -> None:
+    if not self._rmanager.is_readable(request.uid):
+      return
+    kind = {
+      "is_group": self._rmanager.spill(request.uid) is not None,
+      "is_decode": request.num_uncomputed == 1,
+    }
+    wanted = min(request.num_uncomputed, draft.room(self._scheduler, **kind))
+    num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
+    if num_tokens > 0:
+      row = Row(
+        uid=request.uid,
+        start=request.num_computed_tokens,
+        num_tokens=num_tokens,
+        samples=num_tokens == request.num_uncomputed,
+      )
+      draft.rows_for(**kind).append(row)
+
+  def _make_room(self, request: Request, num_tokens: int) -> int:
+    """Allocates rBlocks for a request's next tokens.
+
+    Args:
+      request: A running request.
+      num_tokens: How many tokens it is to compute.
+
+    Returns:
+      How many it can compute now: all of them, fewer if only some rBlocks are
+      free and no more are to be had, none if room is being made.
+    """
+    start = request.num_computed_tokens
+    while True:
+      missing = self._missing_blocks(request, start + num_tokens)
+      if self._rmanager.allocate(request.uid, missing):
+        return num_tokens
+      if self._borrow(missing):
+        return 0
+      num_free = self._rmanager.pool.num_free
+      if num_free > 0:
+        self._rmanager.allocate(request.uid, num_free)
+        table = self._rmanager.table(request.uid)
+        return table.num_blocks * self._block_size - start
+      if not self._preempt_younger_than(request):
+        return 0
+
+  def _borrow(self, missing: int) -> bool:
+    """Whether local rBlocks are about to become free, elsewhere is room."""
+    if self._rmanager.is_borrowing():
+      return True
+    victim = self._rmanager.choose_victim(self._running)
+    if victim is None:
+      return False
+    chunk_blocks = self._num_blocks(self._scheduler.chunk_tokens)
+    return self._rmanager.borrow(
+      victim, max(missing, _BORROW_CHUNKS * chunk_blocks)
+    )
+
+  def _preempt_younger_than(self, request: Request) -> bool:
+    youngest = max(self._running.values(), key=lambda r: r.arrival)
+    if youngest.arrival <= request.arrival:
+      return False
+    self.preempt(youngest.uid)
+    return True
+
+  def _missing_blocks(self, request: Request, num_tokens: int) -> int:
+    """rBlocks that a request lacks for its first tokens."""
+    table = self._rmanager.table(request.uid)
+    return max(self._num_blocks(num_tokens) - table.num_blocks, 0)
+
+  def _num_blocks(self, num_tokens: int) -> int:
+    return -(-num_tokens // self._block_size)

@@ -1,0 +1,211 @@
+"""How rBlocks of one request move to creditors, step by step.
+
+Ask the gManager for candidates, reserve at each in turn, have the payloads
+exchanged, commit, switch the table, wait for the proof, free the old copies.
+Every step waits for the acknowledgement of the last; `Phase` says for which.
+"""
+
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.cache.content_tag import content_tag
+from infinite_llm.cache.rblock import Location
+from infinite_llm.scheduler.account import Account, Borrow, PendingMove, Phase
+from infinite_llm.scheduler.effects import Effect, Move, MoveBlocks
+from infinite_llm.scheduler.mailbox import Outbox
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  Candidates,
+  CandidatesRequest,
+  Commit,
+  CommitReply,
+  Grant,
+  HostedEntry,
+  Release,
+  ReleaseReply,
+  Reserve,
+  ReserveReply,
+)
+from infinite_llm.types import InstanceId
+
+
+class Borrowing:
+  """Moves rBlocks of accounts to creditors, one borrow per account at a time.
+
+  When a borrow has ended, its account is in `Phase.IDLE` without a `borrow`.
+
+  Attributes:
+    was_refused: Whether the last borrow to end got nothing from anybody.
+  """
+
+  def __init__(self, pool: BlockPool, outbox: Outbox[Account]):
+    """Makes the borrowing side of one instance.
+
+    Args:
+      pool: Its rBlocks.
+      outbox: Takes its messages.
+    """
+    self.was_refused = False
+    self._pool = pool
+    self._outbox = outbox
+    self._effects: list[Effect] = []
+
+  def begin(self, account: Account, num_blocks: int) -> None:
+    """Starts a borrow for an idle account that has a spill slot."""
+    account.borrow = Borrow(wanted=num_blocks)
+    account.phase = Phase.ASKING
+    request = CandidatesRequest(num_blocks=num_blocks)
+    self._outbox.ask(GMANAGER, request, account)
+
+  def on_candidates(self, account: Account, reply: Candidates) -> None:
+    """Asks the first candidate for rBlocks."""
+    account.current_borrow().candidates = [
+      instance
+      for instance in reply.instances
+      if instance not in account.avoided
+    ]
+    self._try_next(account)
+
+  def on_reserved(
+    self, account: Account, creditor: InstanceId, reply: ReserveReply
+  ) -> None:
+    """Sends the oldest rBlocks to the granted places, or asks the next."""
+    account.add_leases(creditor, reply.grants)
+    if not reply.grants:
+      self._try_next(account)
+      return
+    borrow = account.current_borrow()
+    borrow.moves = [
+      self._begin_move(account, logical_id, creditor, grant)
+      for logical_id, grant in zip(
+        account.movable(), reply.grants, strict=False
+      )
+    ]
+    borrow.unsent = {pending.move for pending in borrow.moves}
+    account.phase = Phase.MOVING
+    self._effects.append(
+      MoveBlocks(moves=tuple(pending.move for pending in borrow.moves))
+    )
+
+  def on_exchanged(self, account: Account, move: Move) -> None:
+    """Commits once all payloads are sent; a move of the past is ignored."""
+    borrow = account.borrow
+    if borrow is None or move not in borrow.unsent:
+      return
+    borrow.unsent.remove(move)
+    if borrow.unsent:
+      return
+    account.phase = Phase.COMMITTING
+    commit = Commit(
+      uid=account.table.uid,
+      slot=account.current_slot(),
+      entries=tuple(
+        HostedEntry(
+          logical_id=pending.move.logical_id, grant=_grant(pending.new)
+        )
+        for pending in borrow.moves
+      ),
+    )
+    self._outbox.ask(move.dst_instance, commit, account)
+
+  def on_committed(
+    self, account: Account, creditor: InstanceId, reply: CommitReply
+  ) -> None:
+    """Switches to the new copies; the old ones stay until those are proved."""
+    if reply.table_version is None:
+      self._return_copies(account)
+      return
+    account.versions[creditor] = reply.table_version
+    for pending in account.current_borrow().moves:
+      account.table.switch(pending.move.logical_id, pending.new)
+    account.phase = Phase.SWITCHED
+
+  def on_proved(self, account: Account) -> None:
+    """Frees the old copies and asks the next candidate for the rest."""
+    borrow = account.current_borrow()
+    for pending in borrow.moves:
+      self._pool.free(pending.old.block_id, account.table.uid)
+    borrow.num_moved += len(borrow.moves)
+    borrow.wanted -= len(borrow.moves)
+    borrow.moves = []
+    self._try_next(account)
+
+  def roll_back(self, account: Account) -> None:
+    """Returns to the old copies, because the new ones were not proved."""
+    for pending in account.current_borrow().moves:
+      account.table.switch(pending.move.logical_id, pending.old)
+    self._return_copies(account)
+
+  def on_returned(
+    self, account: Account, creditor: InstanceId, reply: ReleaseReply
+  ) -> None:
+    """Goes on without the returned copies."""
+    if reply.table_version is not None:
+      account.versions[creditor] = reply.table_version
+    self._try_next(account)
+
+  def drain_effects(self) -> list[Effect]:
+    """Takes what the data plane is to do now, in order."""
+    effects, self._effects = self._effects, []
+    return effects
+
+  def _try_next(self, account: Account) -> None:
+    borrow = account.current_borrow()
+    wanted = min(borrow.wanted, len(account.movable()))
+    if wanted == 0 or not borrow.candidates:
+      self.was_refused = borrow.num_moved == 0
+      account.borrow = None
+      account.phase = Phase.IDLE
+      return
+    borrow.creditor = borrow.candidates.pop(0)
+    account.phase = Phase.RESERVING
+    request = Reserve(
+      uid=account.table.uid, slot=account.current_slot(), num_blocks=wanted
+    )
+    self._outbox.ask(borrow.creditor, request, account)
+
+  def _begin_move(
+    self,
+    account: Account,
+    logical_id: int,
+    creditor: InstanceId,
+    grant: Grant,
+  ) -> PendingMove:
+    table = account.table
+    old = table.location(logical_id)
+    self._pool.begin_move(old.block_id)
+    new = Location(
+      instance=creditor, block_id=grant.block_id, epoch=grant.epoch
+    )
+    move = Move(
+      uid=table.uid,
+      logical_id=logical_id,
+      src_instance=old.instance,
+      src_block=old.block_id,
+      src_tag=table.tag(logical_id, table.block_size),
+      dst_instance=creditor,
+      dst_block=grant.block_id,
+      dst_epoch=grant.epoch,
+      dst_tag=content_tag(
+        uid=table.uid,
+        logical_id=logical_id,
+        epoch=grant.epoch,
+        filled=table.block_size,
+      ),
+    )
+    return PendingMove(move=move, old=old, new=new)
+
+  def _return_copies(self, account: Account) -> None:
+    """Gives grants back whose copies are not used, and avoids the creditor."""
+    borrow = account.current_borrow()
+    creditor = borrow.moves[0].move.dst_instance
+    for pending in borrow.moves:
+      self._pool.cancel_move(pending.old.block_id)
+    grants = tuple(_grant(pending.new) for pending in borrow.moves)
+    borrow.moves = []
+    account.phase = Phase.RETURNING
+    account.avoided.add(creditor)
+    release = Release(slot=account.current_slot(), grants=grants)
+    self._outbox.ask(creditor, release, account)
+
+
+def _grant(location: Location) -> Grant:
+  return Grant(block_id=location.block_id, epoch=location.epoch)

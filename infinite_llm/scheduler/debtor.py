@@ -1,0 +1,337 @@
+"""The borrowing half of an rManager: where its own requests' rBlocks lie.
+
+The owner alone switches: books change when a creditor acknowledged, and the old
+copy goes only when the new one was proved (`DESIGN.md` section 5, rule 2).
+"""
+
+import collections
+import dataclasses
+import enum
+from collections.abc import Iterable
+
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.scheduler.borrowing import Borrowing
+from infinite_llm.scheduler.effects import Effect, Move
+from infinite_llm.scheduler.mailbox import Outbox, Pending
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  Candidates,
+  CommitReply,
+  Grant,
+  HostedEntry,
+  Release,
+  ReleaseReply,
+  Reply,
+  Reserve,
+  ReserveReply,
+  Sync,
+  SyncReply,
+)
+from infinite_llm.scheduler.spill_slots import SpillSlotPool
+from infinite_llm.types import Epoch, InstanceId, RequestUid
+
+
+class Reconcile(enum.Enum):
+  """What to do about a request whose step could not be proved."""
+
+  RETRY = "retry"
+  RECOMPUTE = "recompute"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpillInfo:
+  """How a group program names a request with rBlocks elsewhere.
+
+  Attributes:
+    slot: Its spill slot.
+    slot_epoch: Epoch under which it has the slot.
+    versions: Version of each creditor's hosted table to answer with.
+  """
+
+  slot: int
+  slot_epoch: Epoch
+  versions: dict[InstanceId, int]
+
+
+class Debtor:
+  """Keeps the accounts of this instance's requests."""
+
+  def __init__(
+    self,
+    pool: BlockPool,
+    block_size: int,
+    spill_slots: int,
+    outbox: Outbox[Account],
+  ):
+    """Makes a debtor without requests.
+
+    Args:
+      pool: The instance's rBlocks.
+      block_size: P, tokens per rBlock.
+      spill_slots: Requests that may have rBlocks elsewhere at once.
+      outbox: Takes its messages.
+    """
+    self._pool = pool
+    self._block_size = block_size
+    self._outbox = outbox
+    self._slots = SpillSlotPool(spill_slots)
+    self._borrowing = Borrowing(pool, outbox)
+    self._accounts: dict[RequestUid, Account] = {}
+    self._closed: list[Account] = []
+
+  def open(self, uid: RequestUid) -> BlockTable:
+    """Starts the account of a request."""
+    if uid in self._accounts:
+      raise InvariantError(
+        f"Request {uid} is already open on instance {self._pool.instance}."
+      )
+    table = BlockTable(uid, self._pool.instance, self._block_size)
+    self._accounts[uid] = Account(table=table)
+    return table
+
+  def account(self, uid: RequestUid) -> Account:
+    """Account of an open request, to look at."""
+    if uid not in self._accounts:
+      raise InvariantError(
+        f"Request {uid} is not open on instance {self._pool.instance}."
+      )
+    return self._accounts[uid]
+
+  def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
+    """Adds local rBlocks to a request, all or none."""
+    account = self.account(uid)
+    locations = self._pool.allocate(num_blocks, uid)
+    if locations is None:
+      return False
+    account.table.append(locations)
+    return True
+
+  def confirm(self, uid: RequestUid, num_tokens: int) -> None:
+    """Notes that a request's first tokens are computed and proved."""
+    account = self.account(uid)
+    num_blocks = -(-num_tokens // self._block_size)
+    for logical_id in range(account.num_live, num_blocks):
+      self._pool.mark_live(account.table.location(logical_id).block_id)
+    account.num_live = max(account.num_live, num_blocks)
+    account.num_proved_tokens = num_tokens
+    account.has_synced = False
+
+  def close(self, uid: RequestUid) -> None:
+    """Ends the account of a request, in whatever phase it is.
+
+    Its local rBlocks are free at once: a payload still to be sent from there
+    carries the tag of the old content, and arrives unproved if that is gone.
+    Leases end when the creditors say so; until then the spill slot is taken.
+    """
+    account = self.account(uid)
+    del self._accounts[uid]
+    account.is_closed = True
+    for _, location in account.table.hosted_entries(self._pool.instance):
+      self._pool.free(location.block_id, uid)
+    if account.phase is Phase.SWITCHED:
+      for pending in account.current_borrow().moves:
+        self._pool.free(pending.old.block_id, uid)
+    # Only its answer tells whether a reservation left something to give back.
+    self._outbox.give_up(
+      lambda pending: (
+        pending.context is account and not isinstance(pending.body, Reserve)
+      )
+    )
+    self._closed.append(account)
+    for creditor in tuple(account.leases):
+      self._give_back(account, creditor, account.grants_of(creditor))
+    self._settle(account)
+
+  def spill(self, uid: RequestUid) -> SpillInfo | None:
+    """How to name a request in a group program; None if it is all at home."""
+    account = self.account(uid)
+    creditors = account.table.creditors()
+    if not creditors:
+      return None
+    slot = account.current_slot()
+    return SpillInfo(
+      slot=slot.slot,
+      slot_epoch=slot.epoch,
+      versions={creditor: account.versions[creditor] for creditor in creditors},
+    )
+
+  def reconcile(self, uid: RequestUid) -> Reconcile:
+    """Reacts to a step of a request that could not be proved."""
+    account = self.account(uid)
+    if account.is_lost:
+      return Reconcile.RECOMPUTE
+    if not account.is_readable():
+      return Reconcile.RETRY
+    if account.phase is Phase.SWITCHED:
+      self._borrowing.roll_back(account)
+      return Reconcile.RETRY
+    if account.has_synced or not account.table.creditors():
+      return Reconcile.RECOMPUTE
+    account.has_synced = True
+    account.must_sync = True
+    self._settle(account)
+    return Reconcile.RETRY
+
+  def movable_blocks(self, uid: RequestUid) -> int:
+    """How many rBlocks of a request a borrow could move now."""
+    account = self.account(uid)
+    is_idle = account.phase is Phase.IDLE and not account.is_lost
+    has_slot = account.slot is not None or self._slots.num_free > 0
+    return len(account.movable()) if is_idle and has_slot else 0
+
+  def is_borrowing(self) -> bool:
+    """Whether a borrow of any open request is under way."""
+    return any(account.borrow for account in self._accounts.values())
+
+  def borrow(self, uid: RequestUid, num_blocks: int) -> bool:
+    """Starts to move a request's oldest rBlocks to creditors."""
+    account = self.account(uid)
+    wanted = min(num_blocks, self.movable_blocks(uid))
+    if wanted <= 0 or self._borrowing.was_refused:
+      return False
+    account.slot = account.slot or self._slots.take()
+    self._borrowing.begin(account, wanted)
+    return True
+
+  def on_room(self) -> None:
+    """Notes that some instance would lend, so that borrowing may help again."""
+    self._borrowing.was_refused = False
+
+  def on_exchanged(self, moves: Iterable[Move]) -> None:
+    """Notes that payloads were sent; those of closed requests are ignored."""
+    for move in moves:
+      account = self._accounts.get(move.uid)
+      if account:
+        self._borrowing.on_exchanged(account, move)
+
+  def unverified(self) -> tuple[RequestUid, ...]:
+    """Requests with moved rBlocks whose new copies are not proved yet."""
+    return tuple(
+      uid
+      for uid, account in self._accounts.items()
+      if account.phase is Phase.SWITCHED
+    )
+
+  def on_verified(self, uid: RequestUid, is_proved: bool) -> None:
+    """Frees the old copies of moved rBlocks, or returns to them."""
+    account = self._accounts.get(uid)
+    if account is None or account.phase is not Phase.SWITCHED:
+      return
+    if is_proved:
+      self._borrowing.on_proved(account)
+    else:
+      self._borrowing.roll_back(account)
+    self._settle(account)
+
+  def borrowed(self) -> dict[InstanceId, int]:
+    """rBlocks held at each creditor, also those being given back."""
+    total: collections.Counter[InstanceId] = collections.Counter()
+    for account in (*self._accounts.values(), *self._closed):
+      for creditor, held in account.leases.items():
+        total[creditor] += len(held)
+    return dict(total)
+
+  def on_reply(self, pending: Pending[Account], reply: Reply) -> None:
+    """Goes on with the account that awaited an answer.
+
+    Args:
+      pending: What was asked, and of whom.
+      reply: The answer.
+    """
+    account = pending.context
+    if isinstance(reply, Candidates):
+      self._borrowing.on_candidates(account, reply)
+    elif pending.receiver != GMANAGER:
+      self._on_creditor(account, pending.receiver, pending, reply)
+    self._settle(account)
+
+  def drain_effects(self) -> list[Effect]:
+    """Takes what the data plane is to do now, in order."""
+    return self._borrowing.drain_effects()
+
+  def _on_creditor(
+    self,
+    account: Account,
+    creditor: InstanceId,
+    pending: Pending[Account],
+    reply: Reply,
+  ) -> None:
+    match pending.body, reply:
+      case Reserve(), ReserveReply() if account.is_closed:
+        account.add_leases(creditor, reply.grants)
+        self._give_back(account, creditor, reply.grants)
+      case Reserve(), ReserveReply():
+        self._borrowing.on_reserved(account, creditor, reply)
+      case _, CommitReply():
+        self._borrowing.on_committed(account, creditor, reply)
+      case Release(grants=grants), ReleaseReply():
+        account.end_leases(creditor, grants)
+        if not account.is_closed:
+          self._borrowing.on_returned(account, creditor, reply)
+      case _, SyncReply():
+        self._on_synced(account, creditor, reply)
+      case _:
+        raise InvariantError(
+          f"{type(reply).__name__} from instance {creditor} does not answer"
+          f" {type(pending.body).__name__}."
+        )
+
+  def _on_synced(
+    self, account: Account, creditor: InstanceId, reply: SyncReply
+  ) -> None:
+    account.unsynced.discard(creditor)
+    if reply.table_version is None:
+      account.is_lost = True
+    else:
+      account.versions[creditor] = reply.table_version
+    if not account.unsynced:
+      account.phase = Phase.IDLE
+
+  def _settle(self, account: Account) -> None:
+    """Does what is due once nothing else is under way with an account."""
+    if account.is_closed:
+      if not account.leases and not self._outbox.awaits(account):
+        self._closed.remove(account)
+        self._give_slot_back(account)
+    elif account.phase is Phase.IDLE:
+      if account.must_sync:
+        account.must_sync = False
+        self._begin_sync(account)
+      if not account.leases:
+        self._give_slot_back(account)
+
+  def _begin_sync(self, account: Account) -> None:
+    """Has all creditors of an account install its tables anew."""
+    account.unsynced = set(account.table.creditors())
+    # They may have failed for what another one lacked.
+    account.avoided.clear()
+    for creditor in account.table.creditors():
+      account.phase = Phase.SYNCING
+      sync = Sync(
+        uid=account.table.uid,
+        slot=account.current_slot(),
+        entries=tuple(
+          HostedEntry(
+            logical_id=logical_id,
+            grant=Grant(block_id=location.block_id, epoch=location.epoch),
+          )
+          for logical_id, location in account.table.hosted_entries(creditor)
+        ),
+      )
+      self._outbox.ask(creditor, sync, account)
+
+  def _give_back(
+    self, account: Account, creditor: InstanceId, grants: tuple[Grant, ...]
+  ) -> None:
+    if grants:
+      release = Release(slot=account.current_slot(), grants=grants)
+      self._outbox.ask(creditor, release, account)
+
+  def _give_slot_back(self, account: Account) -> None:
+    if account.slot is not None:
+      self._slots.give_back(account.slot)
+      account.slot = None
+      account.versions.clear()

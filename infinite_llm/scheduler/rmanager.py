@@ -1,0 +1,327 @@
+"""The rManager of an instance: its rBlocks, at home and elsewhere."""
+
+from collections.abc import Callable, Iterable
+
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.config import LendingConfig
+from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.scheduler.creditor import Creditor
+from infinite_llm.scheduler.debtor import Debtor, Reconcile, SpillInfo
+from infinite_llm.scheduler.effects import Effect, GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.hosted_tables import HostedTables
+from infinite_llm.scheduler.mailbox import Inbox, Outbox
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  BlocksOf,
+  Candidates,
+  CandidatesRequest,
+  ClusterStatus,
+  Commit,
+  CommitReply,
+  Envelope,
+  Heartbeat,
+  Release,
+  ReleaseReply,
+  Reserve,
+  ReserveReply,
+  Sync,
+  SyncReply,
+)
+from infinite_llm.scheduler.policies import get_policy
+from infinite_llm.types import InstanceId, PoolCounts, RequestUid
+
+__all__ = [
+  "GrantEpochs",
+  "Move",
+  "MoveBlocks",
+  "RManager",
+  "Reconcile",
+  "SpillInfo",
+]
+
+
+class RManager:
+  """Manages one instance's rBlocks, for its own requests and for others'.
+
+  It decides and keeps books; it sends nothing and touches no device. Messages
+  go in through `on_message` and out through `drain_messages`; what the devices
+  are to do comes out of `drain_effects`, and `on_exchanged` and `on_verified`
+  tell what they did.
+
+  Attributes:
+    instance: The instance.
+    pool: Books of its rBlocks.
+    hosted: Tables of what it hosts for others.
+  """
+
+  def __init__(
+    self,
+    instance: InstanceId,
+    num_instances: int,
+    pool: BlockPool,
+    block_size: int,
+    lending: LendingConfig,
+    clock: Callable[[], float],
+    incarnation: int = 1,
+  ):
+    """Makes the manager of an instance without requests.
+
+    Args:
+      instance: The instance.
+      num_instances: I, instances of its lending group.
+      pool: Its rBlocks, all free.
+      block_size: P, tokens per rBlock.
+      lending: How the group shares its pools.
+      clock: Monotonic seconds.
+      incarnation: Rises each time this manager starts anew.
+
+    Raises:
+      ConfigError: If `instance` is not one of the group.
+    """
+    if not 0 <= instance < num_instances:
+      raise ConfigError(
+        f"instance must be in [0, {num_instances}); got {instance}."
+      )
+    self.instance = instance
+    self.pool = pool
+    self._lending = lending
+    self._policy = get_policy(lending.policy)
+    self._clock = clock
+    self._inbox = Inbox()
+    self._outbox: Outbox[Account] = Outbox(
+      instance, incarnation, clock, lending.resend_after_s
+    )
+    self._creditor = Creditor(pool, lending)
+    self._debtor = Debtor(pool, block_size, lending.spill_slots, self._outbox)
+    self._lendable: dict[InstanceId, int] = {}
+    self._heartbeat_s: float | None = None
+
+  @property
+  def hosted(self) -> HostedTables:
+    """Tables of what this instance hosts for others."""
+    return self._creditor.hosted
+
+  def counts(self) -> PoolCounts:
+    """How the instance's rBlocks are used."""
+    return self.pool.counts()
+
+  def lent(self) -> dict[InstanceId, int]:
+    """rBlocks kept for each debtor, promised ones included."""
+    return self._creditor.lent()
+
+  def borrowed(self) -> dict[InstanceId, int]:
+    """rBlocks held at each creditor, those being given back included."""
+    return self._debtor.borrowed()
+
+  def lendable_elsewhere(self) -> int:
+    """rBlocks that all others would lend, as far as is known."""
+    return sum(self._lendable.values())
+
+  # Own requests.
+
+  def open(self, uid: RequestUid) -> BlockTable:
+    """Takes a request in.
+
+    Returns:
+      Its table, still empty; it stays the same object until `close`.
+    """
+    return self._debtor.open(uid)
+
+  def table(self, uid: RequestUid) -> BlockTable:
+    """Where an open request's rBlocks lie."""
+    return self._debtor.account(uid).table
+
+  def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
+    """Adds local rBlocks to a request.
+
+    Args:
+      uid: An open request.
+      num_blocks: How many.
+
+    Returns:
+      Whether there were enough; if not, none was added.
+    """
+    return self._debtor.allocate(uid, num_blocks)
+
+  def confirm(self, uid: RequestUid, num_tokens: int) -> None:
+    """Notes that a step proved a request's KV.
+
+    Args:
+      uid: An open request.
+      num_tokens: Tokens from the first on whose KV is present and proved.
+    """
+    self._debtor.confirm(uid, num_tokens)
+
+  def close(self, uid: RequestUid) -> None:
+    """Gives back all rBlocks of a request, in whatever state they are.
+
+    Local ones are free at once, those elsewhere when their creditors say so.
+
+    Args:
+      uid: An open request.
+    """
+    self._debtor.close(uid)
+
+  # Steps.
+
+  def spill(self, uid: RequestUid) -> SpillInfo | None:
+    """How to name a request in a group program.
+
+    Returns:
+      Its slot and table versions; None if all of it is at home.
+    """
+    return self._debtor.spill(uid)
+
+  def is_readable(self, uid: RequestUid) -> bool:
+    """Whether a step may read a request's rBlocks now.
+
+    While creditors install a table anew the version in force is not known, and
+    a step would fail to no purpose.
+    """
+    return self._debtor.account(uid).is_readable()
+
+  def is_busy(self, uid: RequestUid) -> bool:
+    """Whether a borrow, a return or a sync of a request is under way."""
+    account = self._debtor.account(uid)
+    return account.phase is not Phase.IDLE or account.must_sync
+
+  def is_lost(self, uid: RequestUid) -> bool:
+    """Whether rBlocks of a request are gone, so that it must recompute."""
+    return self._debtor.account(uid).is_lost
+
+  def reconcile(self, uid: RequestUid) -> Reconcile:
+    """Reacts to a step of a request that could not be proved.
+
+    Moves that nobody proved yet are undone first; if there are none, all
+    creditors install their tables anew; if that did not help either, or there
+    are none, only recomputing does. A proved step begins this anew.
+
+    Args:
+      uid: An open request.
+
+    Returns:
+      Whether the same step is to be tried again, once the request is readable,
+      or its KV to be given up.
+    """
+    return self._debtor.reconcile(uid)
+
+  # Borrowing.
+
+  def movable_blocks(self, uid: RequestUid) -> int:
+    """rBlocks of a request that a borrow could move now; 0 while it is busy."""
+    return self._debtor.movable_blocks(uid)
+
+  def choose_victim(self, uids: Iterable[RequestUid]) -> RequestUid | None:
+    """Has the policy pick the request whose rBlocks are to make room.
+
+    Args:
+      uids: Open requests to choose from.
+
+    Returns:
+      One of them; None if nothing can move.
+    """
+    movable = [(uid, self.movable_blocks(uid)) for uid in uids]
+    return self._policy.choose_victim(movable)
+
+  def is_borrowing(self) -> bool:
+    """Whether a borrow of any open request is under way."""
+    return self._debtor.is_borrowing()
+
+  def borrow(self, uid: RequestUid, num_blocks: int) -> bool:
+    """Starts to move a request's oldest rBlocks to other instances.
+
+    Only full, proved rBlocks move. Candidates are tried in turn; a partial
+    grant is used and the rest asked of the next one.
+
+    Args:
+      uid: An open request.
+      num_blocks: About how many.
+
+    Returns:
+      Whether it was started. False if the request is busy, has no spill slot
+      or nothing to move, or if everybody refused and no room was heard of
+      since.
+    """
+    return self._debtor.borrow(uid, num_blocks)
+
+  def on_exchanged(self, moves: Iterable[Move]) -> None:
+    """Notes that payloads of this instance were sent."""
+    self._debtor.on_exchanged(moves)
+
+  def unverified(self) -> tuple[RequestUid, ...]:
+    """Requests that read moved rBlocks which no step has proved yet."""
+    return self._debtor.unverified()
+
+  def on_verified(self, uid: RequestUid, is_proved: bool) -> None:
+    """Ends a move: proved copies replace the old ones, others are dropped."""
+    self._debtor.on_verified(uid, is_proved)
+
+  # Messages and effects.
+
+  def on_message(self, envelope: Envelope) -> None:
+    """Takes a message, perhaps late or repeated."""
+    match envelope.body:
+      case Reserve() | Commit() | Release() | Sync() as request:
+        owner = envelope.sender
+        if owner == GMANAGER:
+          raise InvariantError(f"Only instances borrow; got {envelope}.")
+        reply = self._inbox.answer(
+          envelope, lambda: self._creditor.execute(owner, request)
+        )
+        if reply is not None:
+          self._outbox.reply(envelope, reply)
+      case (
+        Candidates()
+        | ReserveReply()
+        | CommitReply()
+        | ReleaseReply()
+        | SyncReply() as reply
+      ):
+        pending = self._outbox.take_answered(envelope)
+        if pending is not None:
+          self._debtor.on_reply(pending, reply)
+      case ClusterStatus(lendable=lendable):
+        self._on_status(lendable)
+      case Heartbeat() | CandidatesRequest() as body:
+        raise InvariantError(
+          f"{type(body).__name__} is for the gManager, not for instance"
+          f" {self.instance}."
+        )
+
+  def tick(self) -> None:
+    """Sends what is due: unanswered requests again, and heartbeats."""
+    self._outbox.resend()
+    now = self._clock()
+    if (
+      self._heartbeat_s is None
+      or now - self._heartbeat_s >= self._lending.heartbeat_every_s
+    ):
+      self._heartbeat_s = now
+      self._outbox.tell(GMANAGER, self._heartbeat())
+
+  def drain_messages(self) -> list[Envelope]:
+    """Takes the messages that are to be sent now."""
+    return self._outbox.drain()
+
+  def drain_effects(self) -> list[Effect]:
+    """Takes what the devices are to do now, in this order."""
+    return self._creditor.drain_effects() + self._debtor.drain_effects()
+
+  def _heartbeat(self) -> Heartbeat:
+    return Heartbeat(
+      counts=self.counts(),
+      lendable=self._creditor.lendable,
+      lent=tuple(sorted(self.lent().items())),
+      borrowed=tuple(sorted(self.borrowed().items())),
+    )
+
+  def _on_status(self, lendable: BlocksOf) -> None:
+    self._lendable = {
+      instance: count
+      for instance, count in lendable
+      if instance != self.instance
+    }
+    if self.lendable_elsewhere() > 0:
+      self._debtor.on_room()
