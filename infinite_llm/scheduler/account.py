@@ -147,8 +147,9 @@ class Account:
 
   def add_leases(self, creditor: InstanceId, grants: tuple[Grant, ...]) -> None:
     """Notes grants of a creditor."""
-    held = self.leases.setdefault(creditor, {})
-    held.update({grant.block_id: grant.epoch for grant in grants})
+    if grants:
+      held = self.leases.setdefault(creditor, {})
+      held.update({grant.block_id: grant.epoch for grant in grants})
 
   def end_leases(self, creditor: InstanceId, grants: tuple[Grant, ...]) -> None:
     """Notes that a creditor took grants back."""

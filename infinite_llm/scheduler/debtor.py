@@ -82,6 +82,11 @@ class Debtor:
     self._accounts: dict[RequestUid, Account] = {}
     self._closed: list[Account] = []
 
+  @property
+  def num_free_slots(self) -> int:
+    """Spill slots that no request has."""
+    return self._slots.num_free
+
   def open(self, uid: RequestUid) -> BlockTable:
     """Starts the account of a request."""
     if uid in self._accounts:

@@ -103,6 +103,11 @@ class RManager:
     """Tables of what this instance hosts for others."""
     return self._creditor.hosted
 
+  @property
+  def num_free_slots(self) -> int:
+    """Spill slots that no request has."""
+    return self._debtor.num_free_slots
+
   def counts(self) -> PoolCounts:
     """How the instance's rBlocks are used."""
     return self.pool.counts()

@@ -1,0 +1,262 @@
+"""A lending group without devices: real managers, and pools made of tags.
+
+What the devices of `cache/movement.py` and `attention/dist_attention.py` do with
+tags and epochs is done here with Python integers, so that a test sees the same
+refusals and the same coverage as a real group.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.cache.content_tag import add_coverage, mix_tag
+from infinite_llm.config import LendingConfig
+from infinite_llm.distributed.transport.in_process import (
+  InProcessTransport,
+  Interceptor,
+)
+from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.gmanager import GManager
+from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.rmanager import RManager, SpillInfo
+
+BLOCK_SIZE = 8
+
+
+@dataclasses.dataclass
+class FakeDevice:
+  """What one instance's pool holds: a tag and an epoch for each rBlock."""
+
+  tag: list[int]
+  epoch: list[int]
+
+
+class FakeCluster:
+  """rManagers, gManager, transport and fake devices."""
+
+  def __init__(
+    self,
+    num_instances: int,
+    num_blocks: int,
+    *,
+    interceptor: Interceptor | None = None,
+    **lending,
+  ):
+    self.now_s = 0.0
+    self.lending = LendingConfig(**lending)
+    self.num_blocks = num_blocks
+    self.managers = [
+      RManager(
+        instance=instance,
+        num_instances=num_instances,
+        pool=BlockPool(instance, num_blocks),
+        block_size=BLOCK_SIZE,
+        lending=self.lending,
+        clock=lambda: self.now_s,
+      )
+      for instance in range(num_instances)
+    ]
+    self.devices = [
+      FakeDevice([0] * num_blocks, [0] * num_blocks)
+      for _ in range(num_instances)
+    ]
+    self.gmanager = GManager(self.lending.policy)
+    self.transport = InProcessTransport(interceptor)
+    for instance, manager in enumerate(self.managers):
+      self.transport.register(instance, manager.on_message)
+    self.transport.register(GMANAGER, self.gmanager.on_message)
+    self.moves: collections.deque[Move] = collections.deque()
+    self.refused_payloads = 0
+    self.proved: dict[int, int] = {}
+
+  # Control plane.
+
+  def carry(self) -> bool:
+    """Sends what managers have to say, once, and applies their effects."""
+    for manager in (*self.managers, self.gmanager):
+      for envelope in manager.drain_messages():
+        self.transport.send(envelope)
+    happened = self.transport.deliver() > 0
+    for manager, device in zip(self.managers, self.devices, strict=True):
+      for effect in manager.drain_effects():
+        happened = True
+        match effect:
+          case GrantEpochs(block_ids=block_ids, epochs=epochs):
+            for block_id, epoch in zip(block_ids, epochs, strict=True):
+              device.epoch[block_id] = epoch
+              device.tag[block_id] = 0
+          case MoveBlocks(moves=moves):
+            self.moves.extend(moves)
+    return happened
+
+  def tick(self, seconds: float = 1.0) -> None:
+    """Lets time pass: heartbeats and resends become due."""
+    self.now_s += seconds
+    for manager in self.managers:
+      manager.tick()
+
+  def exchange(self, quota: int = 1000) -> bool:
+    """Moves payloads as `cache/movement.py` does, at most `quota` of them."""
+    sent = [self.moves.popleft() for _ in range(min(quota, len(self.moves)))]
+    for move in sent:
+      self.receive(move)
+    for instance, manager in enumerate(self.managers):
+      mine = [move for move in sent if move.src_instance == instance]
+      if mine:
+        manager.on_exchanged(mine)
+    return bool(sent)
+
+  def receive(self, move: Move) -> None:
+    """Writes one payload to its destination, or refuses it."""
+    source = self.devices[move.src_instance]
+    target = self.devices[move.dst_instance]
+    if target.epoch[move.dst_block] != move.dst_epoch:
+      self.refused_payloads += 1
+      return
+    is_proved = source.tag[move.src_block] == move.src_tag
+    target.tag[move.dst_block] = move.dst_tag if is_proved else 0
+
+  def verify(self) -> bool:
+    """Proves or refutes moved rBlocks."""
+    happened = False
+    for instance, manager in enumerate(self.managers):
+      for uid in manager.unverified():
+        happened = True
+        num_full = self.proved[uid] // BLOCK_SIZE
+        is_proved = self.covers(instance, uid, num_full * BLOCK_SIZE)
+        manager.on_verified(uid, is_proved)
+    return happened
+
+  def settle(self, quota: int = 1000) -> None:
+    """Carries on until nobody has anything to do without time passing."""
+    for _ in range(1000):
+      happened = self.carry()
+      happened |= self.exchange(quota)
+      happened |= self.verify()
+      if not happened:
+        return
+    raise AssertionError("The managers did not come to rest.")
+
+  def heartbeat(self) -> None:
+    """Everybody knows of everybody's room, and nothing is under way."""
+    for _ in range(2):
+      self.tick()
+      self.settle()
+
+  # Requests.
+
+  def open(self, instance: int, uid: int, num_tokens: int) -> BlockTable:
+    """Starts a request and computes its first tokens."""
+    table = self.managers[instance].open(uid)
+    self.proved[uid] = 0
+    self.compute(instance, uid, num_tokens)
+    return table
+
+  def compute(self, instance: int, uid: int, num_tokens: int) -> None:
+    """Allocates, writes, proves and confirms more tokens of a request."""
+    manager = self.managers[instance]
+    start = self.proved[uid]
+    end = start + num_tokens
+    missing = -(-end // BLOCK_SIZE) - manager.table(uid).num_blocks
+    assert manager.allocate(uid, missing)
+    self.write(instance, uid, start, end)
+    assert self.covers(instance, uid, end)
+    manager.confirm(uid, end)
+    self.proved[uid] = end
+
+  def write(self, instance: int, uid: int, start: int, end: int) -> None:
+    """Tags what a step over tokens `[start, end)` writes."""
+    table = self.managers[instance].table(uid)
+    for logical_id in range(start // BLOCK_SIZE, -(-end // BLOCK_SIZE)):
+      filled = min(BLOCK_SIZE, end - logical_id * BLOCK_SIZE)
+      block_id = table.location(logical_id).block_id
+      self.devices[instance].tag[block_id] = table.tag(logical_id, filled)
+
+  def covers(self, instance: int, uid: int, num_tokens: int) -> bool:
+    """Whether a step over a request would be proved."""
+    manager = self.managers[instance]
+    table = manager.table(uid)
+    block_ids, logical_ids = table.local_entries()
+    entries = [
+      (block_id, logical_id)
+      for block_id, logical_id in zip(
+        block_ids.tolist(), logical_ids.tolist(), strict=True
+      )
+      if logical_id * BLOCK_SIZE < num_tokens
+    ]
+    total = self._coverage(instance, entries)
+    spill = manager.spill(uid)
+    if spill is not None:
+      for holder in range(len(self.managers)):
+        answer = self._answer(instance, holder, spill)
+        total = add_coverage(total, self._coverage(holder, answer))
+    return total == table.demand(num_tokens)
+
+  def _answer(
+    self, owner: int, holder: int, spill: SpillInfo
+  ) -> list[tuple[int, int]]:
+    """Entries of the table that a creditor answers with, as its device."""
+    slots = self.lending.spill_slots
+    arrays = self.managers[holder].hosted.arrays(
+      len(self.managers), slots, self.num_blocks
+    )
+    version = spill.versions.get(holder, -1)
+    row = owner * slots + spill.slot
+    parity = version % 2
+    if (
+      version < 0
+      or arrays["version"][parity, row] != version
+      or arrays["epoch"][row] != spill.slot_epoch
+    ):
+      return []
+    start = arrays["starts"][parity, row]
+    span = slice(start, start + arrays["counts"][parity, row])
+    return list(
+      zip(
+        arrays["block_ids"][parity, span].tolist(),
+        arrays["logical_ids"][parity, span].tolist(),
+        strict=True,
+      )
+    )
+
+  def _coverage(self, instance: int, entries: Iterable[tuple[int, int]]) -> int:
+    total = 0
+    for block_id, logical_id in entries:
+      tag = self.devices[instance].tag[block_id]
+      total = add_coverage(total, mix_tag(tag, logical_id))
+    return total
+
+  # Checks.
+
+  def check(self) -> None:
+    """What must hold after every event."""
+    for manager, device in zip(self.managers, self.devices, strict=True):
+      counts = manager.counts()
+      assert counts.is_conserved(), counts
+      assert sum(manager.lent().values()) == manager.pool.num_lent
+      cap = self.lending.max_lent_blocks
+      assert cap is None or manager.pool.num_lent <= cap
+      assert device.epoch[0] == 0
+
+  def check_agreement(self) -> None:
+    """What must hold when all messages have arrived."""
+    for creditor, lender in enumerate(self.managers):
+      for debtor, borrower in enumerate(self.managers):
+        assert lender.lent().get(debtor, 0) == borrower.borrowed().get(
+          creditor, 0
+        )
+
+  def check_empty(self) -> None:
+    """What must hold when no request is left."""
+    for manager, device in zip(self.managers, self.devices, strict=True):
+      counts = manager.counts()
+      assert counts.free == counts.total, counts
+      assert manager.lent() == manager.borrowed() == {}
+      assert manager.num_free_slots == self.lending.spill_slots
+      assert not any(device.epoch)
+      arrays = manager.hosted.arrays(
+        len(self.managers), self.lending.spill_slots, self.num_blocks
+      )
+      assert not arrays["counts"].any()
