@@ -50,7 +50,8 @@ def micro_attention(
     p <= q_positions[t]   and   p > q_positions[t] - sliding_window.
 
   That is causality, partly filled last rBlocks and sliding windows at once.
-  What no query sees may hold anything, even NaN. Query head `h` reads KV head
+  A token out of a row's reach, which no position from its first to its last
+  query's would see, may hold anything, even NaN. Query head `h` reads KV head
   `h // (H // K)`. Logits and sums are float32.
 
   Args:

@@ -1,7 +1,7 @@
 """Conformance cases of micro-attention, for tests and benchmarks alike.
 
 A case says everything about its inputs, so that every implementation meets the
-same ones. Whatever no query may see is NaN: the null block, other layers, free
+same ones. What is out of reach is NaN: the null block, other layers, free
 rBlocks, the unwritten end of the last one, tokens outside of every window. An
 implementation that reads it shows.
 """
@@ -120,9 +120,9 @@ class Case:
       for entry in range(start, start + count):
         if tables.block_ids[entry] == NULL_BLOCK_ID:
           continue
-        seen = self._seen(positions, tables.logical_ids[entry])
+        in_reach = self._in_reach(positions, tables.logical_ids[entry])
         kv = rng.standard_normal((2, *shape))
-        kv[:, :, ~seen] = np.nan
+        kv[:, :, ~in_reach] = np.nan
         pool[tables.block_ids[entry], _LAYER] = kv
     q = rng.standard_normal((len(q_positions), self.num_q_heads, self.head_dim))
     return Inputs(
@@ -178,13 +178,14 @@ class Case:
       )
     )
 
-  def _seen(self, q_positions: np.ndarray, logical_id: int) -> np.ndarray:
-    """Which tokens `[P]` of an rBlock any query of its row sees."""
-    kv = logical_id * self.block_size + np.arange(self.block_size)[:, None]
-    seen = kv <= q_positions
-    if self.sliding_window is not None:
-      seen &= kv > q_positions - self.sliding_window
-    return seen.any(axis=1)
+  def _in_reach(self, q_positions: np.ndarray, logical_id: int) -> np.ndarray:
+    """Which tokens `[P]` of an rBlock its row's queries may see."""
+    kv = logical_id * self.block_size + np.arange(self.block_size)
+    q_positions = q_positions[q_positions >= 0]
+    if not q_positions.size:
+      return np.zeros(self.block_size, bool)
+    window = self.sliding_window or np.inf
+    return (kv <= q_positions.max()) & (kv > q_positions.min() - window)
 
 
 def hold(tables: BlockTables, is_held: np.ndarray) -> BlockTables:

@@ -302,8 +302,9 @@ def _attend_tiles(
     def attend(j: jax.Array, sums: _Sums) -> _Sums:
       block_ids, kv_positions = read_entries(j)
       sees = logits.sees(positions, kv_positions.reshape(1, -1))  # [tile, S]
-      seen_by_any = jnp.any(sees, axis=0).reshape(1, group_entries, -1)
-      k, v = _load(kv_pool, layer, block_ids[None], seen_by_any)
+      # Fewer operations than any(sees), and any query's position is in between.
+      is_in_reach = logits.range_sees(first, last, kv_positions)
+      k, v = _load(kv_pool, layer, block_ids[None], is_in_reach[None])
       s = _einsum("kgtd,ksd->kgts", q_tile, k[0])
       s = logits.of(s, sees)
       top = jnp.maximum(sums.top, jnp.max(s, axis=-1))
@@ -386,7 +387,7 @@ def _load(
   kv_pool: jax.Array,
   layer: jax.Array,
   block_ids: jax.Array,
-  is_seen: jax.Array,
+  is_in_reach: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Copies the keys and values of a bounded number of rBlocks out of the pool.
 
@@ -394,8 +395,8 @@ def _load(
     kv_pool: `[N, L, 2, K, P, D]`.
     layer: `[]` int32.
     block_ids: `[W, E]` int32. Strips of entries.
-    is_seen: `[W, E, P]` bool. Tokens that some query sees. The others may be
-      NaN, and 0 * NaN is NaN, so they become 0.
+    is_in_reach: `[W, E, P]` bool. Tokens that queries may see. The others may
+      be NaN, and 0 * NaN is NaN, so they become 0.
 
   Returns:
     Keys and values, `[W, K, E * P, D]` float32.
@@ -405,7 +406,7 @@ def _load(
 
   def load(which: int) -> jax.Array:
     x = kv_pool.at[block_ids, layer, which].get(mode="clip")  # [W, E, K, P, D]
-    x = jnp.where(is_seen[:, :, None, :, None], x.astype(jnp.float32), 0)
+    x = jnp.where(is_in_reach[:, :, None, :, None], x.astype(jnp.float32), 0)
     return x.swapaxes(1, 2).reshape(num_strips, num_kv_heads, -1, head_dim)
 
   return load(0), load(1)
