@@ -86,7 +86,8 @@ class Account:
     must_sync: A sync is due once nothing else is under way.
     has_synced: One was made since a step last succeeded.
     is_lost: Some of its rBlocks are gone; only recomputing helps.
-    avoided: Creditors whose copies could not be proved.
+    num_refuted: Times that moved copies could not be proved since anything
+      last was.
     is_closed: The request is over; what is left is to give back its leases.
   """
 
@@ -106,7 +107,7 @@ class Account:
   must_sync: bool = False
   has_synced: bool = False
   is_lost: bool = False
-  avoided: set[InstanceId] = dataclasses.field(default_factory=set[InstanceId])
+  num_refuted: int = 0
   is_closed: bool = False
 
   def current_slot(self) -> SlotName:

@@ -203,18 +203,10 @@ class Batcher:
   def row_failed(self, row: Row) -> None:
     """Reacts to a row whose step was not proved: it did not happen."""
     request = self._running[row.uid]
-    request.attempts += 1
-    if request.attempts > self._scheduler.max_row_attempts:
-      self.fail(
-        row.uid,
-        CoverageError(
-          f"Request {request.request_id} on instance"
-          f" {self._rmanager.instance} could not prove its KV intact in"
-          f" {request.attempts} attempts at tokens {row.start} to {row.end};"
-          f" max_row_attempts is {self._scheduler.max_row_attempts}."
-        ),
-      )
-    elif self._rmanager.reconcile(row.uid) is Reconcile.RECOMPUTE:
+    if (
+      self._count_failure(request)
+      and self._rmanager.reconcile(row.uid) is Reconcile.RECOMPUTE
+    ):
       self.preempt(row.uid)
 
   def _end(self, uid: RequestUid, status: RequestStatus) -> Request:
@@ -236,8 +228,25 @@ class Batcher:
     )
 
   def _recompute_lost(self) -> None:
-    for uid in [u for u in self._running if self._rmanager.is_lost(u)]:
-      self.preempt(uid)
+    for request in self.running:
+      if self._rmanager.is_lost(request.uid) and self._count_failure(request):
+        self.preempt(request.uid)
+
+  def _count_failure(self, request: Request) -> bool:
+    """Notes that KV could not be proved; whether the request may go on."""
+    request.attempts += 1
+    if request.attempts <= self._scheduler.max_row_attempts:
+      return True
+    self.fail(
+      request.uid,
+      CoverageError(
+        f"Request {request.request_id} on instance {self._rmanager.instance}"
+        f" could not prove its KV intact {request.attempts} times since token"
+        f" {request.furthest_tokens}; max_row_attempts is"
+        f" {self._scheduler.max_row_attempts}."
+      ),
+    )
+    return False
 
   def _admit(self) -> None:
     """Lets requests in from the head of the queue while they fit."""

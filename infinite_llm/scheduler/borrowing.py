@@ -57,11 +57,7 @@ class Borrowing:
 
   def on_candidates(self, account: Account, reply: Candidates) -> None:
     """Asks the first candidate for rBlocks."""
-    account.current_borrow().candidates = [
-      instance
-      for instance in reply.instances
-      if instance not in account.avoided
-    ]
+    account.current_borrow().candidates = list(reply.instances)
     self._try_next(account)
 
   def on_reserved(
@@ -194,7 +190,7 @@ class Borrowing:
     return PendingMove(move=move, old=old, new=new)
 
   def _return_copies(self, account: Account) -> None:
-    """Gives grants back whose copies are not used, and avoids the creditor."""
+    """Gives grants back whose copies are not used."""
     borrow = account.current_borrow()
     creditor = borrow.moves[0].move.dst_instance
     for pending in borrow.moves:
@@ -202,7 +198,6 @@ class Borrowing:
     grants = tuple(_grant(pending.new) for pending in borrow.moves)
     borrow.moves = []
     account.phase = Phase.RETURNING
-    account.avoided.add(creditor)
     release = Release(slot=account.current_slot(), grants=grants)
     self._outbox.ask(creditor, release, account)
 

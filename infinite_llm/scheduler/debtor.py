@@ -33,6 +33,9 @@ from infinite_llm.scheduler.messages import (
 from infinite_llm.scheduler.spill_slots import SpillSlotPool
 from infinite_llm.types import Epoch, InstanceId, RequestUid
 
+_MAX_REFUTED = 2
+"""Moves in a row that are not proved before a request's KV is given up."""
+
 
 class Reconcile(enum.Enum):
   """What to do about a request whose step could not be proved."""
@@ -123,6 +126,7 @@ class Debtor:
     account.num_live = max(account.num_live, num_blocks)
     account.num_proved_tokens = num_tokens
     account.has_synced = False
+    account.num_refuted = 0
 
   def close(self, uid: RequestUid) -> None:
     """Ends the account of a request, in whatever phase it is.
@@ -226,8 +230,13 @@ class Debtor:
     if account is None or account.phase is not Phase.SWITCHED:
       return
     if is_proved:
+      account.num_refuted = 0
       self._borrowing.on_proved(account)
     else:
+      account.num_refuted += 1
+      # The old copies themselves, or rBlocks that did not move, may be what
+      # cannot be proved, and no step will tell while the request lacks room.
+      account.is_lost |= account.num_refuted >= _MAX_REFUTED
       self._borrowing.roll_back(account)
     self._settle(account)
 
@@ -311,8 +320,6 @@ class Debtor:
   def _begin_sync(self, account: Account) -> None:
     """Has all creditors of an account install its tables anew."""
     account.unsynced = set(account.table.creditors())
-    # They may have failed for what another one lacked.
-    account.avoided.clear()
     for creditor in account.table.creditors():
       account.phase = Phase.SYNCING
       sync = Sync(

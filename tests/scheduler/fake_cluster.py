@@ -1,8 +1,8 @@
 """A lending group without devices: real managers, and pools made of tags.
 
-What the devices of `cache/movement.py` and `attention/dist_attention.py` do with
-tags and epochs is done here with Python integers, so that a test sees the same
-refusals and the same coverage as a real group.
+What the devices of `cache/movement.py` and `attention/dist_attention.py` do
+with tags and epochs is done here with Python integers, so that a test sees the
+same refusals and the same coverage as a real group.
 """
 
 import collections
