@@ -6,8 +6,8 @@
 The config file's `get_config()` names the experiment; every field can be set on
 the command line. The folder gets `config.json`, the config as it was run, and
 `result.json`, what came out and on what. The exit status is 0 if the result is
-right, 1 if it says `"correct": false`, 2 if the command or its input cannot
-work.
+right, 1 if it says `"correct": false` (or any `"..._correct"`), 2 if the
+command or its input cannot work.
 """
 
 import datetime
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     return 130
-  return 1 if result.get("correct") is False else 0
+  return 0 if _is_right(result) else 1
 
 
 def _run(
@@ -101,6 +101,15 @@ def _run(
   }
   _write_json(workdir / "result.json", {**result, "run": about})
   return result
+
+
+def _is_right(result: Mapping) -> bool:
+  """False if `correct`, or any `..._correct`, is."""
+  return all(
+    value is not False
+    for name, value in result.items()
+    if name == "correct" or name.endswith("_correct")
+  )
 
 
 def _parse(

@@ -71,6 +71,16 @@ def test_a_wrong_result_exits_with_1_and_is_written(call, tmp_path):
   assert result["correct"] is False
 
 
+@pytest.mark.parametrize(
+  ("result", "status"),
+  [({}, 0), ({"books_correct": False}, 1), ({"is_correct_by": False}, 0)],
+)
+def test_any_part_can_be_wrong(call, monkeypatch, result, status):
+  module = sys.modules["experiments.tiny_example"]
+  monkeypatch.setattr(module, "run", lambda config, workdir: result)
+  assert call()[0] == status
+
+
 def test_the_result_says_on_what_it_ran(call, tmp_path):
   call()
   result = json.loads((tmp_path / "out" / "result.json").read_text())

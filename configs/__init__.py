@@ -1,0 +1,1 @@
+"""Config files of experiments; each has `get_config()`."""

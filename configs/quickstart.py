@@ -1,0 +1,63 @@
+"""One request whose context fits in no instance, on CPU devices.
+
+Every field is a flag of the runner: `--config.document.num_tokens=131072`. The
+fields of `cache`, `lending` and `scheduler` are those of the dataclasses in
+`infinite_llm/config.py`, which say what they mean.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.experiment = "quickstart"  # experiments/quickstart.py
+  config.seed = 0  # Draws the pass keys, their names and the short prompts.
+  config.show_progress = True
+
+  config.model = ConfigDict()
+  # Folder of the needle checkpoint, built if need be; none is in the workdir.
+  config.model.path = placeholder(str)
+  config.model.dtype = "float32"
+
+  config.document = ConfigDict()
+  # UTF-8 text, repeated or cut to length; none is CPython's topic texts.
+  config.document.path = placeholder(str)
+  config.document.num_tokens = 65536
+  config.document.num_needles = 4  # Pass keys hidden in it.
+  # Where they begin, as fractions of the document; empty spreads them evenly.
+  config.document.depths = ()
+
+  config.short_requests = ConfigDict()
+  # At once on every instance but that of the long request, all the time.
+  config.short_requests.num_in_flight = 1
+  config.short_requests.num_tokens = 256
+
+  config.cluster = ConfigDict()
+  config.cluster.platform = "cpu"  # Or "gpu".
+  config.cluster.num_instances = 4
+  config.cluster.tensor_parallel = 1
+
+  config.cache = ConfigDict()
+  config.cache.block_size = 64
+  # None gives all instances together a third more than the document needs: with
+  # four, each has room for about a third of it.
+  config.cache.num_blocks = placeholder(int)
+  config.cache.kv_dtype = placeholder(str)
+
+  config.lending = ConfigDict()
+  config.lending.policy = "borrow"
+  config.lending.spill_slots = 2
+  config.lending.max_lent_blocks = placeholder(int)
+  config.lending.headroom_blocks = 16  # Kept for the short requests.
+  config.lending.exchange_blocks = 16
+  config.lending.resend_after_s = 0.5
+  config.lending.heartbeat_every_s = 0.1
+
+  config.scheduler = ConfigDict()
+  config.scheduler.max_num_seqs = 4
+  config.scheduler.decode_buckets = (4,)
+  config.scheduler.prefill_buckets = (1024,)
+  config.scheduler.prefill_rows = 2
+  config.scheduler.max_row_attempts = 6
+  return config

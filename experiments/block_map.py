@@ -1,0 +1,77 @@
+"""What lies in every rBlock of a lending group, at one moment."""
+
+import dataclasses
+
+from infinite_llm.cache.rblock import BlockState
+from infinite_llm.engine.engine import Engine
+from infinite_llm.types import InstanceId
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+  """One rBlock.
+
+  Attributes:
+    state: Where it is in its life.
+    request: Name of the request whose KV it holds; None when free.
+    owner: The instance that runs that request; None when free.
+  """
+
+  state: BlockState = BlockState.FREE
+  request: str | None = None
+  owner: InstanceId | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockMap:
+  """The pools of all instances.
+
+  Attributes:
+    block_size: Tokens per rBlock.
+    pools: For each instance, its rBlocks without the null block.
+    holders: For each request with rBlocks, the instance that holds each of
+      them, in the order of its tokens.
+  """
+
+  block_size: int
+  pools: tuple[tuple[Cell, ...], ...]
+  holders: dict[str, tuple[InstanceId, ...]]
+
+  def num_hosted(self, instance: InstanceId, debtor: InstanceId) -> int:
+    """How many rBlocks an instance holds, or will, for another one."""
+    return sum(cell.owner == debtor for cell in self.pools[instance])
+
+
+def take_block_map(engine: Engine) -> BlockMap:
+  """Looks at the books of all instances; changes nothing."""
+  names = {
+    request.uid: request.request_id
+    for batcher in engine.batchers
+    for request in batcher.running
+  }
+  pools = []
+  holders = {}
+  for manager, batcher in zip(
+    engine.group.managers, engine.batchers, strict=True
+  ):
+    blocks = map(manager.pool.block, range(1, manager.counts().total + 1))
+    pools.append(
+      tuple(
+        Cell(
+          state=block.state,
+          request=None if block.uid is None else names.get(block.uid, "ended"),
+          owner=block.owner,
+        )
+        for block in blocks
+      )
+    )
+    for request in batcher.running:
+      table = manager.table(request.uid)
+      holders[request.request_id] = tuple(
+        table.location(n).instance for n in range(table.num_blocks)
+      )
+  return BlockMap(
+    block_size=engine.config.cache.block_size,
+    pools=tuple(pools),
+    holders=holders,
+  )
