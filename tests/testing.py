@@ -2,15 +2,18 @@
 
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Attend, Transformer
+
+if TYPE_CHECKING:
+  from infinite_llm.engine.engine import Engine
+  from infinite_llm.engine.outputs import RequestOutput
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -130,7 +133,9 @@ class GreedyOracle:
     return None
 
 
-def drain(engine: Engine, max_steps: int = 100_000) -> dict[str, RequestOutput]:
+def drain(
+  engine: "Engine", max_steps: int = 100_000
+) -> dict[str, "RequestOutput"]:
   """Steps until all requests ended; checks conservation after every step.
 
   Args:
@@ -153,7 +158,7 @@ def drain(engine: Engine, max_steps: int = 100_000) -> dict[str, RequestOutput]:
   raise AssertionError(f"not done after {max_steps} steps")
 
 
-def pools_are_empty(engine: Engine, patience_s: float = 5.0) -> bool:
+def pools_are_empty(engine: "Engine", patience_s: float = 5.0) -> bool:
   """Whether every rBlock is free once the last messages are answered."""
   deadline = time.monotonic() + patience_s
   while time.monotonic() < deadline:

@@ -34,6 +34,9 @@ from infinite_llm.scheduler.batching import Batcher, Row
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
+_IDLE_S = 0.0005
+"""Pause of a step that finds nothing to do but wait for a message."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class _Running:
@@ -230,7 +233,7 @@ class Engine:
     """Lets the managers finish what they are about; `step` begins with it.
 
     Returns:
-      Whether anything happened.
+      Whether rBlocks were moved or proved.
     """
     return self.group.settle(self._proved_tokens)
 
@@ -240,7 +243,7 @@ class Engine:
     Returns:
       Outputs of the requests that got a token or ended.
     """
-    happened = self.settle()
+    has_moved = self.settle()
     plans = [batcher.plan() for batcher in self.batchers]
     launched = []
     for instance, plan in enumerate(plans):
@@ -263,7 +266,7 @@ class Engine:
     for step in launched:
       self._commit(step)
     self._take_failed()
-    if happened or launched or not self._running:
+    if has_moved or launched or not self._running:
       self._last_progress_s = self._clock()
     else:
       self._break_stall()
@@ -409,6 +412,7 @@ class Engine:
     lending = self.config.lending
     patience_s = 3 * max(lending.resend_after_s, lending.heartbeat_every_s)
     if self._clock() - self._last_progress_s < patience_s:
+      time.sleep(_IDLE_S)
       return
     self._last_progress_s = self._clock()
     running = [

@@ -76,17 +76,18 @@ class LendingGroup:
       proved_tokens: How many tokens of a request are computed and proved.
 
     Returns:
-      Whether anything happened.
+      Whether rBlocks were moved or proved; messages alone are no progress.
     """
     for manager in self.managers:
       manager.tick()
-    for round_number in range(_MAX_ROUNDS):
-      busy = self._carry_messages()
-      busy |= self._apply_effects()
-      busy |= self._exchange()
-      busy |= self._verify(proved_tokens)
-      if not busy:
-        return round_number > 0
+    has_moved = False
+    for _ in range(_MAX_ROUNDS):
+      has_spoken = self._carry_messages()
+      has_spoken |= self._apply_effects()
+      moved = self._exchange() | self._verify(proved_tokens)
+      has_moved |= moved
+      if not (has_spoken or moved):
+        return has_moved
     raise InvariantError(
       f"The managers did not come to rest within {_MAX_ROUNDS} rounds."
     )
