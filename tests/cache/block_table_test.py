@@ -1,0 +1,120 @@
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.cache.content_tag import add_coverage, content_tag, mix_tag
+from infinite_llm.cache.rblock import Location
+from infinite_llm.errors import InvariantError
+
+P = 8
+
+
+def _at(instance, block_id, epoch=None):
+  epoch = 100 * instance + block_id if epoch is None else epoch
+  return Location(instance=instance, block_id=block_id, epoch=epoch)
+
+
+def _table(*locations, uid=7, home=0):
+  table = BlockTable(uid, home, P)
+  table.append(locations)
+  return table
+
+
+def _demand(table, num_tokens):
+  """The definition: one term per rBlock, nothing remembered."""
+  total = 0
+  for logical_id in range(-(-num_tokens // P)):
+    tag = content_tag(
+      uid=table.uid,
+      logical_id=logical_id,
+      epoch=table.location(logical_id).epoch,
+      filled=min(P, num_tokens - logical_id * P),
+    )
+    total = add_coverage(total, mix_tag(tag, logical_id))
+  return total
+
+
+def test_local_entries_are_those_at_home_in_order():
+  table = _table(_at(0, 5), _at(2, 1), _at(0, 3))
+
+  block_ids, logical_ids = table.local_entries()
+
+  assert block_ids.dtype == logical_ids.dtype == np.int32
+  assert block_ids.tolist() == [5, 3]
+  assert logical_ids.tolist() == [0, 2]
+
+
+def test_entries_elsewhere_are_found_by_creditor():
+  table = _table(_at(0, 5), _at(2, 1), _at(1, 4), _at(2, 3))
+
+  assert table.creditors() == (1, 2)
+  assert table.hosted_entries(2) == ((1, _at(2, 1)), (3, _at(2, 3)))
+  assert table.hosted_entries(1) == ((2, _at(1, 4)),)
+
+
+def test_a_switch_names_the_new_copy_and_returns_the_old_one():
+  table = _table(_at(0, 5), _at(0, 6))
+
+  assert table.switch(0, _at(1, 9)) == _at(0, 5)
+
+  assert table.location(0) == _at(1, 9)
+  assert table.local_entries()[0].tolist() == [6]
+  assert table.creditors() == (1,)
+  assert table.switch(0, _at(0, 5)) == _at(1, 9)
+  assert table.creditors() == ()
+
+
+def test_entries_follow_appends():
+  table = _table(_at(0, 5))
+  assert table.local_entries()[0].tolist() == [5]
+
+  table.append([_at(0, 6)])
+
+  assert table.local_entries()[0].tolist() == [5, 6]
+
+
+@hypothesis.given(
+  num_blocks=st.integers(1, 12),
+  events=st.lists(
+    st.tuples(st.booleans(), st.integers(0, 2**32 - 1)), max_size=20
+  ),
+)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_demand_is_the_sum_over_blocks_whatever_came_before(num_blocks, events):
+  table = _table(*(_at(0, b) for b in range(1, num_blocks + 1)))
+  for is_switch, number in events:
+    if is_switch:
+      table.switch(number % num_blocks, _at(1, 1, epoch=number or 1))
+    num_tokens = number % (num_blocks * P + 1)
+
+    assert table.demand(num_tokens) == _demand(table, num_tokens)
+
+
+def test_demand_sees_what_went_wrong():
+  good = _table(_at(0, 1), _at(0, 2))
+  demand = good.demand(2 * P)
+
+  assert _table(_at(0, 2), _at(0, 1)).demand(2 * P) != demand
+  assert _table(_at(0, 1, epoch=9), _at(0, 2)).demand(2 * P) != demand
+  assert _table(_at(0, 1), _at(0, 2), uid=8).demand(2 * P) != demand
+  assert good.demand(2 * P - 1) != demand
+  assert good.demand(2 * P) == demand
+
+
+def test_demand_of_no_tokens_is_nothing():
+  assert _table(_at(0, 1)).demand(0) == 0
+
+
+def test_demand_beyond_the_table_is_refused():
+  with pytest.raises(
+    InvariantError, match=r"Request 7 has 1 rBlocks of 8 .* hold 9 tokens"
+  ):
+    _table(_at(0, 1)).demand(9)
+
+
+@pytest.mark.parametrize("logical_id", [-1, 1])
+def test_an_unknown_logical_number_is_refused(logical_id):
+  with pytest.raises(InvariantError, match=rf"\[0, 1\).* got {logical_id}\."):
+    _table(_at(0, 1)).location(logical_id)
