@@ -33,7 +33,8 @@ class Borrowing:
   When a borrow has ended, its account is in `Phase.IDLE` without a `borrow`.
 
   Attributes:
-    was_refused: Whether the last borrow to end got nothing from anybody.
+    has_room: Whether others are thought to have room: the cluster's status says
+      so, and no borrow that got nothing from anybody has shown otherwise since.
   """
 
   def __init__(self, pool: BlockPool, outbox: Outbox[Account]):
@@ -43,7 +44,7 @@ class Borrowing:
       pool: Its rBlocks.
       outbox: Takes its messages.
     """
-    self.was_refused = False
+    self.has_room = False
     self._pool = pool
     self._outbox = outbox
     self._effects: list[Effect] = []
@@ -147,7 +148,7 @@ class Borrowing:
     borrow = account.current_borrow()
     wanted = min(borrow.wanted, len(account.movable()))
     if wanted == 0 or not borrow.candidates:
-      self.was_refused = borrow.num_moved == 0
+      self.has_room = self.has_room and borrow.num_moved > 0
       account.borrow = None
       account.phase = Phase.IDLE
       return

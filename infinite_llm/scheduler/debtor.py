@@ -199,15 +199,15 @@ class Debtor:
     """Starts to move a request's oldest rBlocks to creditors."""
     account = self.account(uid)
     wanted = min(num_blocks, self.movable_blocks(uid))
-    if wanted <= 0 or self._borrowing.was_refused:
+    if wanted <= 0 or not self._borrowing.has_room:
       return False
     account.slot = account.slot or self._slots.take()
     self._borrowing.begin(account, wanted)
     return True
 
-  def on_room(self) -> None:
-    """Notes that some instance would lend, so that borrowing may help again."""
-    self._borrowing.was_refused = False
+  def on_status(self, has_room: bool) -> None:
+    """Notes whether any other instance would lend."""
+    self._borrowing.has_room = has_room
 
   def on_exchanged(self, moves: Iterable[Move]) -> None:
     """Notes that payloads were sent; those of closed requests are ignored."""

@@ -187,10 +187,13 @@ class RManager:
     """
     return self._debtor.account(uid).is_readable()
 
+  def phase(self, uid: RequestUid) -> Phase:
+    """What is under way with a request's rBlocks."""
+    return self._debtor.account(uid).phase
+
   def is_busy(self, uid: RequestUid) -> bool:
     """Whether a borrow, a return or a sync of a request is under way."""
-    account = self._debtor.account(uid)
-    return account.phase is not Phase.IDLE or account.must_sync
+    return self.phase(uid) is not Phase.IDLE
 
   def is_lost(self, uid: RequestUid) -> bool:
     """Whether rBlocks of a request are gone, so that it must recompute."""
@@ -245,9 +248,9 @@ class RManager:
       num_blocks: About how many.
 
     Returns:
-      Whether it was started. False if the request is busy, has no spill slot
-      or nothing to move, or if everybody refused and no room was heard of
-      since.
+      Whether it was started. False if the request is busy, has nothing to move
+      or cannot get a spill slot, and if nobody is thought to have room: as the
+      last status of the cluster says, or because everybody refused since.
     """
     return self._debtor.borrow(uid, num_blocks)
 
@@ -328,5 +331,4 @@ class RManager:
       for instance, count in lendable
       if instance != self.instance
     }
-    if self.lendable_elsewhere() > 0:
-      self._debtor.on_room()
+    self._debtor.on_status(self.lendable_elsewhere() > 0)

@@ -48,7 +48,6 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def begin_with_requests(self, num_tokens):
     for instance, count in enumerate(num_tokens):
       self._open(instance, count)
-    self.cluster.tick()
     self.run_a_round()
 
   @stateful.precondition(lambda self: len(self.owner) < 4)
@@ -118,6 +117,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.rule()
   def run_a_round(self):
     """As `LendingGroup.settle` does, but without the proof."""
+    self.cluster.tick(0.2)
     for _ in range(2):
       self.cluster.carry()
       self.deliver_all_messages()
@@ -177,7 +177,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
 
 TestLendingMachine = LendingMachine.TestCase
 TestLendingMachine.settings = hypothesis.settings(
-  max_examples=60,
+  max_examples=80,
   stateful_step_count=60,
   deadline=None,
   derandomize=True,
