@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -47,19 +47,13 @@ def run(
     What `result.json` is to hold.
   """
   start_s = time.perf_counter()
-  if config.cluster.platform == "cpu":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-      "jax_num_cpu_devices",
-      config.cluster.num_instances * config.cluster.tensor_parallel,
-    )
   checkpoint = _build_checkpoint(config, workdir)
   tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
   long = document.make_document(
     tokenizer,
     num_tokens=config.document.num_tokens,
     num_needles=config.document.num_needles,
-    depths=config.document.depths or None,
+    depths=_depths(config.document.depths),
     path=config.document.path,
     seed=config.seed,
   )
@@ -75,6 +69,12 @@ def run(
     engine_config,
     tokenizer.get_vocab_size(),
   )
+  if config.cluster.platform == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update(
+      "jax_num_cpu_devices",
+      config.cluster.num_instances * config.cluster.tensor_parallel,
+    )
   llm = LLM(checkpoint, engine_config, show_progress=config.show_progress)
   ready_s = time.perf_counter()
   job = _Job(llm, config, long)
@@ -125,6 +125,14 @@ def make_engine_config(
     **config.lending.to_dict(),
     **config.scheduler.to_dict(),
   )
+
+
+def _depths(depths: Sequence[object]) -> tuple[float, ...] | None:
+  if not all(isinstance(depth, int | float) for depth in depths):
+    raise ConfigError(
+      f"document.depths must be numbers in [0, 1]; got {tuple(depths)!r}."
+    )
+  return tuple(depths) or None
 
 
 def _build_checkpoint(

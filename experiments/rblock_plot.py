@@ -20,6 +20,7 @@ _OTHER = "#7f8fa6"
 _FREE = "#ececec"
 _INK = "#333333"
 _HATCH = "////"
+_MOST_CUTS = 300  # Of the bar.
 _LEFT, _WIDTH = 0.035, 0.93  # Of the figure.
 _MOST_LINED_CELLS = 4000  # Of a pool; more would be all lines.
 
@@ -58,8 +59,9 @@ def plot_block_map(
   write(0.45, title, fontsize=15, weight="bold")
   write(
     0.86,
-    "The long request from its first token to its last, by where its keys and"
-    " values lie" + (", and the pass keys it is asked for:" if marks else ":"),
+    "The long request from its first token to its last: the instance that holds"
+    " each part of it"
+    + (", and the pass keys it is asked for:" if marks else ":"),
     fontsize=10.5,
   )
   bar = figure.add_axes((_LEFT, 1 - 1.45 / height, _WIDTH, 0.42 / height))
@@ -132,28 +134,19 @@ def _draw_bar(
 ) -> None:
   """One request from left to right, cut where its rBlocks change place."""
   holders = block_map.holders[request]
+  at_home, lent, cuts = [], [], []
   start = 0
   for holder, group in itertools.groupby(holders):
     length = len(list(group))
-    axes.add_patch(
-      Rectangle(
-        (start, 0),
-        length,
-        1,
-        facecolor=_LONG,
-        edgecolor="white",
-        linewidth=0 if holder == owner else 0.4,
-        hatch=None if holder == owner else _HATCH,
-      )
-    )
-    axes.plot([start, start], [0, 1], color="white", linewidth=2)
-    if length >= 0.06 * len(holders):
-      place = "at home on" if holder == owner else "lent by"
-      place = place if length >= 0.12 * len(holders) else ""
+    part = Rectangle((start, 0), length, 1)
+    (at_home if holder == owner else lent).append(part)
+    cuts.append([(start, 0), (start, 1)])
+    share = length / len(holders)
+    if share >= 0.01:
       axes.text(
         start + length / 2,
         0.5,
-        f"{place} instance {holder}".strip(),
+        _part_label(holder, owner, share),
         ha="center",
         va="center",
         fontsize=9.5,
@@ -165,6 +158,10 @@ def _draw_bar(
         },
       )
     start += length
+  _add_cells(axes, at_home, _LONG)
+  _add_cells(axes, lent, _LONG, hatch=_HATCH)
+  if len(cuts) <= _MOST_CUTS:
+    axes.add_collection(LineCollection(cuts, colors="white", linewidths=2))
   for label, position in marks.items():
     block = position / block_map.block_size
     axes.annotate(
@@ -183,6 +180,15 @@ def _draw_bar(
   axes.axis("off")
 
 
+def _part_label(holder: InstanceId, owner: InstanceId, share: float) -> str:
+  """As much as fits on that share of the bar."""
+  if share < 0.06:
+    return str(holder)
+  if share < 0.12:
+    return f"instance {holder}"
+  return f"{'at home on' if holder == owner else 'lent by'} instance {holder}"
+
+
 def _draw_pool(
   axes: Axes,
   cells: Sequence[Cell],
@@ -193,31 +199,21 @@ def _draw_pool(
   """A pool as a grid, row by row from the top left."""
   width = math.ceil(math.sqrt(len(cells) * 0.85))
   plain, hosted, reserved = [], [], []
-  faces: dict[int, list[str]] = {0: [], 1: [], 2: []}
   for run, cell in _runs(cells, width):
     color = _FREE if cell.request is None else colors.get(cell.request, _OTHER)
     if cell.owner not in (None, instance):
-      hosted.append(run)
-      faces[1].append(color)
+      hosted.append((run, color))
     elif cell.state is BlockState.RESERVED:
-      reserved.append(run)
-      faces[2].append(color)
+      reserved.append((run, color))
     else:
-      plain.append(run)
-      faces[0].append(color)
-  axes.add_collection(PatchCollection(plain, facecolors=faces[0], linewidths=0))
-  axes.add_collection(
-    PatchCollection(reserved, facecolors=faces[2], linewidths=0, alpha=0.55)
-  )
-  axes.add_collection(
-    PatchCollection(
-      hosted,
-      facecolors=faces[1],
-      edgecolors="white",
-      linewidths=0,
-      hatch=_HATCH,
-    )
-  )
+      plain.append((run, color))
+  for colored, style in (
+    (plain, {}),
+    (reserved, {"alpha": 0.55}),
+    (hosted, {"hatch": _HATCH}),
+  ):
+    if colored:
+      _add_cells(axes, *zip(*colored, strict=True), **style)
   height = -(-len(cells) // width)
   if len(cells) <= _MOST_LINED_CELLS:
     lines = [[(x, 0), (x, height)] for x in range(width + 1)]
@@ -229,6 +225,19 @@ def _draw_pool(
   axes.set_ylim(height, 0)
   axes.set_aspect("equal", anchor="N")
   axes.axis("off")
+
+
+def _add_cells(
+  axes: Axes,
+  cells: Sequence[Rectangle],
+  colors: str | Sequence[str],
+  **style: object,
+) -> None:
+  axes.add_collection(
+    PatchCollection(
+      cells, facecolors=colors, edgecolors="white", linewidths=0, **style
+    )
+  )
 
 
 def _runs(
