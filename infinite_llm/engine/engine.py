@@ -18,19 +18,14 @@ from infinite_llm.engine.admission import (
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.outputs import RequestOutput
-from infinite_llm.engine.programs import StepOutput
-from infinite_llm.engine.sampler import (
-  PendingSample,
-  Sampler,
-  SampleRow,
-  fetch,
-)
-from infinite_llm.engine.step_batch import RowInput
+from infinite_llm.engine.sampler import Sampler, fetch
+from infinite_llm.engine.step_launcher import LaunchedStep, StepLauncher
 from infinite_llm.engine.stream import OutputStream
+from infinite_llm.engine.warm_up import Progress, warm_up
 from infinite_llm.errors import CapacityError, ModelError, RequestError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.batching import Batcher, Row
+from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
@@ -44,17 +39,7 @@ class _Running:
 
   request: Request
   instance: InstanceId
-  seed: int
   stream: OutputStream
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Launched:
-  """Rows of one instance in one program, and their tokens to come."""
-
-  instance: InstanceId
-  rows: Sequence[Row]
-  pending: PendingSample
 
 
 class Engine:
@@ -112,6 +97,7 @@ class Engine:
       )
       for instance, row in enumerate(self.runner.row_meshes)
     ]
+    self._launcher = StepLauncher(self.runner, self.group, self._samplers)
     self._uids = itertools.count(1)
     self._running: dict[RequestUid, _Running] = {}
     self._uid_of: dict[str, RequestUid] = {}
@@ -123,18 +109,15 @@ class Engine:
     """Most tokens that one request can have, over all instances."""
     return reachable_tokens(self.config)
 
-  def warm_up(
-    self, progress: Callable[[str, int, int], None] | None = None
-  ) -> None:
+  def warm_up(self, progress: Progress | None = None) -> None:
     """Compiles every program that the configuration can need.
 
     Blocks the host.
 
     Args:
-      progress: Called with what comes next, how many are done, how many there
-        are.
+      progress: Told how far this is.
     """
-    self.runner.warm_up(progress, self._warm_up_sampler)
+    warm_up(self.runner, self._samplers, self.config, progress)
 
   def add_request(
     self,
@@ -170,6 +153,9 @@ class Engine:
     self.check(prompt, sampling, instance=instance)
     if instance is None:
       instance = self._least_loaded()
+    if sampling.seed is None:
+      seed = derived_seed(self.config.seed, uid)
+      sampling = dataclasses.replace(sampling, seed=seed)
     request = Request(
       uid=uid,
       request_id=request_id,
@@ -180,11 +166,9 @@ class Engine:
         len(prompt) + sampling.max_tokens, self.capacity_tokens
       ),
     )
-    seed = sampling.seed
     self._running[uid] = _Running(
       request=request,
       instance=instance,
-      seed=derived_seed(self.config.seed, uid) if seed is None else seed,
       stream=OutputStream(
         request, self._model.tokenizer, self._model.generation, instance
       ),
@@ -245,24 +229,7 @@ class Engine:
     """
     has_moved = self.settle()
     plans = [batcher.plan() for batcher in self.batchers]
-    launched = []
-    for instance, plan in enumerate(plans):
-      for rows, is_prefill in (
-        (plan.local_decode, False),
-        (plan.local_prefill, True),
-      ):
-        if rows:
-          inputs = [self._row_input(row) for row in rows]
-          output = self.runner.local_step(
-            instance, inputs, is_prefill=is_prefill
-          )
-          launched.append(self._sample(instance, rows, output))
-    launched += self._group_step(
-      [plan.group_decode for plan in plans], is_prefill=False
-    )
-    launched += self._group_step(
-      [plan.group_prefill for plan in plans], is_prefill=True
-    )
+    launched = self._launcher.launch(plans, self._request)
     for step in launched:
       self._commit(step)
     self._take_failed()
@@ -290,59 +257,10 @@ class Engine:
     """How the rBlocks of each instance are used."""
     return [manager.counts() for manager in self.group.managers]
 
-  def _group_step(
-    self, rows: Sequence[Sequence[Row]], *, is_prefill: bool
-  ) -> list[_Launched]:
-    if not any(rows):
-      return []
-    self.group.upload_tables()
-    slots = self.group.slots(
-      [{row.uid: b for b, row in enumerate(mine)} for mine in rows]
-    )
-    outputs = self.runner.group_step(
-      [[self._row_input(row) for row in mine] for mine in rows],
-      slots,
-      is_prefill=is_prefill,
-    )
-    return [
-      self._sample(instance, mine, outputs[instance])
-      for instance, mine in enumerate(rows)
-      if mine
-    ]
+  def _request(self, uid: RequestUid) -> Request:
+    return self._running[uid].request
 
-  def _row_input(self, row: Row) -> RowInput:
-    running = self._running[row.uid]
-    manager = self.group.managers[running.instance]
-    return RowInput(
-      token_ids=running.request.tokens(row.start, row.start + row.num_tokens),
-      start=row.start,
-      table=manager.table(row.uid),
-    )
-
-  def _sample(
-    self, instance: InstanceId, rows: Sequence[Row], output: StepOutput
-  ) -> _Launched:
-    wanted = []
-    for b, row in enumerate(rows):
-      if row.samples:
-        running = self._running[row.uid]
-        request = running.request
-        wanted.append(
-          SampleRow(
-            row=b,
-            uid=row.uid,
-            sampling=request.sampling,
-            seed=running.seed,
-            position=request.num_tokens,
-            token_ids=request.tokens(0, request.num_tokens)
-            if request.sampling.repetition_penalty != 1
-            else (),
-          )
-        )
-    pending = self._samplers[instance].sample(output, wanted)
-    return _Launched(instance=instance, rows=rows, pending=pending)
-
-  def _commit(self, launched: _Launched) -> None:
+  def _commit(self, launched: LaunchedStep) -> None:
     """Advances the proved rows of a step, and only those."""
     batcher = self.batchers[launched.instance]
     result = fetch(launched.pending)
@@ -446,6 +364,3 @@ class Engine:
     for running in self._running.values():
       load[running.instance] += running.request.num_tokens
     return load.index(min(load))
-
-  def _warm_up_sampler(self, instance: InstanceId, output: StepOutput) -> None:
-    self._samplers[instance].warm_up(output)

@@ -5,9 +5,8 @@ pools and the hosted tables.
 """
 
 import collections
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -21,12 +20,7 @@ from infinite_llm.cache.rows import join_rows, place_rows, split_rows
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import row_mesh
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import (
-  empty_hosted,
-  empty_payloads,
-  empty_slots,
-  shifts_in_use,
-)
+from infinite_llm.engine.group_inputs import empty_hosted, shifts_in_use
 from infinite_llm.engine.program_cache import ProgramCache
 from infinite_llm.engine.programs import GroupInputs, StepKind, StepOutput
 from infinite_llm.engine.step_batch import (
@@ -37,12 +31,9 @@ from infinite_llm.engine.step_batch import (
 )
 from infinite_llm.errors import InvariantError
 from infinite_llm.models.hf_loader import LoadedModel
-from infinite_llm.types import INSTANCE_AXIS, NO_EPOCH, NULL_BLOCK_ID, Epoch
+from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch
 
 _GRANT_BUCKET = 64
-
-_Outputs = Iterable[tuple[int, StepOutput]] | None
-"""Outputs of a warm-up job, each with its instance."""
 
 
 class ModelRunner:
@@ -51,7 +42,7 @@ class ModelRunner:
   Attributes:
     pool: The rBlock pools.
     programs: The compiled programs.
-    launches: How often each kind of program was launched since `warm_up`.
+    launches: How often each kind of program was launched since warm-up.
   """
 
   def __init__(
@@ -264,85 +255,6 @@ class ModelRunner:
       tables: numpy leaves, shaped as `HostedTables` says.
     """
     self._hosted[instance] = self._place(instance, tables)
-
-  def warm_up(
-    self,
-    progress: Callable[[str, int, int], None] | None,
-    sample: Callable[[int, StepOutput], None],
-  ) -> None:
-    """Compiles and runs every program that the configuration can need.
-
-    Blocks the host.
-
-    Args:
-      progress: Called with what comes next, how many programs are done and
-        how many there are.
-      sample: Called with an instance and an output of every shape.
-    """
-    jobs = list(self._warm_up_jobs())
-    for done, (name, job) in enumerate(jobs):
-      if progress:
-        progress(name, done, len(jobs))
-      for instance, output in job() or ():
-        sample(instance, output)
-    jax.block_until_ready(self.pool.group())
-    if progress:
-      progress("ready", len(jobs), len(jobs))
-    self.launches.clear()
-    self.programs.close_warm_up()
-
-  def _warm_up_jobs(self) -> Iterator[tuple[str, Callable[[], _Outputs]]]:
-    def local(instance: int, bucket: int, *, is_prefill: bool) -> _Outputs:
-      return [
-        (
-          instance,
-          self.local_step(instance, [], is_prefill=is_prefill, bucket=bucket),
-        )
-      ]
-
-    def group(bucket: int | None, *, is_prefill: bool) -> _Outputs:
-      return enumerate(
-        self.group_step(nothing, slots, is_prefill=is_prefill, bucket=bucket)
-      )
-
-    def check() -> None:
-      self.verify(nothing, slots)
-
-    scheduler = self._config.scheduler
-    instances = range(self._config.num_instances)
-    for is_prefill, buckets in (
-      (False, scheduler.decode_buckets),
-      (True, scheduler.prefill_buckets),
-    ):
-      for instance, bucket in itertools.product(instances, buckets):
-        yield (
-          f"local {'prefill' if is_prefill else 'decode'}, {bucket} tokens",
-          functools.partial(local, instance, bucket, is_prefill=is_prefill),
-        )
-    if len(instances) == 1 or self._config.lending.policy == "static":
-      return
-    nothing = [[] for _ in instances]
-    slots = [
-      empty_slots(len(instances), self._config.lending.spill_slots)
-      for _ in instances
-    ]
-    yield "group decode", functools.partial(group, None, is_prefill=False)
-    for bucket in scheduler.prefill_buckets:
-      yield (
-        f"group prefill, {bucket} tokens",
-        functools.partial(group, bucket, is_prefill=True),
-      )
-    yield "coverage check", check
-    quota = self._config.lending.exchange_blocks
-    payloads = [empty_payloads(len(instances), quota) for _ in instances]
-    yield "exchange", functools.partial(self.exchange, payloads)
-    for instance in instances:
-      yield (
-        "reservation epochs",
-        functools.partial(
-          self.grant_epochs, instance, {NULL_BLOCK_ID: NO_EPOCH}
-        ),
-      )
 
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(

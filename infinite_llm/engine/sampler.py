@@ -18,6 +18,7 @@ from infinite_llm.engine.sampling import (
   sampling_arrays,
 )
 from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.request import Request
 from infinite_llm.types import RequestUid
 
 
@@ -26,19 +27,11 @@ class SampleRow(NamedTuple):
 
   Attributes:
     row: Its number in the step.
-    uid: Its request.
-    sampling: How to choose.
-    seed: Seed of the request.
-    position: Position of the token to be chosen.
-    token_ids: All tokens so far; read only for repetition penalties.
+    request: Its request; its sampling has a seed.
   """
 
   row: int
-  uid: RequestUid
-  sampling: SamplingParams
-  seed: int
-  position: int
-  token_ids: Sequence[int]
+  request: Request
 
 
 class PendingSample(NamedTuple):
@@ -104,21 +97,30 @@ class Sampler:
       Tokens of all `B` rows.
     """
     bucket = output.logits.shape[0]
-    is_greedy = all(_is_plain_greedy(row.sampling) for row in rows)
-    neutral = (SamplingParams(), 0, 0)
-    given: list[tuple[SamplingParams, int, int]] = [neutral] * bucket
+    is_greedy = all(_is_plain_greedy(row.request.sampling) for row in rows)
+    given: list[tuple[SamplingParams, int, int]]
+    given = [(SamplingParams(), 0, 0)] * bucket
     seen_rows = np.full(bucket, len(self._seen), np.int32)
-    for row in rows:
-      given[row.row] = (row.sampling, row.seed, row.position)
-      if row.sampling.repetition_penalty != 1:
-        seen_rows[row.row] = self._seen_row(row)
-    arrays, seen_rows = jax.device_put(
-      (sampling_arrays(given, bucket), seen_rows), self._replicated
-    )
+    for b, request in rows:
+      sampling = request.sampling
+      given[b] = (sampling, sampling.seed or 0, request.num_tokens)
+      if sampling.repetition_penalty != 1:
+        seen_rows[b] = self._seen_row(request)
     name = "sample_greedy" if is_greedy else "sample"
+    return self._launch(name, output, sampling_arrays(given, bucket), seen_rows)
+
+  def _launch(
+    self,
+    name: str,
+    output: StepOutput,
+    arrays: SamplingArrays,
+    seen_rows: np.ndarray,
+  ) -> PendingSample:
+    arrays, seen_rows = jax.device_put((arrays, seen_rows), self._replicated)
+    bucket = len(seen_rows)
     sampled, self._seen = self._programs.run(
       (name, self._instance, bucket),
-      lambda: _build_sample(is_greedy, self._max_logprobs),
+      lambda: _build_sample(name == "sample_greedy", self._max_logprobs),
       (*output, arrays, self._seen, seen_rows),
     )
     return PendingSample(sampled, output.proved)
@@ -131,25 +133,29 @@ class Sampler:
 
   def warm_up(self, output: StepOutput) -> None:
     """Compiles both ways of sampling a step of this shape."""
-    for sampling in (SamplingParams(), SamplingParams(temperature=1.0)):
-      self.sample(output, [SampleRow(0, 0, sampling, 0, 0, ())])
+    bucket = output.logits.shape[0]
+    nobody = np.full(bucket, len(self._seen), np.int32)
+    for name in ("sample_greedy", "sample"):
+      self._launch(name, output, sampling_arrays([], bucket), nobody)
+    self._mark(0, np.zeros(self._seen.shape[1], bool))
 
-  def _seen_row(self, row: SampleRow) -> int:
-    if row.uid not in self._row_of:
-      self._row_of[row.uid] = self._free_rows.pop()
+  def _seen_row(self, request: Request) -> int:
+    """The request's row of the state; a new one has its tokens so far."""
+    if request.uid not in self._row_of:
+      self._row_of[request.uid] = self._free_rows.pop()
       seen = np.zeros(self._seen.shape[1], bool)
-      seen[np.asarray(row.token_ids)] = True
-      self._seen = self._programs.run(
-        ("mark_seen", self._instance),
-        lambda: jax.jit(_mark_seen, donate_argnums=(0,)),
-        (
-          self._seen,
-          *jax.device_put(
-            (np.int32(self._row_of[row.uid]), seen), self._replicated
-          ),
-        ),
-      )
-    return self._row_of[row.uid]
+      seen[np.asarray(request.token_ids)] = True
+      self._mark(self._row_of[request.uid], seen)
+    return self._row_of[request.uid]
+
+  def _mark(self, row: int, seen: np.ndarray) -> None:
+    """Overwrites a row of the state."""
+    placed = jax.device_put((np.int32(row), seen), self._replicated)
+    self._seen = self._programs.run(
+      ("mark_seen", self._instance),
+      lambda: jax.jit(_mark_seen, donate_argnums=(0,)),
+      (self._seen, *placed),
+    )
 
 
 def fetch(pending: PendingSample) -> Mapping[str, np.ndarray]:

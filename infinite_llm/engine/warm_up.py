@@ -1,0 +1,111 @@
+"""Compiles every program that a configuration can need, before serving."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+
+from infinite_llm.config import EngineConfig
+from infinite_llm.engine.group_inputs import empty_payloads, empty_slots
+from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.programs import StepOutput
+from infinite_llm.engine.sampler import Sampler
+from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID
+
+Progress = Callable[[str, int, int], None]
+"""Called with what comes next, how many are done, how many there are."""
+
+_Outputs = Iterable[tuple[int, StepOutput]] | None
+"""Outputs of a job, each with its instance."""
+
+
+def warm_up(
+  runner: ModelRunner,
+  samplers: Sequence[Sampler],
+  config: EngineConfig,
+  progress: Progress | None = None,
+) -> None:
+  """Runs every program once with nothing to do.
+
+  Afterwards a compilation is logged and counted. Blocks the host.
+
+  Args:
+    runner: Launches programs.
+    samplers: Sampler of each instance.
+    config: Sizes of everything.
+    progress: Told how far this is.
+  """
+  jobs = list(_jobs(runner, config))
+  for done, (name, job) in enumerate(jobs):
+    if progress:
+      progress(name, done, len(jobs))
+    for instance, output in job() or ():
+      samplers[instance].warm_up(output)
+  jax.block_until_ready(runner.pool.group())
+  if progress:
+    progress("ready", len(jobs), len(jobs))
+  runner.launches.clear()
+  runner.programs.close_warm_up()
+
+
+def _jobs(
+  runner: ModelRunner, config: EngineConfig
+) -> Iterator[tuple[str, Callable[[], _Outputs]]]:
+  """Yields a name and what to run for every program."""
+  instances = range(config.num_instances)
+  for is_prefill, buckets in (
+    (False, config.scheduler.decode_buckets),
+    (True, config.scheduler.prefill_buckets),
+  ):
+    kind = "prefill" if is_prefill else "decode"
+    for bucket, instance in itertools.product(buckets, instances):
+      yield (
+        f"local {kind}, {bucket} tokens",
+        functools.partial(_local, runner, instance, bucket, is_prefill),
+      )
+  if config.num_instances > 1 and config.lending.policy != "static":
+    yield from _group_jobs(runner, config)
+
+
+def _group_jobs(
+  runner: ModelRunner, config: EngineConfig
+) -> Iterator[tuple[str, Callable[[], _Outputs]]]:
+  instances = range(config.num_instances)
+  lending = config.lending
+  nothing = [[] for _ in instances]
+  slots = [empty_slots(len(instances), lending.spill_slots) for _ in instances]
+  payloads = [
+    empty_payloads(len(instances), lending.exchange_blocks) for _ in instances
+  ]
+
+  def group(bucket: int | None, is_prefill: bool) -> _Outputs:
+    return enumerate(
+      runner.group_step(nothing, slots, is_prefill=is_prefill, bucket=bucket)
+    )
+
+  def check() -> None:
+    runner.verify(nothing, slots)
+
+  yield "group decode", functools.partial(group, None, False)
+  for bucket in config.scheduler.prefill_buckets:
+    yield (
+      f"group prefill, {bucket} tokens",
+      functools.partial(group, bucket, True),
+    )
+  yield "coverage check", check
+  yield "exchange", functools.partial(runner.exchange, payloads)
+  for instance in instances:
+    yield (
+      "reservation epochs",
+      functools.partial(
+        runner.grant_epochs, instance, {NULL_BLOCK_ID: NO_EPOCH}
+      ),
+    )
+
+
+def _local(
+  runner: ModelRunner, instance: int, bucket: int, is_prefill: bool
+) -> _Outputs:
+  output = runner.local_step(instance, [], is_prefill=is_prefill, bucket=bucket)
+  return [(instance, output)]
