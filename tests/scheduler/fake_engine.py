@@ -80,6 +80,7 @@ class FakeEngine:
       batcher.row_failed(row)
       return
     batcher.advance(row)
+    self.cluster.proved[row.uid] = request.num_computed_tokens
     if row.samples:
       request.output_token_ids.append(row.end)
       if request.num_tokens == request.max_total_tokens:

@@ -1,0 +1,139 @@
+"""Whole runs of several instances under seeded faults, all of them to the end.
+
+Messages are lost, repeated and delayed, tags are overwritten and requests are
+aborted at random; a row is committed only if its coverage is what it demands.
+"""
+
+import random
+
+import pytest
+
+from infinite_llm.config import SchedulerConfig
+from infinite_llm.errors import CoverageError
+from infinite_llm.scheduler.request import RequestStatus
+from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
+from tests.scheduler.fake_engine import FakeEngine, make_request
+
+_SEEDS = 40
+_PATIENCE_STEPS = 40
+
+
+class Network:
+  """Loses, repeats and delays messages with given probabilities."""
+
+  def __init__(self, rng, *, lost, repeated, delayed):
+    self._rng = rng
+    self._lost = lost
+    self._repeated = repeated
+    self._delayed = delayed
+    self._late = []
+
+  def __call__(self, envelope):
+    arriving = []
+    if self._late and self._rng.random() < 0.5:
+      arriving.append(self._late.pop(self._rng.randrange(len(self._late))))
+    fate = self._rng.random()
+    if fate < self._lost:
+      return arriving
+    if fate < self._lost + self._delayed:
+      self._late.append(envelope)
+      return arriving
+    if fate < self._lost + self._delayed + self._repeated:
+      arriving.append(envelope)
+    return [*arriving, envelope]
+
+
+class Run:
+  """One seed: a random cluster, random requests, random faults."""
+
+  def __init__(self, seed):
+    rng = self.rng = random.Random(seed)
+    self.num_instances = rng.randint(1, 4)
+    self.num_blocks = rng.choice((7, 12, 20))
+    network = Network(
+      rng,
+      lost=rng.choice((0.0, 0.1, 0.3)),
+      repeated=rng.choice((0.0, 0.2)),
+      delayed=rng.choice((0.0, 0.1)),
+    )
+    self.cluster = FakeCluster(
+      self.num_instances,
+      self.num_blocks,
+      interceptor=network,
+      spill_slots=rng.choice((1, 2, 4)),
+      policy=rng.choice(("borrow", "borrow", "borrow", "static")),
+    )
+    self.engine = FakeEngine(
+      self.cluster,
+      SchedulerConfig(
+        max_num_seqs=rng.choice((2, 4)),
+        decode_buckets=(4,),
+        prefill_buckets=(rng.choice((16, 64)),),
+        prefill_rows=2,
+      ),
+    )
+    self.corruption = rng.choice((0.0, 0.05))
+    self.num_idle_steps = 0
+
+  def go(self):
+    num_requests = self.rng.randint(1, 7)
+    while num_requests or self.engine.has_work:
+      if num_requests and self.rng.random() < 0.3:
+        self._add_request(num_requests)
+        num_requests -= 1
+      self._disturb()
+      self.num_idle_steps = 0 if self.engine.step() else self.num_idle_steps + 1
+      if self.num_idle_steps > _PATIENCE_STEPS:
+        self._break_stall()
+
+  def _add_request(self, uid):
+    own = (self.num_blocks - 1) * BLOCK_SIZE
+    is_shared = self.cluster.lending.policy == "borrow"
+    reachable = own * (self.num_instances if is_shared else 1)
+    max_tokens = self.rng.randint(1, 20)
+    longest = reachable if self.rng.random() < 0.4 else own // 3
+    num_tokens = self.rng.randint(1, max(longest - max_tokens, 1))
+    self.engine.add(
+      self.rng.randrange(self.num_instances),
+      make_request(uid, num_tokens, max_tokens=max_tokens, arrival=-uid),
+    )
+
+  def _disturb(self):
+    if self.rng.random() < self.corruption:
+      device = self.rng.choice(self.cluster.devices)
+      device.tag[self.rng.randrange(1, self.num_blocks)] = 0
+    if self.rng.random() < 0.01:
+      batcher = self.rng.choice(self.engine.batchers)
+      requests = (*batcher.waiting, *batcher.running)
+      if requests:
+        batcher.abort(self.rng.choice(requests).uid)
+
+  def _break_stall(self):
+    """As `Engine` does: requests may wait for each other's rBlocks."""
+    self.num_idle_steps = 0
+    running = [
+      (request.arrival, request.uid, batcher)
+      for batcher in self.engine.batchers
+      for request in batcher.running
+    ]
+    assert len(running) > 1, "A request that is alone never got its rBlocks."
+    _, uid, batcher = max(running, key=lambda entry: entry[0])
+    batcher.preempt(uid)
+
+
+@pytest.mark.parametrize("seed", range(_SEEDS))
+def test_every_request_ends_and_nothing_is_leaked(seed):
+  run = Run(seed)
+  run.go()
+
+  for _ in range(60):  # long enough for every message to get through
+    run.cluster.heartbeat()
+  run.cluster.check_agreement()
+  run.cluster.check_empty()
+  for request in run.engine.requests.values():
+    assert request.status.is_finished
+    if request.status is RequestStatus.FINISHED_LENGTH:
+      assert request.num_tokens == request.max_total_tokens
+    if request.status is RequestStatus.FAILED:
+      assert isinstance(request.error, CoverageError)
+      assert run.corruption > 0
