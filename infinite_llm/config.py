@@ -18,9 +18,15 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
     raise ConfigError(f"{name} must be {rule}; got {value!r}.")
 
 
+def _require_integer(name: str, value: object) -> None:
+  is_integer = isinstance(value, int) and not isinstance(value, bool)
+  _require(is_integer, name, "an integer", value)
+
+
 def _require_positive(config: object, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
+    _require_integer(name, value)
     _require(value >= 1, name, "at least 1", value)
 
 
@@ -39,6 +45,8 @@ class CacheConfig:
   kv_dtype: str | None = None
 
   def __post_init__(self):
+    _require_integer("block_size", self.block_size)
+    _require_integer("num_blocks", self.num_blocks)
     _require(
       self.block_size > 0 and self.block_size % 8 == 0,
       "block_size",
@@ -132,6 +140,8 @@ class SchedulerConfig:
     for name in ("decode_buckets", "prefill_buckets"):
       buckets = tuple(getattr(self, name))
       object.__setattr__(self, name, buckets)
+      for bucket in buckets:
+        _require_integer(f"{name}[...]", bucket)
       _require(
         bool(buckets)
         and buckets[0] >= 1

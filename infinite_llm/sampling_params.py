@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+import numbers
+from collections.abc import Iterable
+from typing import ClassVar, cast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class SamplingParams:
   def __post_init__(self):
     if isinstance(self.stop, str):
       object.__setattr__(self, "stop", (self.stop,))
+    self._check_types()
     object.__setattr__(self, "stop", tuple(self.stop))
     object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
     rules = (
@@ -76,9 +79,41 @@ class SamplingParams:
     )
     for name, holds, rule in rules:
       if not holds:
-        raise ValueError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
+        raise _wrong(name, rule, getattr(self, name))
+
+  def _check_types(self) -> None:
+    """Refuses what would only fail later, in the middle of a step."""
+    for names, kind, rule in (
+      (("max_tokens", "top_k"), numbers.Integral, "an integer"),
+      (
+        ("temperature", "top_p", "min_p", "repetition_penalty"),
+        numbers.Real,
+        "a number",
+      ),
+      (("seed", "logprobs"), numbers.Integral | None, "None or an integer"),
+    ):
+      for name in names:
+        if not isinstance(getattr(self, name), kind):
+          raise _wrong(name, rule, getattr(self, name))
+    for name, kind, rule in (
+      ("stop", str, "a string or a sequence of them"),
+      ("stop_token_ids", numbers.Integral, "a sequence of integers"),
+    ):
+      value = cast(object, getattr(self, name))
+      if not _all_are(value, kind):
+        raise _wrong(name, rule, value)
 
   @property
   def is_greedy(self) -> bool:
     """Whether the most likely token is always taken."""
     return self.temperature == 0
+
+
+def _all_are(items: object, kind: type) -> bool:
+  return isinstance(items, Iterable) and all(
+    isinstance(item, kind) for item in cast(Iterable[object], items)
+  )
+
+
+def _wrong(name: str, rule: str, value: object) -> ValueError:
+  return ValueError(f"{name} must be {rule}; got {value!r}.")

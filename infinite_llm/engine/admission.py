@@ -1,5 +1,6 @@
 """Which requests can be served at all. Pure functions of the configuration."""
 
+import operator
 from collections.abc import Sequence
 
 from infinite_llm.config import EngineConfig
@@ -19,6 +20,36 @@ def reachable_tokens(config: EngineConfig) -> int:
     lent = min(lent, lending.max_lent_blocks)
   blocks = own + lent * (config.num_instances - 1)
   return blocks * config.cache.block_size
+
+
+def as_token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+  """Takes token ids as plain integers, from whatever holds them.
+
+  Args:
+    prompt: A sequence of integers, or a one-dimensional array of them.
+
+  Returns:
+    The ids.
+
+  Raises:
+    RequestError: If that is not what it is.
+  """
+  try:
+    tokens = tuple(prompt)
+  except TypeError:
+    raise RequestError(
+      f"prompt must be a text or a sequence of token ids; got {prompt!r}."
+    ) from None
+  return tuple(map(_as_token_id, tokens))
+
+
+def _as_token_id(token: int) -> int:
+  try:
+    return operator.index(token)
+  except TypeError:
+    raise RequestError(
+      f"prompt token ids must be integers; got {token!r}."
+    ) from None
 
 
 def check_request(
@@ -48,9 +79,9 @@ def check_request(
       raise RequestError(
         f"prompt token ids must be in [0, {vocab_size}); got {token}."
       )
-  if instance is not None and not 0 <= instance < config.num_instances:
+  if instance is not None and instance not in range(config.num_instances):
     raise RequestError(
-      f"instance must be in [0, {config.num_instances}); got {instance}."
+      f"instance must be in [0, {config.num_instances}); got {instance!r}."
     )
   if (sampling.logprobs or 0) > config.max_logprobs:
     raise RequestError(

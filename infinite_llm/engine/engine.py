@@ -11,6 +11,7 @@ from absl import logging
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.admission import (
+  as_token_ids,
   check_request,
   derived_seed,
   reachable_tokens,
@@ -144,7 +145,7 @@ class Engine:
     """
     uid = next(self._uids)
     request_id = request_id or f"request-{uid}"
-    prompt = tuple(prompt_token_ids)
+    prompt = as_token_ids(prompt_token_ids)
     if request_id in self._uid_of:
       raise RequestError(
         f"request_id must be unique among unfinished requests; got"
@@ -191,12 +192,17 @@ class Engine:
       CapacityError: If the prompt can never fit.
     """
     check_request(
-      prompt_token_ids,
+      as_token_ids(prompt_token_ids),
       sampling,
       instance,
       self.config,
       self._model.config.vocab_size,
     )
+    if sampling.stop and self._model.tokenizer is None:
+      raise RequestError(
+        "stop must be empty, since the checkpoint has no tokenizer.json; got"
+        f" {sampling.stop!r}."
+      )
 
   def abort(self, request_id: str) -> None:
     """Ends a request early; its rBlocks are given back.
@@ -229,6 +235,8 @@ class Engine:
     """
     has_moved = self.settle()
     plans = [batcher.plan() for batcher in self.batchers]
+    # A plan may give a request up and let another take its place at once.
+    self._take_failed()
     launched = self._launcher.launch(plans, self._request)
     for step in launched:
       self._commit(step)

@@ -65,8 +65,8 @@ def build_batch(
   """Lays rows out for a program.
 
   Args:
-    rows: At most `num_rows` rows with at most `num_tokens` tokens in all. If
-      `num_tokens == num_rows` each row has one token, in its own place.
+    rows: At most `num_rows` rows with at most `num_tokens` tokens in all. In a
+      decode step, where `num_tokens == num_rows`, each has one.
     num_tokens: T of the program.
     num_rows: B of the program.
     table_capacity: E of the program.
@@ -99,7 +99,9 @@ def build_batch(
 
     entry = _add_table(batch.tables, b, entry, table, touched.stop)
     batch.demand[b] = table.demand(end)
-  if num_tokens == num_rows:
+  if num_tokens == num_rows and all(len(row.token_ids) == 1 for row in rows):
+    # Padding rows have a padding token each, as decode programs assume. A
+    # prefill program may be of this size too, with other rows.
     batch.cu_seqlens[:] = np.arange(num_rows + 1)
   return batch
 
