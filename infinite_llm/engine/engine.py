@@ -55,6 +55,8 @@ class Engine:
     runner: The devices.
     group: Managers and data plane.
     batchers: Continuous batching of each instance.
+    num_unproved_rows: Rows whose coverage was not what they demanded; each was
+      tried again, or its request failed.
   """
 
   def __init__(
@@ -99,6 +101,7 @@ class Engine:
       for instance, row in enumerate(self.runner.row_meshes)
     ]
     self._launcher = StepLauncher(self.runner, self.group, self._samplers)
+    self.num_unproved_rows = 0
     self._uids = itertools.count(1)
     self._running: dict[RequestUid, _Running] = {}
     self._uid_of: dict[str, RequestUid] = {}
@@ -276,6 +279,7 @@ class Engine:
       if row.uid not in self._running:
         continue
       if not result["proved"][b]:
+        self.num_unproved_rows += 1
         logging.warning(
           "Request %s: what its step read is not what it demanded; trying"
           " again.",

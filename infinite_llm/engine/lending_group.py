@@ -30,6 +30,8 @@ class LendingGroup:
     managers: rManager of each instance.
     transport: Carries their messages.
     num_blocks_moved: rBlocks sent between instances so far.
+    num_unproved_moves: Times that moved rBlocks of a request were not proved,
+      so that it went back to the old copies.
   """
 
   def __init__(
@@ -68,6 +70,7 @@ class LendingGroup:
     self._uploaded = [manager.hosted.generation for manager in self.managers]
     self._moves: collections.deque[Move] = collections.deque()
     self.num_blocks_moved = 0
+    self.num_unproved_moves = 0
 
   def settle(self, proved_tokens: Callable[[RequestUid], int]) -> bool:
     """Exchanges messages, moves rBlocks and checks them until all is quiet.
@@ -201,6 +204,7 @@ class LendingGroup:
       manager = self.managers[instance]
       for uid in mine:
         is_proved = bool(proved[instance, _slot(manager, uid)])
+        self.num_unproved_moves += not is_proved
         manager.on_verified(uid, is_proved)
     return True
 
