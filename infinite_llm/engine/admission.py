@@ -72,6 +72,8 @@ def check_request(
     RequestError: If an argument is wrong.
     CapacityError: If the prompt is larger than all reachable memory.
   """
+  if not isinstance(sampling, SamplingParams):
+    raise RequestError(f"sampling must be SamplingParams; got {sampling!r}.")
   if len(prompt) == 0:
     raise RequestError("prompt must have at least one token; got none.")
   for token in (min(prompt), max(prompt)):

@@ -1,13 +1,19 @@
 """The library entry: load a model, hand in prompts, get text."""
 
 import collections
+import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import tqdm
 
 from infinite_llm.config import EngineConfig, engine_config
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine.admission import as_token_ids
+from infinite_llm.engine.chat import ChatTemplate, Message
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
@@ -51,9 +57,13 @@ class LLM:
       raise ConfigError(
         f"Give either config or options; got both: {', '.join(options)}."
       )
+    if not isinstance(config, EngineConfig | None):
+      raise ConfigError(f"config must be an EngineConfig; got {config!r}.")
     config = config or engine_config(**options)
     self._show_progress = show_progress
     self._mail: dict[str, collections.deque[RequestOutput]] = {}
+    self._left: list[str] = []
+    self._is_stepping = False
     mesh = make_mesh(config.num_instances, config.tensor_parallel)
     self.model = load_hf(model, mesh, dtype=config.dtype)
     self.engine = Engine(self.model, config)
@@ -93,22 +103,63 @@ class LLM:
     tokens = [self.tokenize(prompt) for prompt in batch]
     for ids, each in zip(tokens, params, strict=True):
       self.engine.check(ids, each)
-    streams = [
-      self._open(ids, each, None, keep=1)
-      for ids, each in zip(tokens, params, strict=True)
-    ]
     outputs = []
-    with tqdm.tqdm(
-      total=len(streams),
-      desc="Requests",
-      unit="request",
-      disable=not self._show_progress,
-    ) as bar:
+    with contextlib.ExitStack() as stack:
+      streams = []
+      for ids, each in zip(tokens, params, strict=True):
+        streams.append(self._open(ids, each, None, keep=1))
+        stack.callback(streams[-1].close)
+      bar = stack.enter_context(
+        tqdm.tqdm(
+          total=len(streams),
+          desc="Requests",
+          unit="request",
+          disable=not self._show_progress,
+        )
+      )
       for stream in streams:
         *_, last = stream
         outputs.append(last)
         bar.update()
     return outputs
+
+  def chat(
+    self,
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+  ) -> list[RequestOutput]:
+    """Answers conversations, framed by the checkpoint's chat template.
+
+    Blocks the host.
+
+    Args:
+      messages: A conversation: `[{"role": "user", "content": "Hello"}]`, or a
+        list of conversations.
+      sampling: For all conversations, or one for each; None is greedy.
+      add_generation_prompt: Whether the template is to begin an answer.
+
+    Returns:
+      One finished output per conversation, in their order.
+
+    Raises:
+      RequestError: If the checkpoint has no chat template or no tokenizer, or
+        messages or a parameter are wrong; then none is answered.
+      CheckpointError: If the template is not valid Jinja.
+    """
+    conversations = list(messages)
+    if not conversations or isinstance(conversations[0], Mapping):
+      conversations = [conversations]
+    texts = [
+      self._chat_template.render(
+        conversation, add_generation_prompt=add_generation_prompt
+      )
+      for conversation in conversations
+    ]
+    # Templates write special tokens themselves.
+    prompts = [self._encode(text, add_special_tokens=False) for text in texts]
+    return self.generate(prompts, sampling)
 
   def stream(
     self,
@@ -116,17 +167,19 @@ class LLM:
     sampling: SamplingParams | None = None,
     *,
     instance: InstanceId | None = None,
-  ) -> Iterator[RequestOutput]:
+  ) -> "OutputIterator":
     """Completes one prompt and yields as it goes.
+
+    The request is under way from now on, in every step that anybody asks for.
 
     Args:
       prompt: A text or token ids.
       sampling: How to choose tokens; None is greedy.
       instance: Which instance owns the request; None takes the least loaded.
 
-    Yields:
+    Returns:
       An output per token; `new_text` is what it added. The last one is
-      finished. Leaving the iterator early ends the request.
+      finished. Dropping or closing the iterator early ends the request.
 
     Raises:
       RequestError: If the prompt or a parameter is wrong.
@@ -141,32 +194,39 @@ class LLM:
     sampling: SamplingParams,
     instance: InstanceId | None,
     keep: int | None = None,
-  ) -> Iterator[RequestOutput]:
+  ) -> "OutputIterator":
     """Adds a request now; the iterator yields its last `keep` outputs."""
     name = self.engine.add_request(prompt, sampling, instance=instance)
     self._mail[name] = collections.deque(maxlen=keep)
-    return self._outputs(name)
+    return OutputIterator(self, name)
 
-  def _outputs(self, name: str) -> Iterator[RequestOutput]:
-    """Steps the engine while this request's mailbox is empty."""
+  def _next_output(self, name: str) -> RequestOutput:
+    """Steps the engine while a request's mailbox is empty."""
     mail = self._mail[name]
-    try:
-      while True:
-        while not mail:
-          self._step()
-        output = mail.popleft()
-        yield output
-        if output.is_finished:
-          return
-    finally:
-      del self._mail[name]
-      self.engine.abort(name)
+    while not mail:
+      self._step()
+    return mail.popleft()
 
   def _step(self) -> None:
     """One step; its outputs go to whoever waits for them."""
-    for output in self.engine.step():
+    while self._left:
+      self.engine.abort(self._left.pop())
+    self._is_stepping = True
+    try:
+      outputs = self.engine.step()
+    finally:
+      self._is_stepping = False
+    for output in outputs:
       if output.request_id in self._mail:
         self._mail[output.request_id].append(output)
+
+  def _leave(self, name: str) -> None:
+    """Ends a request that nobody waits for any more, if it has not ended."""
+    del self._mail[name]
+    # A garbage collector may drop an iterator in the middle of a step.
+    self._left.append(name)
+    if not self._is_stepping:
+      self.engine.abort(self._left.pop())
 
   def tokenize(self, prompt: Prompt) -> list[int]:
     """Turns a prompt into token ids, as the checkpoint's tokenizer does.
@@ -175,29 +235,75 @@ class LLM:
       RequestError: If it is text and the checkpoint has no tokenizer.
     """
     if not isinstance(prompt, str):
-      return list(prompt)
+      return list(as_token_ids(prompt))
+    if not prompt:
+      raise RequestError("prompt must have at least one token; got ''.")
+    return self._encode(prompt, add_special_tokens=True)
+
+  def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
     if self.model.tokenizer is None:
       raise RequestError(
         "The checkpoint has no tokenizer.json: give token ids, not text."
       )
-    if not prompt:
-      raise RequestError("prompt must have at least one token; got ''.")
-    return self.model.tokenizer.encode(prompt).ids
+    encoding = self.model.tokenizer.encode(
+      text, add_special_tokens=add_special_tokens
+    )
+    return encoding.ids
+
+  @functools.cached_property
+  def _chat_template(self) -> ChatTemplate:
+    # On first use: a template that is wrong disturbs nobody who has no chats.
+    return ChatTemplate(self.model.generation)
+
+
+class OutputIterator(Iterator[RequestOutput]):
+  """Outputs of one request, as they come."""
+
+  def __init__(self, llm: LLM, name: str):
+    """Begins with the next output.
+
+    Args:
+      llm: Steps the engine.
+      name: The request's.
+    """
+    self._llm = llm
+    self._name = name
+    self._leave = weakref.finalize(self, llm._leave, name)
+    self._leave.atexit = False
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __next__(self) -> RequestOutput:
+    if not self._leave.alive:
+      raise StopIteration
+    output = self._llm._next_output(self._name)
+    if output.is_finished:
+      self.close()
+    return output
+
+  def close(self) -> None:
+    """Ends the request, if it has not ended."""
+    self._leave()
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
   if isinstance(prompts, str):
     return [prompts]
-  if prompts and all(isinstance(item, int) for item in prompts):
-    return [list(prompts)]
-  return list(prompts)
+  batch = list(prompts)
+  # What has no length is a token id.
+  if batch and not any(hasattr(item, "__len__") for item in batch):
+    return [batch]
+  return batch
 
 
 def _one_each(
   sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-  if sampling is None or isinstance(sampling, SamplingParams):
-    return [sampling or SamplingParams()] * count
+  if sampling is None:
+    sampling = SamplingParams()
+  if not isinstance(sampling, Sequence):
+    return [sampling] * count
   if len(sampling) != count:
     raise RequestError(
       f"sampling must be one for all or one per prompt ({count}); got"
