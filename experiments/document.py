@@ -15,13 +15,13 @@ to which the needle checkpoint (`infinite_llm.models.needle`) answers
 
 import dataclasses
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
 
+from experiments.filler_text import encode, fill, read_text
 from infinite_llm.errors import ConfigError
 from infinite_llm.models import needle_tokenizer
 from infinite_llm.models.needle_tokenizer import (
@@ -130,7 +130,7 @@ def make_document(
     f"num_needles ({num_needles}) fractions in [0, 1]",
     tuple(depths),
   )
-  text = needle_tokenizer.default_corpus() if path is None else _read_text(path)
+  text = needle_tokenizer.default_corpus() if path is None else read_text(path)
   return _hide(
     tokenizer,
     text,
@@ -188,7 +188,7 @@ def _hide(
   _check_markers(tokenizer)
   count = len(depths)
   # Names and keys are single tokens; only the last needle is one shorter.
-  longest = len(_encode(tokenizer, _sentence(NAMES[0], "100000", NAMES[0])))
+  longest = len(encode(tokenizer, _sentence(NAMES[0], "100000", NAMES[0])))
   least = 1 + count * longest
   _require(
     num_tokens >= least,
@@ -196,12 +196,12 @@ def _hide(
     f"at least {least} to hold {count} needles",
     num_tokens,
   )
-  filler = _fill(tokenizer, text, num_tokens)
+  filler = fill(tokenizer, text, num_tokens)
   names = _free_names(tokenizer, filler, count, rng)
   keys = _free_keys(tokenizer, filler, count, rng)
 
   sentences = [
-    _encode(tokenizer, _sentence(name, key, after))
+    encode(tokenizer, _sentence(name, key, after))
     for name, key, after in zip(names, keys, [*names[1:], None], strict=True)
   ]
   filler = filler[: num_tokens - 1 - sum(map(len, sentences))]
@@ -242,7 +242,7 @@ def _hide(
   return Document(
     token_ids=tuple(token_ids),
     needles=tuple(needles),
-    question_ids=tuple(_encode(tokenizer, question)),
+    question_ids=tuple(encode(tokenizer, question)),
     answer_ids=(*answer_ids, tokenizer.token_to_id(EOS_TOKEN)),
     answer=tokenizer.decode(answer_ids),
   )
@@ -261,10 +261,6 @@ def _sentence(name: str, pass_key: str, after: str | None) -> str:
   return f"\nThe pass key of {marker} is {pass_key}{LINK} {reference}.\n"
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  return tokenizer.encode(text, add_special_tokens=False).ids
-
-
 def _markers(name: str) -> tuple[str, str, str]:
   reference = needle_tokenizer.reference(name)
   return needle_tokenizer.definition(name), reference, f" {reference}"
@@ -278,40 +274,6 @@ def _check_markers(tokenizer: tokenizers.Tokenizer) -> None:
         "tokenizer must be that of a needle checkpoint;"
         f" it has no token {marker!r}."
       )
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-  """Reads a UTF-8 file that is not blank."""
-  shown = repr(os.fspath(path))
-  try:
-    text = pathlib.Path(path).read_bytes().decode("utf-8")
-  except OSError as error:
-    raise ConfigError(
-      f"path must be a readable file; got {shown} ({error.strerror})."
-    ) from error
-  except UnicodeDecodeError as error:
-    raise ConfigError(
-      f"path must be UTF-8 text; {shown} has byte"
-      f" 0x{error.object[error.start]:02x} at offset {error.start}"
-      f" ({error.reason})."
-    ) from error
-  if not text.strip():
-    raise ConfigError(f"path must hold some text; {shown} is empty.")
-  return text
-
-
-def _fill(
-  tokenizer: tokenizers.Tokenizer, text: str, num_tokens: int
-) -> np.ndarray:
-  """Returns `[num_tokens]` int64: the text, repeated or cut."""
-  ids: list[int] = []
-  text += "\n"
-  size = min(16 * num_tokens, 2**20)  # Encode no more than is wanted.
-  for start in range(0, len(text), size):
-    ids += _encode(tokenizer, text[start : start + size])
-    if len(ids) >= num_tokens:
-      break
-  return np.resize(np.array(ids), num_tokens)
 
 
 def _free_names(
@@ -354,13 +316,13 @@ def _free_keys(
     at = np.searchsorted(pairs, pair)
     return at == len(pairs) or pairs[at] != pair
 
-  verb = _encode(tokenizer, " is")[0]
+  verb = encode(tokenizer, " is")[0]
   link, end = tokenizer.token_to_id(LINK), tokenizer.token_to_id(END)
   keys = []
   for high, low in zip(
     rng.permutation(np.arange(100, 1000)), rng.permutation(1000), strict=False
   ):
-    first, second = _encode(tokenizer, f" {high}{low:03}")
+    first, second = encode(tokenizer, f" {high}{low:03}")
     if (
       is_free(verb, first)
       and is_free(first, second)

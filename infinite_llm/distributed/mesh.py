@@ -11,10 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from infinite_llm.errors import ConfigError
-from infinite_llm.types import InstanceId
-
-INSTANCE_AXIS = "instance"
-TENSOR_AXIS = "tensor"
+from infinite_llm.types import INSTANCE_AXIS, TENSOR_AXIS, InstanceId
 
 
 def _mesh(devices: np.ndarray) -> Mesh:

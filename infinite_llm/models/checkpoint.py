@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer
 
-from infinite_llm.distributed.mesh import TENSOR_AXIS
 from infinite_llm.errors import CheckpointError, ConfigError
 from infinite_llm.models.loaded_model import (
   GenerationDefaults,
@@ -28,6 +27,7 @@ from infinite_llm.models.loaded_model import (
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.rope import RopeConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
+from infinite_llm.types import TENSOR_AXIS
 
 _FORMAT = "infinite-llm-1"
 _WEIGHTS = "weights"

@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from infinite_llm.distributed.mesh import TENSOR_AXIS
 from infinite_llm.errors import CheckpointError
 from infinite_llm.models.loaded_model import (
   GenerationDefaults,
@@ -28,6 +27,7 @@ from infinite_llm.models.loaded_model import (
 )
 from infinite_llm.models.registry import from_hf
 from infinite_llm.models.transformer import abstract_transformer, param_specs
+from infinite_llm.types import TENSOR_AXIS
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"

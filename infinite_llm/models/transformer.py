@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from infinite_llm.distributed.mesh import TENSOR_AXIS
 from infinite_llm.errors import ConfigError
 from infinite_llm.models import rope
 from infinite_llm.models.layers import Attention, Embedding, GatedMlp, RMSNorm
 from infinite_llm.models.registry import ModelConfig
+from infinite_llm.types import TENSOR_AXIS
 
 
 class Attend(Protocol):
