@@ -147,8 +147,10 @@ class Borrowing:
   def _try_next(self, account: Account) -> None:
     borrow = account.current_borrow()
     wanted = min(borrow.wanted, len(account.movable()))
-    if wanted == 0 or not borrow.candidates:
-      self.has_room = self.has_room and borrow.num_moved > 0
+    is_over = wanted == 0 or account.must_sync or account.is_lost
+    if is_over or not borrow.candidates:
+      if not is_over and borrow.num_moved == 0:
+        self.has_room = False
       account.borrow = None
       account.phase = Phase.IDLE
       return

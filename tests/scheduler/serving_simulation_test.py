@@ -15,7 +15,7 @@ from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
 _SEEDS = 40
-_PATIENCE_STEPS = 40
+_PATIENCE_STEPS = 300
 
 
 class Network:
