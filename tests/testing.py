@@ -1,15 +1,23 @@
 """Builders that tests share."""
 
+import functools
+import json
 import pathlib
+import re
+import shutil
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
+from infinite_llm.engine.sampling import sample, sampling_arrays
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Attend, Transformer
+from infinite_llm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
   from infinite_llm.engine.engine import Engine
@@ -167,3 +175,85 @@ def pools_are_empty(engine: "Engine", patience_s: float = 5.0) -> bool:
       return True
     time.sleep(0.001)
   return False
+
+
+def write_shallow_checkpoint(
+  folder: pathlib.Path, family: str = "llama3", num_layers: int = 1
+) -> pathlib.Path:
+  """Cuts a golden model to its first layers: it compiles so much faster.
+
+  Args:
+    folder: Gets the checkpoint; made if need be.
+    family: Golden checkpoint to take, of one weight file.
+    num_layers: Layers to keep.
+
+  Returns:
+    The folder.
+  """
+  source = GOLDEN / family
+  shutil.copytree(source, folder, dirs_exist_ok=True)
+  config = json.loads((source / "config.json").read_text())
+  config["num_hidden_layers"] = num_layers
+  if "layer_types" in config:
+    config["layer_types"] = config["layer_types"][:num_layers]
+  (folder / "config.json").write_text(json.dumps(config))
+  tensors = safetensors.numpy.load_file(source / "model.safetensors")
+  dropped = re.compile(r"model\.layers\.(\d+)\.")
+  kept = {
+    name: tensor
+    for name, tensor in tensors.items()
+    if (match := dropped.match(name)) is None or int(match[1]) < num_layers
+  }
+  safetensors.numpy.save_file(kept, folder / "model.safetensors")
+  return folder
+
+
+class SamplingOracle:
+  """Chooses tokens from dense, cache-free logits: any sampling, any model."""
+
+  _MAX_ANSWER = 64
+
+  def __init__(self, model: Transformer, max_tokens: int):
+    """Compiles nothing yet.
+
+    Args:
+      model: The whole model.
+      max_tokens: Longest sequence that will be asked for.
+    """
+    self._max_tokens = max_tokens
+    self._logits = jax.jit(functools.partial(dense_logits, model))
+    self._sample = jax.jit(
+      functools.partial(sample, max_logprobs=0, greedy_only=False)
+    )
+
+  def logits(self, prompt: list[int], answer: Sequence[int]) -> np.ndarray:
+    """`[len(answer), V]` float32: what each token was chosen from."""
+    tokens = np.zeros(self._max_tokens, np.int32)
+    end = len(prompt) + len(answer)
+    tokens[:end] = [*prompt, *answer]
+    return np.asarray(self._logits(tokens))[len(prompt) - 1 : end - 1]
+
+  def tokens(
+    self, prompt: list[int], answer: Sequence[int], sampling: SamplingParams
+  ) -> list[int]:
+    """Chooses each token of an answer anew, given those before it.
+
+    Args:
+      prompt: Token ids.
+      answer: Token ids that are said to follow.
+      sampling: How they were chosen; with a seed, if not greedily.
+
+    Returns:
+      What should be in the answer's place: equal to it, or different in the
+      first token that is wrong.
+    """
+    count = len(answer)
+    logits = self.logits(prompt, answer)
+    logits = np.pad(logits, ((0, self._MAX_ANSWER - count), (0, 0)))
+    seen = np.zeros(logits.shape, bool)
+    rows = []
+    for i in range(count):
+      seen[i, [*prompt, *answer[:i]]] = True
+      rows.append((sampling, sampling.seed or 0, len(prompt) + i))
+    arrays = sampling_arrays(rows, self._MAX_ANSWER)
+    return self._sample(logits, arrays, seen).token[:count].tolist()
