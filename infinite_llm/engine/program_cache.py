@@ -1,7 +1,7 @@
 """Compiled programs by name and shape, and a count of late compilations."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from absl import logging
@@ -21,6 +21,10 @@ class ProgramCache:
 
   def __len__(self) -> int:
     return len(self._compiled)
+
+  def __iter__(self) -> Iterator[Hashable]:
+    """Keys of the compiled programs."""
+    return iter(self._compiled)
 
   def close_warm_up(self) -> None:
     """From now on a compilation is one too many: logged and counted."""
