@@ -160,13 +160,14 @@ def test_a_row_of_a_step_launched_before_the_sync_changes_nothing(cluster):
   assert manager.reconcile(UID) is Reconcile.RECOMPUTE
 
 
-def test_a_sync_waits_for_the_borrow_under_way(cluster):
+def test_a_sync_waits_for_what_is_under_way(cluster):
   manager = cluster.managers[0]
   assert manager.borrow(UID, 1)
-  cluster.carry()
+  while manager.phase(UID) is not Phase.MOVING:
+    cluster.carry()
 
   assert manager.reconcile(UID) is Reconcile.RETRY
-  assert manager.phase(UID) is not Phase.SYNCING
+  assert manager.phase(UID) is Phase.MOVING
   assert not manager.is_readable(UID)
   cluster.settle()
 
@@ -174,6 +175,18 @@ def test_a_sync_waits_for_the_borrow_under_way(cluster):
   assert manager.borrowed() == {1: 3}
   assert manager.is_readable(UID)
   assert _is_covered(cluster)
+
+
+def test_a_sync_does_not_wait_for_creditors_not_yet_asked(cluster):
+  manager = cluster.managers[0]
+  assert manager.borrow(UID, 1)
+
+  assert manager.reconcile(UID) is Reconcile.RETRY
+  cluster.settle()
+
+  assert manager.borrowed() == {1: 2}
+  assert manager.spill(UID).versions == {1: 1}
+  assert manager.borrow(UID, 1)
 
 
 def test_a_creditor_that_forgot_everything_makes_the_request_recompute(cluster):

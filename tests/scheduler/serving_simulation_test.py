@@ -15,7 +15,8 @@ from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
 _SEEDS = 40
-_PATIENCE_STEPS = 300
+_PATIENCE_STEPS = 200
+_MAX_STEPS = 5000
 
 
 class Network:
@@ -77,7 +78,9 @@ class Run:
 
   def go(self):
     num_requests = self.rng.randint(1, 7)
-    while num_requests or self.engine.has_work:
+    for _ in range(_MAX_STEPS):
+      if not (num_requests or self.engine.has_work):
+        return
       if num_requests and self.rng.random() < 0.3:
         self._add_request(num_requests)
         num_requests -= 1
@@ -85,6 +88,7 @@ class Run:
       self.num_idle_steps = 0 if self.engine.step() else self.num_idle_steps + 1
       if self.num_idle_steps > _PATIENCE_STEPS:
         self._break_stall()
+    raise AssertionError(f"Still running after {_MAX_STEPS} steps.")
 
   def _add_request(self, uid):
     own = (self.num_blocks - 1) * BLOCK_SIZE
@@ -107,6 +111,7 @@ class Run:
       requests = (*batcher.waiting, *batcher.running)
       if requests:
         batcher.abort(self.rng.choice(requests).uid)
+        self.num_idle_steps = 0
 
   def _break_stall(self):
     """As `Engine` does: requests may wait for each other's rBlocks."""
