@@ -122,6 +122,7 @@ def make_document(
     num_needles,
   )
   _require(snap_tokens >= 0, "snap_tokens", "not negative", snap_tokens)
+  _require(seed >= 0, "seed", "not negative", seed)
   if depths is None:
     depths = [(n + 0.5) / num_needles for n in range(num_needles)]
   _require(

@@ -196,6 +196,7 @@ class EngineConfig:
       f"one of {', '.join(KV_DTYPES)}",
       self.dtype,
     )
+    _require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
     _require(
       0 <= self.max_logprobs <= 20,
       "max_logprobs",
