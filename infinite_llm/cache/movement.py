@@ -3,7 +3,8 @@
 A payload carries the destination rBlock and the reservation epoch that the
 creditor granted. The receiver writes it only if its device still holds that
 epoch for that rBlock, so a late or repeated payload cannot hit an rBlock that
-was given to somebody else (`DESIGN.md` section 5, rule 3).
+was given to somebody else (`DESIGN.md` section 5, rule 3). Nor can a repeated
+one spoil the copy that it made, once its source holds something else.
 """
 
 from typing import NamedTuple
@@ -37,8 +38,8 @@ class Payloads(NamedTuple):
 def exchange(pool: PoolArrays, payloads: Payloads) -> PoolArrays:
   """Sends and receives rBlocks; runs inside `shard_map`.
 
-  A block whose content is not what the books say arrives with tag 0, so that
-  every later coverage check over it fails.
+  A block whose content is not what the books say does not arrive. Its place
+  keeps tag 0, as granted, so that every later coverage check over it fails.
 
   Collective over axis: "instance".
   Donates: `pool`, updated in place.
@@ -61,7 +62,8 @@ def exchange(pool: PoolArrays, payloads: Payloads) -> PoolArrays:
   )
   blocks = blocks.reshape(-1, *blocks.shape[2:])
   target, epoch, tag = (x.reshape(-1) for x in (target, epoch, tag))
-  accepted = (target != 0) & (epoch != 0) & (pool.epoch[target] == epoch)
+  is_granted = (target != 0) & (epoch != 0) & (pool.epoch[target] == epoch)
+  accepted = is_granted & (tag != 0)
   out_of_bounds = pool.tag.shape[0]
   return pool._replace(
     kv=unpack_blocks(pool.kv, blocks, target, accepted),

@@ -1,0 +1,465 @@
+"""Whatever goes wrong between instances, no token is ever wrong.
+
+Each test disturbs a run and shows that the disturbance was noticed, that the
+disturbed request still ends right, that the others are not disturbed, and that
+every rBlock is free in the end. `Rig.step` compares each token as it comes.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from infinite_llm.engine.group_inputs import empty_payloads
+from infinite_llm.errors import CoverageError
+from infinite_llm.scheduler.messages import Grant, Release, SlotName
+from infinite_llm.types import NO_EPOCH
+from tests.e2e.rig import LONG, WORKLOAD, Ask, right_answers
+
+STAGES = pytest.mark.parametrize("stage", ["prefill", "decode"])
+OWNER = WORKLOAD[LONG].instance
+
+
+def start(rig):
+  """Adds the workload; its tokens are compared from now on."""
+  rig.expected = right_answers()
+  rig.add(WORKLOAD)
+
+
+def end(rig, before_step=lambda: None, disturbed=(LONG,)):
+  """All requests end right, and nobody but `disturbed` had to try again."""
+  outputs = rig.drain(before_step)
+  for name, right in right_answers().items():
+    assert outputs[name].token_ids == right, (name, outputs[name].error)
+  assert set(rig.failed_rows) <= set(disturbed)
+  assert set(rig.preempted) <= set(disturbed)
+  rig.finish()
+
+
+def during(rig, patch, stage, disturb, times=1):
+  """Calls `disturb()` right before group programs that compute `LONG`.
+
+  Args:
+    rig: The engine.
+    patch: Undoes this.
+    stage: "prefill" or "decode".
+    disturb: What to do.
+    times: How often at most. After the first, every stage is disturbed.
+
+  Returns:
+    A list that gets an entry with each call.
+  """
+  calls = []
+  group_step = rig.engine.runner.group_step
+
+  def disturbed(rows, slots, *, is_prefill, **options):
+    request = rig.request(LONG)
+    uids = [row.table.uid for row in rows[OWNER]]
+    if (
+      request
+      and request.uid in uids
+      and (calls or is_prefill == (stage == "prefill"))
+      and len(calls) < times
+    ):
+      calls.append(rig.lent(LONG))
+      disturb()
+    return group_step(rows, slots, is_prefill=is_prefill, **options)
+
+  patch.setattr(rig.engine.runner, "group_step", disturbed)
+  return calls
+
+
+def spilled(rig):
+  """The creditor with most of `LONG`'s rBlocks, and its row and version."""
+  lent = rig.lent(LONG)
+  holders = [where.instance for _, where in lent]
+  creditor = max(set(holders), key=holders.count)
+  info = rig.engine.group.managers[OWNER].spill(rig.request(LONG).uid)
+  row = OWNER * rig.engine.config.lending.spill_slots + info.slot
+  return creditor, row, info.versions[creditor]
+
+
+def change_table(rig, change):
+  """Installs hosted tables on a creditor's device that its books disown."""
+  creditor, row, version = spilled(rig)
+  tables = jax.tree.map(np.array, rig.uploads[creditor][-1])
+  assert tables.version[version % 2, row] == version
+  assert tables.counts[version % 2, row] > 1
+  first = tables.starts[version % 2, row]
+  change(tables, version % 2, row, first)
+  rig.engine.runner.set_hosted(creditor, tables)
+
+
+class TestStaleHostedTable:
+  """The device's table is not the one that the books know."""
+
+  @STAGES
+  def test_an_older_upload_is_noticed_and_installed_anew(
+    self, rig, monkeypatch, stage
+  ):
+    def disturb():
+      creditor, row, version = spilled(rig)
+      older = [
+        tables
+        for tables in rig.uploads[creditor]
+        if tables.version[version % 2, row] != version
+      ]
+      rig.engine.runner.set_hosted(creditor, older[-1])
+
+    start(rig)
+    calls = during(rig, monkeypatch, stage, disturb)
+    unproved = rig.engine.num_unproved_rows
+    # All that the creditor hosts is as it was then.
+    end(rig, disturbed=(LONG, "other"))
+    assert calls
+    assert rig.failed_rows[LONG] == 1
+    failed = rig.failed_rows.total()
+    assert rig.engine.num_unproved_rows == unproved + failed
+    assert rig.mail.sent["Sync"] > 0
+    assert not rig.preempted
+
+  @STAGES
+  @pytest.mark.parametrize("lie", ["fewer", "swapped", "other block", "epoch"])
+  def test_wrong_entries_under_the_right_version_are_noticed(
+    self, rig, monkeypatch, stage, lie
+  ):
+    def change(tables, parity, row, first):
+      match lie:
+        case "fewer":
+          tables.counts[parity, row] -= 1
+        case "swapped":
+          pair = tables.logical_ids[parity, first : first + 2]
+          pair[:] = pair[::-1].copy()
+        case "other block":
+          tables.block_ids[parity, first] = 1  # That of a short request.
+        case "epoch":
+          tables.epoch[row] += 1
+
+    start(rig)
+    calls = during(rig, monkeypatch, stage, lambda: change_table(rig, change))
+    end(rig)
+    assert calls
+    assert rig.failed_rows[LONG] == 1
+    assert rig.mail.sent["Sync"] > 0
+    assert not rig.preempted
+
+  def test_a_lost_upload_is_noticed_before_the_old_copies_go(
+    self, rig, monkeypatch
+  ):
+    set_hosted = rig.engine.runner.set_hosted
+    lost = []
+
+    def lose_first(instance, tables):
+      slots = rig.engine.config.lending.spill_slots
+      hosts_mine = tables.counts[:, OWNER * slots : (OWNER + 1) * slots].any()
+      if hosts_mine and not lost:
+        lost.append(instance)
+      else:
+        set_hosted(instance, tables)
+
+    monkeypatch.setattr(rig.engine.runner, "set_hosted", lose_first)
+    unproved = rig.engine.group.num_unproved_moves
+    start(rig)
+    end(rig)
+    assert lost
+    assert rig.engine.group.num_unproved_moves == unproved + 1
+    assert not rig.failed_rows
+    assert not rig.preempted
+
+
+class TestWrongContent:
+  """A device holds something else than the tables say."""
+
+  @STAGES
+  @pytest.mark.parametrize("fault", ["removed", "recycled", "swapped"])
+  @pytest.mark.parametrize("place", ["lent", "home"])
+  def test_it_is_noticed_and_computed_anew(
+    self, rig, monkeypatch, stage, place, fault
+  ):
+    def disturb():
+      lies = rig.lies(LONG)
+      mine = [
+        where
+        for where in lies[: rig.request(LONG).num_computed_tokens // 16]
+        if (where.instance == OWNER) == (place == "home")
+      ]
+      match fault:
+        case "removed":
+          rig.remove(mine[0])
+        case "recycled":  # Another request's step wrote there.
+          rig.write(mine[0], *rig.read(rig.lies("other")[-2]))
+        case "swapped":
+          rig.swap(mine[0], mine[1])
+
+    start(rig)
+    calls = during(rig, monkeypatch, stage, disturb)
+    unproved = rig.engine.num_unproved_rows
+    end(rig)
+    assert calls
+    # Once by the step, once more after the creditors installed tables anew.
+    assert rig.failed_rows[LONG] == 2
+    assert rig.engine.num_unproved_rows == unproved + 2
+    assert rig.preempted == {LONG: 1}
+
+  def test_a_swap_with_another_request_disturbs_both_and_ends_right(
+    self, rig, monkeypatch
+  ):
+    def disturb():
+      _, mine = rig.lent(LONG)[0]
+      theirs = next(
+        where
+        for _, where in rig.lent("other")
+        if where.instance == mine.instance
+      )
+      rig.swap(mine, theirs)
+
+    start(rig)
+    # At the first opportunity both have rBlocks with the same creditor.
+    calls = during(rig, monkeypatch, "prefill", disturb)
+    end(rig, disturbed=(LONG, "other"))
+    assert calls
+    assert set(rig.failed_rows) == {LONG, "other"}
+
+  @pytest.mark.parametrize("is_uploaded", [True, False])
+  def test_a_lease_that_the_creditor_forgot_and_reused_is_noticed(
+    self, rig, monkeypatch, is_uploaded
+  ):
+    """A Release that nobody sent; with and without a table to match on top."""
+    forgotten = []
+    set_hosted = rig.engine.runner.set_hosted
+
+    def forge_release():
+      request = rig.request(LONG)
+      if forgotten or request is None or not request.output_token_ids:
+        return
+      creditor, _, _ = spilled(rig)
+      forgotten.extend(
+        where for _, where in rig.lent(LONG) if where.instance == creditor
+      )
+      slot = rig.engine.group.managers[OWNER].spill(request.uid)
+      grants = tuple(
+        Grant(block_id=where.block_id, epoch=where.epoch) for where in forgotten
+      )
+      name = SlotName(slot=slot.slot, epoch=slot.slot_epoch)
+      rig.forge(OWNER, creditor, Release(slot=name, grants=grants))
+      # It takes the rBlocks, and writes its own KV and tags there.
+      rig.add({"thief": Ask(16 * 7, 4, creditor)})
+
+    def keep_old(instance, tables):
+      is_stale = forgotten and instance == forgotten[0].instance
+      if not is_stale or rig.failed_rows[LONG] > 0 or is_uploaded:
+        set_hosted(instance, tables)
+
+    monkeypatch.setattr(rig.engine.runner, "set_hosted", keep_old)
+    start(rig)
+    end(rig, forge_release)
+    assert forgotten
+    assert rig.failed_rows[LONG] > 0
+    assert rig.preempted[LONG] == 1
+
+
+def moves_of(payloads):
+  """Where a program's payloads from `OWNER` go: `(instance, block, epoch)`."""
+  sent = payloads[OWNER]
+  return [
+    (to, int(sent.dst_block[to, i]), int(sent.dst_epoch[to, i]))
+    for to, i in np.argwhere(sent.dst_block)
+  ]
+
+
+def device_epoch(rig, instance, block_id):
+  return int(rig.engine.runner.pool.row(instance).epoch[block_id])
+
+
+def pool_contents(rig):
+  """All that the devices hold, but for the null blocks."""
+  rows = range(rig.engine.config.num_instances)
+  pools = [jax.device_get(rig.engine.runner.pool.row(i)) for i in rows]
+  return [tuple(np.array(part[1:]) for part in pool) for pool in pools]
+
+
+def check_dropped(rig, exchange, payloads):
+  """An exchange program changes nothing on any device."""
+  before = pool_contents(rig)
+  exchange(payloads)
+  for old, new in zip(before, pool_contents(rig), strict=True):
+    for a, b in zip(old, new, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+class TestExchange:
+  """Payloads that do not arrive, or arrive when they should not."""
+
+  def hold_first(self, rig, monkeypatch):
+    """The first payloads from `OWNER` stay on the way; returns them."""
+    exchange = rig.engine.runner.exchange
+    held = []
+
+    def hold(payloads):
+      payloads = list(payloads)
+      if not held and moves_of(payloads):
+        nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
+        held.append([nothing] * len(payloads))
+        held[0][OWNER], payloads[OWNER] = payloads[OWNER], nothing
+      exchange(payloads)
+
+    monkeypatch.setattr(rig.engine.runner, "exchange", hold)
+    return held, exchange
+
+  def test_one_that_does_not_happen_is_noticed(self, rig, monkeypatch):
+    held, _ = self.hold_first(rig, monkeypatch)
+    unproved = rig.engine.group.num_unproved_moves
+    start(rig)
+    end(rig)
+    assert held
+    assert rig.engine.group.num_unproved_moves == unproved + 1
+    assert not rig.failed_rows
+    assert not rig.preempted
+
+  @pytest.mark.parametrize("is_granted_anew", [True, False])
+  def test_a_late_payload_is_dropped(self, rig, monkeypatch, is_granted_anew):
+    held, exchange = self.hold_first(rig, monkeypatch)
+    late = []
+
+    def arrive_late():
+      if not held or late:
+        return
+      epochs = [
+        (device_epoch(rig, to, block), epoch)
+        for to, block, epoch in moves_of(held[0])
+      ]
+      assert all(mine != sent for mine, sent in epochs)
+      if any(mine != NO_EPOCH for mine, _ in epochs) == is_granted_anew:
+        late.append(epochs)
+        check_dropped(rig, exchange, held[0])
+
+    for _ in range(2):  # The second run is granted the same rBlocks.
+      start(rig)
+      end(rig, arrive_late)
+    assert late
+
+  def test_a_repeated_payload_cannot_hit_a_recycled_rblock(
+    self, rig, monkeypatch
+  ):
+    exchange = rig.engine.runner.exchange
+    sent, dropped = [], []
+
+    def record(payloads):
+      sent.extend([payloads] if moves_of(payloads) else [])
+      exchange(payloads)
+
+    monkeypatch.setattr(rig.engine.runner, "exchange", record)
+    start(rig)
+    end(rig)
+    first = tuple(sent)
+    start(rig)
+
+    def repeat():
+      for payloads in first:
+        moves = moves_of(payloads)
+        if any(device_epoch(rig, to, block) for to, block, _ in moves):
+          dropped.append(moves)
+          check_dropped(rig, exchange, payloads)
+
+    end(rig, repeat)
+    assert dropped
+    assert not rig.failed_rows
+
+  @STAGES
+  def test_a_repeated_payload_whose_source_is_gone_hurts_nobody(
+    self, rig, monkeypatch, stage
+  ):
+    """Its reservation is still good, but what it would carry is not."""
+    exchange = rig.engine.runner.exchange
+    sent = []
+
+    def record(payloads):
+      sent.extend([payloads] if moves_of(payloads) else [])
+      exchange(payloads)
+
+    def repeat():
+      for payloads in tuple(sent):
+        exchange(payloads)
+
+    monkeypatch.setattr(rig.engine.runner, "exchange", record)
+    start(rig)
+    calls = during(rig, monkeypatch, stage, repeat)
+    end(rig)
+    assert calls
+    assert sent
+    assert not rig.failed_rows
+    assert not rig.preempted
+
+
+class TestPersistentFault:
+  """What fails each time ends its own request, and nobody else's."""
+
+  def check_fails(self, rig):
+    start(rig)
+    outputs = rig.drain()
+    error = outputs[LONG].error
+    assert outputs[LONG].finish_reason == "error"
+    assert isinstance(error, CoverageError), error
+    most = rig.engine.config.scheduler.max_row_attempts
+    for word in (LONG, f"instance {OWNER}", f"{most + 1} times"):
+      assert word in str(error)
+    assert rig.failed_rows[LONG] <= most + 1
+    assert rig.preempted[LONG] <= most
+    for name, right in right_answers().items():
+      if name != LONG:
+        assert outputs[name].token_ids == right
+    assert set(rig.failed_rows) <= {LONG}
+    rig.finish()
+    rig.expected = {}
+
+  @STAGES
+  @pytest.mark.parametrize("place", ["lent", "home"])
+  def test_content_that_is_always_lost(self, rig, monkeypatch, stage, place):
+    def disturb():
+      index = 0 if place == "home" else -1
+      lies = sorted(rig.lies(LONG), key=lambda w: w.instance != OWNER)
+      rig.remove(lies[index])
+
+    during(rig, monkeypatch, stage, disturb, times=10_000)
+    self.check_fails(rig)
+    assert rig.failed_rows[LONG] > 1
+
+  def test_tables_that_never_reach_the_devices(self, rig, monkeypatch):
+    slots = rig.engine.config.lending.spill_slots
+    mine = slice(OWNER * slots, (OWNER + 1) * slots)
+    set_hosted = rig.engine.runner.set_hosted
+
+    def lose(instance, tables):
+      tables.version[:, mine] = -1
+      set_hosted(instance, tables)
+
+    monkeypatch.setattr(rig.engine.runner, "set_hosted", lose)
+    self.check_fails(rig)
+
+  def test_payloads_that_never_arrive(self, rig, monkeypatch):
+    exchange = rig.engine.runner.exchange
+
+    def lose(payloads):
+      nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
+      exchange(
+        [
+          nothing if instance == OWNER else sent
+          for instance, sent in enumerate(payloads)
+        ]
+      )
+
+    monkeypatch.setattr(rig.engine.runner, "exchange", lose)
+    unproved = rig.engine.group.num_unproved_moves
+    self.check_fails(rig)
+    assert rig.engine.group.num_unproved_moves > unproved
+
+  def test_rblocks_at_home_that_are_always_lost(self, rig, monkeypatch):
+    local_step = rig.engine.runner.local_step
+
+    def lose(instance, rows, **options):
+      for row in rows:
+        if instance == OWNER and row.start > 0:
+          rig.remove(row.table.location(0))
+      return local_step(instance, rows, **options)
+
+    monkeypatch.setattr(rig.engine.runner, "local_step", lose)
+    self.check_fails(rig)

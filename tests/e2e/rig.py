@@ -1,0 +1,365 @@
+"""A small engine whose devices and messages tests can disturb."""
+
+import collections
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from infinite_llm.attention.dist_attention import HostedTables
+from infinite_llm.cache.rblock import Location
+from infinite_llm.config import EngineConfig, engine_config
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.distributed.transport.in_process import InProcessTransport
+from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.group_inputs import empty_hosted
+from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.models.hf_loader import LoadedModel, load_hf
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.messages import Body, Envelope
+from infinite_llm.scheduler.request import Request
+from infinite_llm.types import InstanceId
+from tests.testing import GOLDEN, GreedyOracle, pools_are_empty
+from tests.tolerances import tolerance
+
+BLOCK_SIZE = 16
+MAX_TOKENS = 256
+
+
+class Ask(NamedTuple):
+  """A request of a workload.
+
+  Attributes:
+    length: Tokens of its prompt.
+    count: Tokens of its answer.
+    instance: Its owner.
+  """
+
+  length: int
+  count: int
+  instance: int
+
+
+# Two requests that need others' rBlocks, and two that do not.
+LONG = "long"
+WORKLOAD = {
+  LONG: Ask(232, 10, 0),
+  "other": Ask(172, 8, 1),
+  "short-2": Ask(24, 12, 2),
+  "short-3": Ask(20, 12, 3),
+}
+
+
+class Mail:
+  """Interceptor of a transport; passes messages on until told otherwise.
+
+  Attributes:
+    rule: Turns a message that is sent into those that are to arrive.
+    held: Messages that a rule keeps back for later.
+    sent: How many messages of each kind were sent.
+  """
+
+  def __init__(self):
+    self.rule: Callable[[Envelope], Iterable[Envelope]] = _pass
+    self.held: list[Envelope] = []
+    self.sent: collections.Counter[str] = collections.Counter()
+
+  def __call__(self, envelope: Envelope) -> Iterable[Envelope]:
+    self.sent[type(envelope.body).__name__] += 1
+    return self.rule(envelope)
+
+  def hold(self, envelope: Envelope) -> Iterable[Envelope]:
+    """A rule: messages wait until `release`."""
+    self.held.append(envelope)
+    return ()
+
+  def release(self, transport: InProcessTransport) -> None:
+    """Sends what was held back, whatever the rule is."""
+    rule, self.rule = self.rule, _pass
+    held, self.held = self.held, []
+    for envelope in held:
+      transport.send(envelope)
+    self.rule = rule
+
+
+def _pass(envelope: Envelope) -> Iterable[Envelope]:
+  return (envelope,)
+
+
+class Rig:
+  """An engine, its workload, and how it is disturbed.
+
+  Attributes:
+    engine: Reused by many tests, since compiling costs seconds.
+    mail: What happens to its messages.
+    failed_rows: Rows of each request, by name, that were not proved.
+    preempted: Times that each request was computed anew.
+    uploads: Hosted tables that each instance's devices were given, in order,
+      after one that hosts nothing.
+    expected: Right answers, by name; `step` checks tokens as they come.
+  """
+
+  def __init__(self, model: LoadedModel, config: EngineConfig):
+    self.mail = Mail()
+    self._now_s = 0.0
+    self._forged_seqs = itertools.count(10**9)
+    self.engine = Engine(
+      model,
+      config,
+      clock=self._clock,
+      transport=InProcessTransport(self.mail),
+    )
+    self.failed_rows: collections.Counter[str] = collections.Counter()
+    self.preempted: collections.Counter[str] = collections.Counter()
+    self.uploads: list[list[HostedTables]] = [
+      [] for _ in range(config.num_instances)
+    ]
+    self.expected: Mapping[str, tuple[int, ...]] = {}
+
+  def _clock(self) -> float:
+    # Of calls, not of time: a run is the same however slow the machine is.
+    self._now_s += 1e-4
+    return self._now_s
+
+  @contextlib.contextmanager
+  def watch(self, monkeypatch) -> Iterator[None]:
+    """Counts what happens to requests; afterwards nothing is disturbed."""
+    self.failed_rows.clear()
+    self.preempted.clear()
+    self.mail.sent.clear()
+    engine = self.engine
+    config = engine.config
+    nothing = empty_hosted(
+      config.num_instances * config.lending.spill_slots, config.cache.num_blocks
+    )
+    for uploads in self.uploads:
+      uploads[:] = [nothing]
+    name_of = {}
+    with monkeypatch.context() as patch:
+      for batcher in engine.batchers:
+
+        def failed(row, batcher=batcher, row_failed=batcher.row_failed):
+          name_of.update({r.uid: r.request_id for r in batcher.running})
+          self.failed_rows[name_of[row.uid]] += 1
+          row_failed(row)
+
+        def preempt(uid, batcher=batcher, preempt=batcher.preempt):
+          name_of.update({r.uid: r.request_id for r in batcher.running})
+          self.preempted[name_of[uid]] += 1
+          preempt(uid)
+
+        patch.setattr(batcher, "row_failed", failed)
+        patch.setattr(batcher, "preempt", preempt)
+      set_hosted = engine.runner.set_hosted
+
+      def record(instance, tables):
+        self.uploads[instance].append(tables)
+        set_hosted(instance, tables)
+
+      patch.setattr(engine.runner, "set_hosted", record)
+      yield
+    self.mail.rule = _pass
+    self.mail.held.clear()
+    self.expected = {}
+
+  @property
+  def is_clean(self) -> bool:
+    """Whether nothing is left of earlier tests."""
+    return not self.engine.has_unfinished() and pools_are_empty(self.engine)
+
+  def finish(self) -> None:
+    """All is over: even late messages find every rBlock free, and leave it so.
+
+    Nobody owes anything, and every spill slot is back.
+    """
+    engine = self.engine
+    self.mail.rule = _pass
+    self.mail.release(engine.group.transport)
+    assert pools_are_empty(engine), engine.pool_counts()
+    for manager in engine.group.managers:
+      assert not manager.lent()
+      assert not manager.borrowed()
+      assert manager.num_free_slots == engine.config.lending.spill_slots
+
+  def add(self, workload: Mapping[str, Ask]) -> None:
+    """Adds requests with prompts that depend only on their names."""
+    for name, ask in workload.items():
+      self.engine.add_request(
+        prompt_of(name, ask.length),
+        SamplingParams(max_tokens=ask.count, ignore_eos=True),
+        request_id=name,
+        instance=ask.instance,
+      )
+
+  def forge(self, sender: InstanceId, receiver: InstanceId, body: Body) -> None:
+    """Sends a message in the name of an instance that does not know of it."""
+    self.engine.group.transport.send(
+      Envelope(
+        sender=sender,
+        receiver=receiver,
+        incarnation=1,
+        seq=next(self._forged_seqs),
+        body=body,
+      )
+    )
+
+  def step(self) -> list[RequestOutput]:
+    """One step; rBlocks are conserved and no wrong token comes out."""
+    outputs = self.engine.step()
+    for output in outputs:
+      if output.request_id in self.expected:
+        right = self.expected[output.request_id][: len(output.token_ids)]
+        assert output.token_ids == right, output.request_id
+    for counts in self.engine.pool_counts():
+      assert counts.is_conserved(), counts
+    return outputs
+
+  def drain(
+    self,
+    before_step: Callable[[], None] = lambda: None,
+    max_steps: int = 2000,
+  ) -> dict[str, RequestOutput]:
+    """Steps until all requests ended.
+
+    Args:
+      before_step: Called before each step.
+      max_steps: More are a failure.
+
+    Returns:
+      Last output of each request.
+    """
+    finished = {}
+    for _ in range(max_steps):
+      if not self.engine.has_unfinished():
+        return finished
+      before_step()
+      for output in self.step():
+        if output.is_finished:
+          finished[output.request_id] = output
+    raise AssertionError(f"not done after {max_steps} steps")
+
+  def request(self, name: str) -> Request | None:
+    """A running request; None if it waits or has ended."""
+    for batcher in self.engine.batchers:
+      for request in batcher.running:
+        if request.request_id == name:
+          return request
+    return None
+
+  def lies(self, name: str) -> list[Location]:
+    """Where the rBlocks of a running request lie, in order."""
+    for batcher, manager in zip(
+      self.engine.batchers, self.engine.group.managers, strict=True
+    ):
+      for request in batcher.running:
+        if request.request_id == name:
+          table = manager.table(request.uid)
+          return [table.location(n) for n in range(table.num_blocks)]
+    raise AssertionError(f"{name} does not run")
+
+  def lent(self, name: str) -> list[tuple[int, Location]]:
+    """The rBlocks of a running request elsewhere, with logical numbers."""
+    lies = self.lies(name)
+    home = lies[-1].instance  # The last rBlock never moves.
+    return [
+      (n, where) for n, where in enumerate(lies) if where.instance != home
+    ]
+
+  # Devices.
+
+  def read(self, where: Location) -> tuple[np.ndarray, int]:
+    """KV and tag of an rBlock, as its device has them."""
+    pool = self.engine.runner.pool.row(where.instance)
+    kv, tag = jax.device_get(
+      (pool.kv[where.block_id], pool.tag[where.block_id])
+    )
+    return np.array(kv), int(tag)
+
+  def write(self, where: Location, kv: np.ndarray, tag: int) -> None:
+    """Overwrites KV and tag of an rBlock on its device."""
+    pool = self.engine.runner.pool.row(where.instance)
+    changed = pool._replace(
+      kv=pool.kv.at[where.block_id].set(kv),
+      tag=pool.tag.at[where.block_id].set(np.uint32(tag)),
+    )
+    self.engine.runner.pool.set_row(
+      where.instance,
+      jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), changed, pool
+      ),
+    )
+
+  def remove(self, where: Location) -> None:
+    """Zeroes KV and tag of an rBlock."""
+    kv, _ = self.read(where)
+    self.write(where, np.zeros_like(kv), 0)
+
+  def swap(self, a: Location, b: Location) -> None:
+    """Swaps KV and tags of two rBlocks."""
+    content_a, content_b = self.read(a), self.read(b)
+    self.write(a, *content_b)
+    self.write(b, *content_a)
+
+
+def prompt_of(name: str, length: int) -> list[int]:
+  """Tokens that depend on a request's name alone."""
+  rng = np.random.default_rng(list(name.encode()))
+  return rng.integers(3, 256, length).tolist()
+
+
+@functools.cache
+def small_rig() -> Rig:
+  """Four instances of ten rBlocks each; tests leave it as they found it."""
+  model = load_hf(GOLDEN / "llama3", make_mesh(4, 1), dtype="float32")
+  return Rig(
+    model,
+    engine_config(
+      num_instances=4,
+      block_size=BLOCK_SIZE,
+      num_blocks=11,
+      dtype="float32",
+      max_num_seqs=4,
+      decode_buckets=(4,),
+      prefill_buckets=(32,),
+      prefill_rows=2,
+      spill_slots=2,
+      max_lent_blocks=5,
+      exchange_blocks=2,
+      resend_after_s=0.01,
+      heartbeat_every_s=0.005,
+    ),
+  )
+
+
+def clean_rig() -> Rig:
+  """The small rig; a new one if a failed test left it in a bad state."""
+  if not small_rig().is_clean:
+    small_rig.cache_clear()
+  return small_rig()
+
+
+@functools.cache
+def right_answers() -> dict[str, tuple[int, ...]]:
+  """Answers when nothing is disturbed, compared with the dense model."""
+  rig = small_rig()
+  rig.add(WORKLOAD)
+  outputs = rig.drain()
+  rig.finish()
+  oracle = GreedyOracle(
+    load_hf(GOLDEN / "llama3", make_mesh(1, 1), dtype="float32").dense(),
+    MAX_TOKENS,
+  )
+  for name, ask in WORKLOAD.items():
+    answer = outputs[name].token_ids
+    assert len(answer) == ask.count
+    difference = oracle.first_difference(
+      prompt_of(name, ask.length),
+      list(answer),
+      tolerance("float32").greedy_tie,
+    )
+    assert difference is None, f"{name}: {difference}"
+  return {name: outputs[name].token_ids for name in WORKLOAD}
