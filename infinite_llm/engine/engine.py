@@ -337,19 +337,21 @@ class Engine:
 
     Requests of several instances may wait for each other's rBlocks. The
     youngest running one gives its own up and is computed again later, so the
-    oldest always gets through.
+    oldest always gets through. One that is alone fails, but much later: it may
+    be waiting for messages that are lost again and again.
     """
-    lending = self.config.lending
-    patience_s = 3 * max(lending.resend_after_s, lending.heartbeat_every_s)
-    if self._clock() - self._last_progress_s < patience_s:
-      time.sleep(_IDLE_S)
-      return
-    self._last_progress_s = self._clock()
     running = [
       running
       for running in self._running.values()
       if running.request.status is RequestStatus.RUNNING
     ]
+    lending = self.config.lending
+    round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
+    patience_s = round_s * (3 if len(running) > 1 else 30)
+    if self._clock() - self._last_progress_s < patience_s:
+      time.sleep(_IDLE_S)
+      return
+    self._last_progress_s = self._clock()
     if len(running) > 1:
       youngest = max(running, key=lambda r: r.request.arrival)
       logging.warning(
