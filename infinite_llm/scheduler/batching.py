@@ -321,7 +321,7 @@ class Batcher:
 
   def _preempt_younger_than(self, request: Request) -> bool:
     youngest = max(self._running.values(), key=lambda r: r.arrival)
-    if youngest.arrival <= request.arrival:
+    if youngest is request:
       return False
     self.preempt(youngest.uid)
     return True

@@ -4,7 +4,7 @@ from infinite_llm.config import SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.batching import Row, StepPlan
 from infinite_llm.scheduler.request import RequestStatus
-from tests.scheduler.fake_cluster import FakeCluster
+from tests.scheduler.fake_cluster import FakeCluster, until
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
 _CHUNK = 32  # four rBlocks
@@ -38,7 +38,7 @@ class TestRows:
     batcher = engine.batchers[0]
 
     plans = []
-    while batcher.has_work:
+    for _ in until(lambda: not batcher.has_work):
       plans.append(batcher.plan())
       for row in plans[-1].rows:
         engine.cluster.write(0, row.uid, row.start, row.end)
@@ -184,7 +184,7 @@ class TestShortage:
   def test_a_prompt_larger_than_the_pool_moves_out_as_it_goes(self):
     engine = _engine(2, num_blocks=17)
     request = engine.add(0, make_request(1, 200, max_tokens=5))
-    while request.num_computed_tokens < 192:
+    for _ in until(lambda: request.num_computed_tokens >= 192):
       engine.step()
       assert request.attempts == 0
 
@@ -256,7 +256,7 @@ class TestShortage:
     second = engine.add(0, make_request(2, 8, max_tokens=8))
     engine.step()
 
-    while not first.status.is_finished:
+    for _ in until(lambda: first.status.is_finished):
       engine.step()
       assert first.num_computed_tokens > 0
       assert second.num_computed_tokens <= 8
@@ -309,7 +309,7 @@ class TestFailures:
     engine = _engine()
     request = engine.add(0, make_request(1, 60))
     other = engine.add(0, make_request(2, 20))
-    while not request.status.is_finished:
+    for _ in until(lambda: request.status.is_finished):
       if request.num_computed_tokens:
         engine.cluster.devices[0].tag[1] = 0  # whenever it got that far again
       engine.step()
@@ -328,7 +328,7 @@ class TestFailures:
     engine = _engine()
     request = engine.add(0, make_request(1, 200 - 80, max_tokens=3))
     failures = 0
-    while not request.status.is_finished:
+    for _ in until(lambda: request.status.is_finished):
       if request.num_computed_tokens > 32 * failures and failures < 4:
         failures += 1
         engine.cluster.devices[0].tag[1] = 0

@@ -7,7 +7,7 @@ same refusals and the same coverage as a real group.
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
@@ -23,6 +23,15 @@ from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 
 BLOCK_SIZE = 8
+
+
+def until(done: Callable[[], bool], most: int = 200) -> Iterator[None]:
+  """Goes round a loop until `done()`; fails instead of going on for ever."""
+  for _ in range(most):
+    if done():
+      return
+    yield
+  raise AssertionError(f"Not done after {most} rounds.")
 
 
 @dataclasses.dataclass

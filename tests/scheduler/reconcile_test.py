@@ -6,7 +6,7 @@ from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.rblock import BlockState
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
-from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
+from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
 
 UID = 7
 
@@ -25,7 +25,7 @@ def cluster():
 def _switch(cluster):
   """Moves two more rBlocks, up to the point where proof is awaited."""
   assert cluster.managers[0].borrow(UID, 2)
-  while cluster.managers[0].phase(UID) is not Phase.SWITCHED:
+  for _ in until(lambda: cluster.managers[0].phase(UID) is Phase.SWITCHED):
     cluster.carry()
     cluster.exchange()
 
@@ -99,7 +99,7 @@ def test_moves_refuted_again_and_again_mean_that_the_kv_is_gone(cluster):
 def test_a_payload_whose_source_was_overwritten_is_refuted(cluster):
   manager = cluster.managers[0]
   assert manager.borrow(UID, 1)
-  while not cluster.moves:
+  for _ in until(lambda: bool(cluster.moves)):
     cluster.carry()
   tag = cluster.devices[0].tag[cluster.moves[0].src_block]
   cluster.devices[0].tag[cluster.moves[0].src_block] = 5
@@ -163,7 +163,7 @@ def test_a_row_of_a_step_launched_before_the_sync_changes_nothing(cluster):
 def test_a_sync_waits_for_what_is_under_way(cluster):
   manager = cluster.managers[0]
   assert manager.borrow(UID, 1)
-  while manager.phase(UID) is not Phase.MOVING:
+  for _ in until(lambda: manager.phase(UID) is Phase.MOVING):
     cluster.carry()
 
   assert manager.reconcile(UID) is Reconcile.RETRY

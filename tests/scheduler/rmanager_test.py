@@ -25,7 +25,7 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import PoolCounts
-from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
+from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
 
 UID = 7
 
@@ -37,20 +37,17 @@ def _cluster(num_instances=2, num_blocks=9, **kwargs):
   return cluster
 
 
-def _borrow(cluster, num_blocks, *, until=None, uid=UID):
+def _borrow(cluster, num_blocks, *, phase=None, uid=UID):
   """Borrows for a request of instance 0, to the end or up to a phase."""
   manager = cluster.managers[0]
   assert manager.borrow(uid, num_blocks)
-  if until is None:
+  if phase is None:
     cluster.settle()
     return
-  for _ in range(20):
-    if manager.phase(uid) is until:
-      return
+  for _ in until(lambda: manager.phase(uid) is phase):
     cluster.carry()
-    if manager.phase(uid) is Phase.MOVING and until is not Phase.MOVING:
+    if manager.phase(uid) is Phase.MOVING and phase is not Phase.MOVING:
       cluster.exchange()
-  raise AssertionError(f"{until} was never reached.")
 
 
 class Spy:
@@ -157,7 +154,7 @@ class TestBorrowing:
   def test_old_copies_stay_until_the_new_ones_are_proved(self):
     cluster = _cluster()
     cluster.open(0, UID, 4 * BLOCK_SIZE)
-    _borrow(cluster, 2, until=Phase.SWITCHED)
+    _borrow(cluster, 2, phase=Phase.SWITCHED)
     pool = cluster.managers[0].pool
 
     assert cluster.managers[0].unverified() == (UID,)
@@ -175,7 +172,7 @@ class TestBorrowing:
     cluster.open(0, UID, 4 * BLOCK_SIZE + 3)
     manager.borrow(UID, 2)
     phases = set()
-    while manager.is_busy(UID):
+    for _ in until(lambda: not manager.is_busy(UID)):
       phases.add(manager.phase(UID))
       assert manager.is_readable(UID)
       assert cluster.covers(0, UID, cluster.proved[UID])
@@ -215,7 +212,7 @@ class TestBorrowing:
   def test_payloads_may_take_several_exchanges(self):
     cluster = _cluster()
     cluster.open(0, UID, 6 * BLOCK_SIZE)
-    _borrow(cluster, 5, until=Phase.MOVING)
+    _borrow(cluster, 5, phase=Phase.MOVING)
     manager = cluster.managers[0]
 
     for _ in range(2):
@@ -346,7 +343,7 @@ class TestClosing:
     cluster = _cluster()
     cluster.open(0, UID, 6 * BLOCK_SIZE)
     _borrow(cluster, 1)
-    _borrow(cluster, 2, until=phase)
+    _borrow(cluster, 2, phase=phase)
     assert cluster.managers[0].phase(UID) is phase
 
     cluster.managers[0].close(UID)
@@ -370,7 +367,7 @@ class TestClosing:
   def test_a_request_may_end_while_copies_are_given_back(self):
     cluster = _cluster()
     cluster.open(0, UID, 6 * BLOCK_SIZE)
-    _borrow(cluster, 2, until=Phase.SWITCHED)
+    _borrow(cluster, 2, phase=Phase.SWITCHED)
     cluster.managers[0].on_verified(UID, False)
     assert cluster.managers[0].phase(UID) is Phase.RETURNING
 
@@ -413,7 +410,7 @@ class TestClosing:
     cluster = _cluster()
     manager = cluster.managers[0]
     cluster.open(0, UID, 6 * BLOCK_SIZE)
-    _borrow(cluster, 2, until=Phase.MOVING)
+    _borrow(cluster, 2, phase=Phase.MOVING)
     manager.close(UID)
     cluster.open(0, UID, 6 * BLOCK_SIZE)
 
@@ -427,12 +424,30 @@ class TestClosing:
     manager.close(UID)
     cluster.check_empty()
 
+  def test_moves_of_an_earlier_life_do_not_count_for_the_present_one(self):
+    cluster = _cluster()
+    manager = cluster.managers[0]
+    cluster.open(0, UID, 6 * BLOCK_SIZE)
+    _borrow(cluster, 2, phase=Phase.MOVING)
+    manager.close(UID)
+    late = list(cluster.moves)
+    cluster.moves.clear()
+    cluster.open(0, UID, 6 * BLOCK_SIZE)
+    _borrow(cluster, 2, phase=Phase.MOVING)
+
+    manager.on_exchanged(late)
+
+    assert manager.phase(UID) is Phase.MOVING
+    cluster.settle()
+    assert manager.borrowed() == {1: 2}
+    assert cluster.covers(0, UID, 6 * BLOCK_SIZE)
+
   def test_a_late_payload_does_not_hit_a_recycled_block(self):
     cluster = _cluster()
     cluster.open(0, UID, 6 * BLOCK_SIZE)
-    _borrow(cluster, 2, until=Phase.MOVING)
+    _borrow(cluster, 2, phase=Phase.MOVING)
     cluster.managers[0].close(UID)
-    while cluster.carry():
+    for _ in until(lambda: not cluster.carry()):
       pass
     late = list(cluster.moves)
     cluster.moves.clear()
