@@ -106,7 +106,8 @@ class Engine:
     self._running: dict[RequestUid, _Running] = {}
     self._uid_of: dict[str, RequestUid] = {}
     self._finished: list[RequestOutput] = []
-    self._last_progress_s = clock()
+    self._last_step_s = clock()
+    self._stalled_s = 0.0
 
   @property
   def capacity_tokens(self) -> int:
@@ -245,9 +246,10 @@ class Engine:
       self._commit(step)
     self._take_failed()
     if has_moved or launched or not self._running:
-      self._last_progress_s = self._clock()
+      self._stalled_s = 0.0
     else:
       self._break_stall()
+    self._last_step_s = self._clock()
     outputs, self._finished = self._finished, []
     return outputs
 
@@ -348,10 +350,12 @@ class Engine:
     lending = self.config.lending
     round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
     patience_s = round_s * (3 if len(running) > 1 else 30)
-    if self._clock() - self._last_progress_s < patience_s:
+    # Time in which nobody called `step` is no stall: messages waited as well.
+    self._stalled_s += min(self._clock() - self._last_step_s, round_s)
+    if self._stalled_s < patience_s:
       time.sleep(_IDLE_S)
       return
-    self._last_progress_s = self._clock()
+    self._stalled_s = 0.0
     if len(running) > 1:
       youngest = max(running, key=lambda r: r.request.arrival)
       logging.warning(

@@ -213,6 +213,34 @@ class TestBatching:
       check(oracle, finished[name], sampling)
 
 
+class TestIdleCallers:
+  """An engine that nobody steps for a while is not one that is stuck."""
+
+  @pytest.fixture(autouse=True)
+  def _time_flies(self, engine, monkeypatch):
+    """Between any two looks at the engine's clock a minute passes."""
+    minutes = itertools.count()
+    monkeypatch.setattr(engine, "_clock", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(engine, "_last_step_s", 0.0)
+
+  def test_a_request_may_need_all_memory_after_another_did(
+    self, engine, oracle
+  ):
+    for n in range(3):
+      name = engine.add_request(prompt_of(230, n), sampling_of(8), instance=0)
+      # What the one before has borrowed was not yet given back.
+      check(oracle, drain(engine)[name], sampling_of(8))
+
+  def test_requests_wait_for_messages_between_steps(self, engine, oracle):
+    names = [
+      engine.add_request(prompt_of(140, n), sampling_of(8), instance=0)
+      for n in range(2)
+    ]
+    finished = drain(engine)
+    for name in names:
+      check(oracle, finished[name], sampling_of(8))
+
+
 class TestPreemption:
   def preempted(self, engine, monkeypatch) -> list:
     """Gives the uids that an engine of one instance preempts from now on."""
