@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from infinite_llm.engine.sampling import sample, sampling_arrays
 from infinite_llm.models.registry import ModelConfig
@@ -26,12 +27,16 @@ if TYPE_CHECKING:
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-def dense_attend(config: ModelConfig, positions: jax.Array) -> Attend:
+def dense_attend(
+  config: ModelConfig, positions: jax.Array, kv_dtype: DTypeLike | None = None
+) -> Attend:
   """Attention of one sequence without a cache: the oracle of all others.
 
   Args:
     config: Gives each layer's window.
     positions: `[T]` int32, of the tokens that the model is called with.
+    kv_dtype: Keys and values are rounded to it, as a pool would; None leaves
+      them as they are.
 
   Returns:
     An `attend` callback. A query sees the keys of the same call at its own and
@@ -39,6 +44,7 @@ def dense_attend(config: ModelConfig, positions: jax.Array) -> Attend:
   """
 
   def attend(layer, q, k, v, cache):
+    k, v = (x.astype(kv_dtype or x.dtype) for x in (k, v))
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
@@ -53,13 +59,19 @@ def dense_attend(config: ModelConfig, positions: jax.Array) -> Attend:
   return attend
 
 
-def dense_logits(model: Transformer, tokens, positions=None) -> jax.Array:
+def dense_logits(
+  model: Transformer,
+  tokens,
+  positions=None,
+  kv_dtype: DTypeLike | None = None,
+) -> jax.Array:
   """Runs a whole sequence densely, without any cache.
 
   Args:
     model: The model, whole or as a shard inside `jax.shard_map`.
     tokens: `[T]` int32.
     positions: `[T]` int32; None counts from 0.
+    kv_dtype: As of `dense_attend`.
 
   Returns:
     `[T, V]` float32.
@@ -67,7 +79,7 @@ def dense_logits(model: Transformer, tokens, positions=None) -> jax.Array:
   tokens = jnp.asarray(tokens, jnp.int32)
   if positions is None:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  attend = dense_attend(model.config, positions)
+  attend = dense_attend(model.config, positions, kv_dtype)
   hidden, _ = model(tokens, positions, None, attend)
   return model.logits(hidden)
 
@@ -95,17 +107,24 @@ def dense_greedy(model: Transformer, prompt, count: int) -> list[int]:
 class GreedyOracle:
   """Dense, cache-free greedy decoding, compiled once for all lengths."""
 
-  def __init__(self, model: Transformer, max_tokens: int):
+  def __init__(
+    self,
+    model: Transformer,
+    max_tokens: int,
+    kv_dtype: DTypeLike | None = None,
+  ):
     """Compiles nothing yet.
 
     Args:
       model: The whole model.
       max_tokens: Longest sequence that will be asked for.
+      kv_dtype: Dtype of the pool, if it is not the model's.
     """
     self._max_tokens = max_tokens
 
     def rows(tokens):
-      top = jax.lax.top_k(dense_logits(model, tokens), 2)
+      logits = dense_logits(model, tokens, kv_dtype=kv_dtype)
+      top = jax.lax.top_k(logits, 2)
       return top[1][:, 0], top[0][:, 0] - top[0][:, 1]
 
     self._rows = jax.jit(rows)
@@ -184,7 +203,7 @@ def write_shallow_checkpoint(
 
   Args:
     folder: Gets the checkpoint; made if need be.
-    family: Golden checkpoint to take, of one weight file.
+    family: Golden checkpoint to take.
     num_layers: Layers to keep.
 
   Returns:
@@ -197,13 +216,17 @@ def write_shallow_checkpoint(
   if "layer_types" in config:
     config["layer_types"] = config["layer_types"][:num_layers]
   (folder / "config.json").write_text(json.dumps(config))
-  tensors = safetensors.numpy.load_file(source / "model.safetensors")
+  tensors = {}
+  for file in source.glob("*.safetensors"):
+    tensors |= safetensors.numpy.load_file(file)
+    (folder / file.name).unlink()
   dropped = re.compile(r"model\.layers\.(\d+)\.")
   kept = {
     name: tensor
     for name, tensor in tensors.items()
     if (match := dropped.match(name)) is None or int(match[1]) < num_layers
   }
+  (folder / "model.safetensors.index.json").unlink(missing_ok=True)
   safetensors.numpy.save_file(kept, folder / "model.safetensors")
   return folder
 
