@@ -250,8 +250,12 @@ class Batcher:
 
   def _admit(self) -> None:
     """Lets requests in from the head of the queue while they fit."""
+    if not self._waiting:
+      return
     room = self._rmanager.pool.num_free + self._rmanager.lendable_elsewhere()
-    room -= sum(self._missing_blocks(r, r.num_tokens) for r in self.running)
+    room -= sum(
+      self._missing_blocks(r, r.num_tokens) for r in self._running.values()
+    )
     while self._waiting and len(self._running) < self._scheduler.max_num_seqs:
       request = self._waiting[0]
       needed = self._num_blocks(request.num_tokens)
@@ -295,7 +299,7 @@ class Batcher:
     start = request.num_computed_tokens
     while True:
       missing = self._missing_blocks(request, start + num_tokens)
-      if self._rmanager.allocate(request.uid, missing):
+      if not missing or self._rmanager.allocate(request.uid, missing):
         return num_tokens
       if self._borrow(missing):
         return 0
