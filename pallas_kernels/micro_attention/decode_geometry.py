@@ -1,0 +1,101 @@
+"""The static side of one call of the decode kernel: sizes and tuning."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+  """How the kernel is laid out on the device.
+
+  Attributes:
+    tile_tokens: KV tokens of one tile: 64 or 128.
+    num_stages: Tiles in the ring.
+    num_workers: Blocks of threads; one per multiprocessor.
+  """
+
+  tile_tokens: int = 128
+  num_stages: int = 3
+  num_workers: int = 132
+
+  def __post_init__(self):
+    if self.tile_tokens not in (64, 128):
+      raise ValueError(
+        f"tile_tokens must be 64 or 128; got {self.tile_tokens}."
+      )
+    if self.num_stages < 2:
+      raise ValueError(f"num_stages must be at least 2; got {self.num_stages}.")
+    if self.num_workers < 1:
+      raise ValueError(
+        f"num_workers must be at least 1; got {self.num_workers}."
+      )
+
+
+def default_tuning(head_dim: int) -> Tuning:
+  """The shipped tuning: about 192 KB of keys and values under way."""
+  if head_dim == 256:
+    return Tuning(tile_tokens=64, num_stages=3)
+  if head_dim == 64:
+    return Tuning(tile_tokens=128, num_stages=6)
+  return Tuning(tile_tokens=128, num_stages=3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+  """Everything static of one call.
+
+  Attributes:
+    group: Query heads to a KV head.
+    head_columns: Columns of one query token: copies come in whole eights of
+      query heads, so that neighbours of a group may come with it.
+    tokens_per_item: Query tokens that one item covers.
+    items_per_head: Items of one row and one KV head.
+    num_q_heads: `H`.
+    num_kv_heads: `K`.
+    num_layers: `L`.
+    block_size: `P`.
+    head_dim: `D`.
+    dtype: Of queries, keys and values.
+    scale: Multiplier on the logits.
+    sliding_window: Positions that a query sees; None is all.
+    soft_cap: Soft cap on the logits; None is none.
+    tuning: Layout on the device.
+    interpret: Whether the kernel is interpreted: blocks then run one after
+      another, and there are no semaphores.
+  """
+
+  group: int
+  head_columns: int
+  tokens_per_item: int
+  items_per_head: int
+  num_q_heads: int
+  num_kv_heads: int
+  num_layers: int
+  block_size: int
+  head_dim: int
+  dtype: Any
+  scale: float
+  sliding_window: int | None
+  soft_cap: float | None
+  tuning: Tuning
+  interpret: bool
+
+  @property
+  def columns(self) -> int:
+    """Columns of one item."""
+    return self.tokens_per_item * self.head_columns
+
+  @property
+  def copies(self) -> int:
+    """Copies that make one tile of keys, or of values."""
+    return max(1, self.tuning.tile_tokens // self.block_size)
+
+  @property
+  def copy_tokens(self) -> int:
+    """KV tokens of one copy."""
+    return min(self.tuning.tile_tokens, self.block_size)
+
+  @property
+  def tiles_per_block(self) -> int:
+    """Tiles of one rBlock, where it has several."""
+    return max(1, self.block_size // self.tuning.tile_tokens)
