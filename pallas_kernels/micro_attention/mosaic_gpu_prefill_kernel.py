@@ -1,0 +1,470 @@
+"""The body of the prefill kernel: what each warpgroup does."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.micro_attention.prefill_geometry import (
+  LOG2_E,
+  ROWS,
+  Geometry,
+)
+from pallas_kernels.micro_attention.prefill_plan import Segments
+from pallas_kernels.pool_layout import NULL_BLOCK_ID
+
+_NOWHERE = 2**31 - 1024  # A position that no query sees; adding a tile is safe.
+# Below any logit, yet finite: the maximum of nothing, minus itself, is 0.
+_LOWEST = -1e30
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+class _Block:
+  """What a thread block works on: its refs, and its place in the grid."""
+
+  def __init__(
+    self,
+    refs: tuple[Any, ...],
+    scratch: dict[str, Any],
+    shape: Geometry,
+  ):
+    """Finds the place of this block.
+
+    The KV head varies slowest, so that blocks that run together read the same
+    KV, and long query tiles come before short ones.
+
+    Args:
+      refs: Operands and results, as `_launch` passes them.
+      scratch: Shared memory and barriers, by name.
+      shape: The static numbers.
+    """
+    (
+      self.q_positions,
+      self.rows,
+      self.segments,
+      layer,
+      self.block_ids,
+      self.logical_ids,
+      self.q,
+      self.kv_pool,
+      self.out,
+      self.lse,
+    ) = refs
+    self.shape = shape
+    self.scratch = scratch
+    self.warpgroup = lax.axis_index("warpgroup")
+    self.layer = layer[0]
+    rest = lax.axis_index("block")
+    rest, self.split = _div_rem(rest, shape.num_splits)
+    rest, self.head_of_group = _div_rem(rest, shape.blocks_per_kv_head)
+    self.kv_head, tile = _div_rem(rest, shape.num_q_tiles)
+    self.q_tile = shape.num_q_tiles - 1 - tile
+
+  def __getattr__(self, name: str) -> Any:
+    try:
+      return self.scratch[name]
+    except KeyError:
+      raise AttributeError(name) from None
+
+  def walk[Carry](
+    self,
+    step: Callable[[Segments, jax.Array, bool, Carry], Carry],
+    carry: Carry,
+  ) -> Carry:
+    """Applies `step(segment, kv_tile, is_masked, carry)` to each KV tile."""
+    num_splits = self.shape.num_splits
+
+    def pass_segment(row: jax.Array, carry: Carry) -> Carry:
+      number = self.q_tile + row
+      segment = Segments(
+        *(self.segments[number, i] for i in range(len(Segments._fields)))
+      )
+      num_tiles = segment.end - segment.begin
+      begin, end = (
+        segment.begin + lax.div(num_tiles * part, num_splits)
+        for part in (self.split, self.split + 1)
+      )
+      full_begin = jnp.clip(segment.full_begin, begin, end)
+      full_end = jnp.clip(segment.full_end, full_begin, end)
+      for first, last, is_masked in (
+        (begin, full_begin, True),
+        (full_begin, full_end, False),
+        (full_end, end, True),
+      ):
+        carry = lax.fori_loop(
+          first,
+          last,
+          lambda tile, carry, is_masked=is_masked: step(
+            segment, tile, is_masked, carry
+          ),
+          carry,
+        )
+      return carry
+
+    return lax.fori_loop(
+      self.rows[self.q_tile, 0], self.rows[self.q_tile, 1], pass_segment, carry
+    )
+
+  def pieces(
+    self, segment: Segments, tile: jax.Array
+  ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """rBlock, first token in it, and entry of each copy of a KV tile."""
+    shape = self.shape
+    pieces = []
+    for i in range(shape.pieces):
+      if shape.block_size > shape.piece:
+        entry, part = _div_rem(tile, shape.block_size // shape.piece)
+      else:
+        entry, part = tile * shape.pieces + i, 0
+      is_held = entry < segment.num_entries
+      entry = segment.first_entry + jnp.minimum(entry, segment.num_entries - 1)
+      block_id = jnp.where(is_held, self.block_ids[entry], NULL_BLOCK_ID)
+      pieces.append((block_id, part * shape.piece, entry))
+    return pieces
+
+  def first_positions(
+    self, pieces: list[tuple[jax.Array, jax.Array, jax.Array]]
+  ) -> list[jax.Array]:
+    """Position of the first token of each copy."""
+    return [
+      jnp.where(
+        block_id == NULL_BLOCK_ID,
+        _NOWHERE,
+        self.logical_ids[entry] * self.shape.block_size + first,
+      )
+      for block_id, first, entry in pieces
+    ]
+
+  def positions(
+    self, first_positions: list[jax.Array], begin: int, size: int, layout: Any
+  ) -> jax.Array:
+    """Positions `[size]` of the tokens of a KV tile from `begin` on."""
+    piece = self.shape.piece
+    token = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+    token += begin
+    positions = token + first_positions[0]
+    for i, first in enumerate(first_positions[1:], 1):
+      positions = jnp.where(
+        token >= i * piece, token + (first - i * piece), positions
+      )
+    return positions
+
+
+def _div_rem(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
+  return lax.div(x, jnp.int32(divisor)), lax.rem(x, jnp.int32(divisor))
+
+
+def run(*refs: Any, shape: Geometry, **scratch: Any) -> None:
+  """Computes in two warpgroups, copies in one.
+
+  All walk over the same KV tiles in the same order.
+
+  Args:
+    *refs: Operands and results, as `mosaic_gpu_prefill` passes them.
+    shape: The static numbers.
+    **scratch: Shared memory and barriers, by name.
+  """
+  block = _Block(refs, scratch, shape)
+
+  @pl.when(block.warpgroup < 2)
+  def _():
+    plgpu.set_max_registers(232, action="increase")
+    _compute(block)
+
+  @pl.when(block.warpgroup == 2)
+  def _():
+    plgpu.set_max_registers(40, action="decrease")
+    _copy(block)
+
+
+def _copy(block: _Block) -> None:
+  """Copies KV tiles into shared memory, as room becomes free."""
+  shape, stages = block.shape, block.shape.tuning.stages
+  # Values are multiplied one step after their keys; in the first step, zeros.
+  _write_zeros(block, block.v_smem.at[0])
+  for _ in range(shape.pieces):
+    plgpu.barrier_arrive(block.v_full.at[0])
+
+  def copy_tile(
+    segment: Segments, tile: jax.Array, is_masked: bool, step: jax.Array
+  ) -> jax.Array:
+    pieces = block.pieces(segment, tile)
+
+    def start(which: int, smem: Any, slot: jax.Array, barrier: Any) -> None:
+      for i, (block_id, first, _) in enumerate(pieces):
+        plgpu.copy_gmem_to_smem(
+          block.kv_pool.at[
+            block_id,
+            block.layer,
+            which,
+            block.kv_head,
+            pl.ds(first, shape.piece),
+          ],
+          smem.at[slot, pl.ds(i * shape.piece, shape.piece)],
+          barrier,
+        )
+
+    k_slot = lax.rem(step, stages)
+    v_slot = lax.rem(step + 1, stages)
+
+    @pl.when(step >= stages)
+    def _():
+      plgpu.barrier_wait(block.k_free.at[k_slot])
+
+    start(0, block.k_smem, k_slot, block.k_full.at[k_slot])
+
+    @pl.when(step + 1 >= stages)
+    def _():
+      plgpu.barrier_wait(block.v_free.at[v_slot])
+
+    if not is_masked:
+      start(1, block.v_smem, v_slot, block.v_full.at[v_slot])
+      return step + 1
+
+    firsts = block.first_positions(pieces)
+    is_dirty = functools.reduce(
+      jnp.logical_or,
+      [
+        (first < segment.reach_begin)
+        | (first + (shape.piece - 1) > segment.reach_end)
+        for first in firsts
+      ],
+    )
+
+    @pl.when(jnp.logical_not(is_dirty))
+    def _():
+      start(1, block.v_smem, v_slot, block.v_full.at[v_slot])
+
+    @pl.when(is_dirty)
+    def _():
+      start(1, block.v_smem, v_slot, block.v_raw)
+      plgpu.barrier_wait(block.v_raw)
+      _zero_out_of_reach(block, block.v_smem.at[v_slot], firsts, segment)
+      for _ in range(shape.pieces):
+        plgpu.barrier_arrive(block.v_full.at[v_slot])
+
+    return step + 1
+
+  num_steps = block.walk(copy_tile, jnp.int32(0))
+  # Nobody reuses what was freed last.
+  for free, count in (
+    (block.k_free, num_steps),
+    (block.v_free, num_steps + 1),
+  ):
+
+    def drain(step: jax.Array, _: None, free: Any = free) -> None:
+      plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+
+    lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+
+
+def _patches(block: _Block) -> list[tuple[int, Any]]:
+  """First token and index of each 64 x 64 part of a tile of values."""
+  return [
+    (row, (pl.ds(row, 64), pl.ds(column, 64)))
+    for row in range(0, block.shape.tuning.kv_tile, 64)
+    for column in range(0, block.shape.head_dim, 64)
+  ]
+
+
+def _write_zeros(block: _Block, values: Any) -> None:
+  zeros = plgpu.layout_cast(
+    jnp.zeros((64, 64), values.dtype), plgpu.Layout.WGMMA
+  )
+  for _, index in _patches(block):
+    values[index] = zeros
+  plgpu.commit_smem()
+
+
+def _zero_out_of_reach(
+  block: _Block,
+  values: Any,
+  first_positions: list[jax.Array],
+  segment: Segments,
+) -> None:
+  """Overwrites values that may be NaN, which a weight of 0 does not cancel."""
+  for row, index in _patches(block):
+    x = plgpu.load(values.at[index], layout=plgpu.Layout.WGMMA)
+    positions = block.positions(first_positions, row, 64, _BY_ROW)
+    positions = lax.broadcast_in_dim(positions, x.shape, [0])
+    in_reach = (positions >= segment.reach_begin) & (
+      positions <= segment.reach_end
+    )
+    values[index] = jnp.where(in_reach, x, jnp.zeros_like(x))
+  plgpu.commit_smem()
+
+
+def _compute(block: _Block) -> None:
+  """Attends 64 rows to the KV tiles, and writes their state."""
+  shape, me = block.shape, block.warpgroup
+  if shape.heads_per_block == 2:
+    token, head = block.q_tile * ROWS, block.head_of_group * 2 + me
+  else:
+    token, head = (block.q_tile * 2 + me) * ROWS, block.head_of_group
+  head += block.kv_head * (shape.num_q_heads // shape.num_kv_heads)
+  plgpu.copy_gmem_to_smem(
+    block.q.at[pl.ds(token, ROWS), head],
+    block.q_smem.at[me],
+    block.q_full.at[me],
+  )
+  q_positions = plgpu.load(
+    block.q_positions.at[pl.ds(token, ROWS)], layout=_BY_ROW, optimized=False
+  )
+  plgpu.barrier_wait(block.q_full.at[me])
+
+  def logits(
+    s: jax.Array, segment: Segments, tile: jax.Array, is_masked: bool
+  ) -> jax.Array:
+    if shape.logit_soft_cap is not None:
+      # tanh(x) = 1 - 2 / (exp(2 x) + 1); the device's own is too coarse.
+      factor = 2 * LOG2_E * shape.scale / shape.logit_soft_cap
+      s = 1.0 - 2.0 / (jnp.exp2(s * factor) + 1.0)
+    if not is_masked:
+      return s
+    tokens = token + plgpu.broadcasted_iota(
+      jnp.int32, (ROWS,), 0, layout=_BY_ROW
+    )
+    is_own = (tokens >= segment.first_query) & (tokens < segment.end_query)
+    q = jnp.where(is_own, q_positions, -1)
+    kv = block.positions(
+      block.first_positions(block.pieces(segment, tile)),
+      0,
+      shape.tuning.kv_tile,
+      _BY_COLUMN,
+    )
+    q = lax.broadcast_in_dim(q, s.shape, [0])
+    kv = lax.broadcast_in_dim(kv, s.shape, [1])
+    sees = kv <= q
+    if shape.sliding_window is not None:
+      sees &= q - kv < shape.sliding_window
+    return jnp.where(sees, s, -jnp.inf)
+
+  acc, top, total = _attend(block, logits)
+
+  is_empty = (total == 0.0) | (q_positions < 0)
+  inverse = jnp.where(is_empty, 0.0, 1.0 / total)
+  weight = lax.broadcast_in_dim(inverse, acc.shape, [0])
+  out = jnp.where(weight > 0.0, acc * weight, 0.0)
+  lse = jnp.where(is_empty, -jnp.inf, top * math.log(2) + jnp.log(total))
+  block.out[block.split, pl.ds(token, ROWS), head] = out
+  block.lse[block.split, head, pl.ds(token, ROWS)] = lse
+
+
+def _initial_sums(shape: Geometry) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Weighted sum of values, maximum of logits to base 2, sum of weights."""
+
+  def full(dims: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(dims, value, jnp.float32), layout)
+
+  return (
+    full((ROWS, shape.head_dim), 0.0, plgpu.Layout.WGMMA),
+    full((ROWS,), _LOWEST, _BY_ROW),
+    full((ROWS,), 0.0, _BY_ROW),
+  )
+
+
+def _weights(
+  s: jax.Array, top: jax.Array, shape: Geometry
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """New maximum, decay of what was summed before, and weights `[64, KV]`."""
+  scale = shape.log2_scale
+  new_top = jnp.maximum(top, jnp.max(s, axis=1) * scale)
+  decay = jnp.exp2(top - new_top)
+  return (
+    new_top,
+    decay,
+    jnp.exp2(s * scale - lax.broadcast_in_dim(new_top, s.shape, [0])),
+  )
+
+
+def _attend(
+  block: _Block, logits: Callable[..., jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over all KV tiles; a step's values are multiplied one step later.
+
+  A warpgroup issues both products of a step in one turn, and computes the
+  weights of the new logits while the old weights still multiply values.
+  """
+  shape, tuning, me = block.shape, block.shape.tuning, block.warpgroup
+  dtype = block.q_smem.dtype
+
+  def multiply_values(acc_ref: Any, acc: jax.Array, p: Any, slot: Any) -> None:
+    if tuning.is_interpretable:
+      plgpu.wgmma(acc_ref, block.p_smem.at[me], block.v_smem.at[slot])
+    else:
+      acc_ref[...] = acc
+      plgpu.wgmma(acc_ref, p, block.v_smem.at[slot])
+
+  def read(acc_ref: Any, acc: jax.Array) -> jax.Array:
+    return acc + acc_ref[...] if tuning.is_interpretable else acc_ref[...]
+
+  def keep(p: jax.Array) -> None:
+    if tuning.is_interpretable:
+      block.p_smem.at[me][...] = p
+      plgpu.commit_smem()
+
+  def step(
+    segment: Segments, tile: jax.Array, is_masked: bool, carry: Any
+  ) -> Any:
+    number, acc, top, total, p = carry
+    slot = lax.rem(number, tuning.stages)
+    plgpu.barrier_wait(block.k_full.at[slot])
+    plgpu.barrier_wait(block.v_full.at[slot])
+    plgpu.barrier_wait(block.turn.at[me])
+
+    def multiply(s_ref: Any, acc_ref: Any) -> Any:
+      keys = block.k_smem.at[slot].transpose((1, 0))
+      plgpu.wgmma(s_ref, block.q_smem.at[me], keys)
+      multiply_values(acc_ref, acc, p, slot)
+      plgpu.barrier_arrive(block.turn.at[1 - me])
+      s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+      plgpu.barrier_arrive(block.k_free.at[slot])
+      s = logits(s, segment, tile, is_masked)
+      new_top, decay, weights = _weights(s, top, shape)
+      new_total = total * decay + jnp.sum(weights, axis=1)
+      new_acc = read(acc_ref, acc)
+      plgpu.barrier_arrive(block.v_free.at[slot])
+      new_acc *= lax.broadcast_in_dim(decay, new_acc.shape, [0])
+      new_p = weights.astype(dtype)
+      keep(new_p)
+      return new_acc, new_top, new_total, new_p
+
+    return number + 1, *pl.run_scoped(
+      multiply,
+      plgpu.ACC((ROWS, tuning.kv_tile), jnp.float32),
+      plgpu.ACC(acc.shape, jnp.float32),
+    )
+
+  @pl.when(me == 1)
+  def _():
+    plgpu.barrier_arrive(block.turn.at[0])
+
+  p = plgpu.layout_cast(
+    jnp.zeros((ROWS, tuning.kv_tile), dtype), plgpu.Layout.WGMMA
+  )
+  keep(p)
+  number, acc, top, total, p = block.walk(
+    step, (jnp.int32(0), *_initial_sums(shape), p)
+  )
+
+  @pl.when(me == 0)
+  def _():
+    plgpu.barrier_wait(block.turn.at[0])
+
+  slot = lax.rem(number, tuning.stages)
+  plgpu.barrier_wait(block.v_full.at[slot])
+
+  def multiply_last(acc_ref: Any) -> jax.Array:
+    multiply_values(acc_ref, acc, p, slot)
+    return read(acc_ref, acc)
+
+  acc = pl.run_scoped(multiply_last, plgpu.ACC(acc.shape, jnp.float32))
+  plgpu.barrier_arrive(block.v_free.at[slot])
+  return acc, top, total
