@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from infinite_llm.cache.rblock import Location
 from infinite_llm.engine.group_inputs import empty_payloads
 from infinite_llm.errors import CoverageError
 from infinite_llm.scheduler.messages import Grant, Release, SlotName
@@ -118,8 +119,10 @@ class TestStaleHostedTable:
     assert not rig.preempted
 
   @STAGES
-  @pytest.mark.parametrize("lie", ["fewer", "swapped", "other block", "epoch"])
-  def test_wrong_entries_under_the_right_version_are_noticed(
+  @pytest.mark.parametrize(
+    "lie", ["fewer", "swapped", "other block", "epoch", "version"]
+  )
+  def test_a_table_that_lies_is_noticed_and_installed_anew(
     self, rig, monkeypatch, stage, lie
   ):
     def change(tables, parity, row, first):
@@ -133,6 +136,8 @@ class TestStaleHostedTable:
           tables.block_ids[parity, first] = 1  # That of a short request.
         case "epoch":
           tables.epoch[row] += 1
+        case "version":
+          tables.version[parity, row] += 2
 
     start(rig)
     calls = during(rig, monkeypatch, stage, lambda: change_table(rig, change))
@@ -277,13 +282,40 @@ def pool_contents(rig):
   return [tuple(np.array(part[1:]) for part in pool) for pool in pools]
 
 
-def check_dropped(rig, exchange, payloads):
-  """An exchange program changes nothing on any device."""
-  before = pool_contents(rig)
-  exchange(payloads)
-  for old, new in zip(before, pool_contents(rig), strict=True):
-    for a, b in zip(old, new, strict=True):
-      np.testing.assert_array_equal(a, b)
+class InFlight:
+  """Payloads from `OWNER` on their way, with the contents they set out with."""
+
+  def __init__(self, rig, payloads):
+    self._nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
+    self._rig = rig
+    self._payloads = [self._nothing] * len(payloads)
+    self._payloads[OWNER] = payloads[OWNER]
+    self.moves = moves_of(payloads)
+    self._sources = [
+      Location(instance=OWNER, block_id=int(block_id), epoch=1)
+      for block_id in set(payloads[OWNER].src_block.flat) - {0}
+    ]
+    self._contents = [rig.read(source) for source in self._sources]
+
+  def lose(self):
+    """What is sent instead."""
+    return self._nothing
+
+  def check_dropped(self, exchange):
+    """They arrive, and nothing changes on any device."""
+    before = pool_contents(self._rig)
+    now = [self._rig.read(source) for source in self._sources]
+    # The program reads what it sends; these were read long ago.
+    self._write(self._contents)
+    exchange(self._payloads)
+    self._write(now)
+    for old, new in zip(before, pool_contents(self._rig), strict=True):
+      for a, b in zip(old, new, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+  def _write(self, contents):
+    for source, content in zip(self._sources, contents, strict=True):
+      self._rig.write(source, *content)
 
 
 class TestExchange:
@@ -295,11 +327,10 @@ class TestExchange:
     held = []
 
     def hold(payloads):
-      payloads = list(payloads)
       if not held and moves_of(payloads):
-        nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
-        held.append([nothing] * len(payloads))
-        held[0][OWNER], payloads[OWNER] = payloads[OWNER], nothing
+        held.append(InFlight(rig, payloads))
+        payloads = list(payloads)
+        payloads[OWNER] = held[0].lose()
       exchange(payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", hold)
@@ -325,12 +356,12 @@ class TestExchange:
         return
       epochs = [
         (device_epoch(rig, to, block), epoch)
-        for to, block, epoch in moves_of(held[0])
+        for to, block, epoch in held[0].moves
       ]
       assert all(mine != sent for mine, sent in epochs)
       if any(mine != NO_EPOCH for mine, _ in epochs) == is_granted_anew:
         late.append(epochs)
-        check_dropped(rig, exchange, held[0])
+        held[0].check_dropped(exchange)
 
     for _ in range(2):  # The second run is granted the same rBlocks.
       start(rig)
@@ -344,22 +375,21 @@ class TestExchange:
     sent, dropped = [], []
 
     def record(payloads):
-      sent.extend([payloads] if moves_of(payloads) else [])
+      sent.extend([InFlight(rig, payloads)] if moves_of(payloads) else [])
       exchange(payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", record)
     start(rig)
     end(rig)
     first = tuple(sent)
-    start(rig)
 
     def repeat():
-      for payloads in first:
-        moves = moves_of(payloads)
-        if any(device_epoch(rig, to, block) for to, block, _ in moves):
-          dropped.append(moves)
-          check_dropped(rig, exchange, payloads)
+      for late in first:
+        if any(device_epoch(rig, to, block) for to, block, _ in late.moves):
+          dropped.append(late)
+          late.check_dropped(exchange)
 
+    start(rig)
     end(rig, repeat)
     assert dropped
     assert not rig.failed_rows
