@@ -1,0 +1,231 @@
+"""What cannot work is refused at the door, in words, and leaves nothing."""
+
+import gc
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from experiments import run
+from infinite_llm import LLM, EngineConfig, SamplingParams
+from infinite_llm.errors import CheckpointError, ConfigError
+from tests.testing import write_shallow_checkpoint
+
+
+@pytest.fixture(scope="module", name="sound")
+def _sound_checkpoint(tmp_path_factory):
+  return write_shallow_checkpoint(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(name="folder")
+def _own_checkpoint(tmp_path):
+  """A checkpoint to break."""
+  return write_shallow_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def _no_half_state():
+  """An `LLM` that was refused holds nothing on any device."""
+  gc.collect()
+  before = len(jax.live_arrays())
+  yield
+  gc.collect()
+  assert len(jax.live_arrays()) <= before
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (
+      {"num_instances": 5},
+      r"must not exceed the number of devices; got 5 x 1 = 5 with 4 devices\.",
+    ),
+    (
+      {"num_instances": 2, "tensor_parallel": 3},
+      r"got 2 x 3 = 6 with 4 devices\.",
+    ),
+    ({"num_instances": 0}, r"num_instances must be at least 1; got 0\."),
+    ({"num_instances": "2"}, r"num_instances must be an integer; got '2'\."),
+    (
+      {"block_size": 17},
+      r"block_size must be a positive multiple of 8; got 17\.",
+    ),
+    ({"block_size": -8}, r"block_size must be a positive .*; got -8\."),
+    ({"num_blocks": 1}, r"num_blocks must be at least 2; got 1\."),
+    ({"dtype": "int8"}, r"dtype must be one of float32, bfloat16; got 'int8'"),
+    (
+      {"kv_dtype": "fp8"},
+      r"kv_dtype must be None or one of float32, bfloat16; got 'fp8'\.",
+    ),
+    ({"policy": "give"}, r"policy must be 'borrow' or 'static'; got 'give'\."),
+    (
+      {"decode_buckets": (4, 2)},
+      r"decode_buckets must be positive, rising and not empty; got \(4, 2\)\.",
+    ),
+    (
+      {"max_num_seqs": 32},
+      r"decode_buckets\[-1\] must be at least max_num_seqs \(32\); got 16\.",
+    ),
+    ({"max_logprobs": 21}, r"max_logprobs must be in \[0, 20\]; got 21\."),
+    (
+      {"num_instnaces": 2},
+      r"no option 'num_instnaces'; did you mean 'num_instances'\?",
+    ),
+    ({"blocksize": 16}, r"no option 'blocksize'; did you mean 'block_size'\?"),
+    ({"xyzzy": 16}, r"There is no option 'xyzzy'\."),
+    (
+      {"config": EngineConfig(), "num_instances": 2},
+      r"Give either config or options; got both: num_instances\.",
+    ),
+    (
+      {"config": {"num_instances": 2}},
+      r"config must be an EngineConfig; got \{'num_instances': 2\}\.",
+    ),
+    (
+      {"tensor_parallel": 4},
+      r"num_kv_heads",
+    ),
+  ],
+)
+def test_a_configuration_that_cannot_work_is_refused(sound, options, message):
+  with pytest.raises(ConfigError, match=message):
+    LLM(model=sound, show_progress=False, **options)
+
+
+def truncate(folder):
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:-1000])
+
+
+def lose_a_tensor(folder):
+  file = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  del tensors["model.layers.0.self_attn.k_proj.weight"]
+  safetensors.numpy.save_file(tensors, file)
+
+
+def change_a_shape(folder):
+  file = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  tensors["model.norm.weight"] = np.ones(63, np.float32)
+  safetensors.numpy.save_file(tensors, file)
+
+
+def rename_the_architecture(folder):
+  config = json.loads((folder / "config.json").read_text())
+  config["architectures"] = ["GPT5ForCausalLM"]
+  config["model_type"] = "gpt5"
+  (folder / "config.json").write_text(json.dumps(config))
+
+
+def lose_the_weights(folder):
+  (folder / "model.safetensors").unlink()
+
+
+def garble_the_config(folder):
+  (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (truncate, r"model\.safetensors \(\d+ bytes\) is truncated"),
+    (lose_a_tensor, r"lacks tensor model\.layers\.0\.self_attn\.k_proj\.wei"),
+    (change_a_shape, r"model\.norm\.weight must have shape \[64\].*\[63\]"),
+    (rename_the_architecture, r"GPT5ForCausalLM|gpt5"),
+    (lose_the_weights, r"has neither model\.safetensors nor"),
+    (garble_the_config, r"config\.json is not readable JSON"),
+  ],
+)
+def test_a_damaged_checkpoint_is_refused(folder, damage, message):
+  damage(folder)
+  with pytest.raises(CheckpointError, match=message):
+    LLM(model=folder, num_instances=2, show_progress=False)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(CheckpointError, match=r"nowhere/config\.json does not"):
+    LLM(model=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"max_tokens": 0}, r"max_tokens must be at least 1; got 0\."),
+    ({"max_tokens": 1.5}, r"max_tokens must be an integer; got 1\.5\."),
+    ({"max_tokens": None}, r"max_tokens must be an integer; got None\."),
+    ({"temperature": -0.1}, r"temperature must be .* not negative; got -0\.1"),
+    ({"temperature": float("nan")}, r"temperature must be finite .*; got nan"),
+    ({"temperature": float("inf")}, r"temperature must be finite .*; got inf"),
+    ({"temperature": "hot"}, r"temperature must be a number; got 'hot'\."),
+    ({"top_k": -1}, r"top_k must be not negative .*; got -1\."),
+    ({"top_p": 0}, r"top_p must be in \(0, 1\]; got 0\."),
+    ({"top_p": 1.1}, r"top_p must be in \(0, 1\]; got 1\.1\."),
+    ({"min_p": -0.5}, r"min_p must be in \[0, 1\]; got -0\.5\."),
+    ({"repetition_penalty": 0}, r"repetition_penalty must be .*; got 0\."),
+    ({"seed": -1}, r"seed must be None or in \[0, 2\*\*32\); got -1\."),
+    ({"seed": 2**32}, r"seed must be None or in \[0, 2\*\*32\); got 42949"),
+    ({"seed": 0.5}, r"seed must be None or an integer; got 0\.5\."),
+    ({"stop": ""}, r"stop must be made of non-empty strings; got \('',\)\."),
+    ({"stop": [3]}, r"stop must be a string or a sequence of them; got \[3\]"),
+    ({"stop_token_ids": 3}, r"stop_token_ids must be a sequence of int.* 3\."),
+    ({"stop_token_ids": "3"}, r"stop_token_ids must be .*; got '3'\."),
+    ({"logprobs": 21}, r"logprobs must be None or in \[0, 20\]; got 21\."),
+    ({"logprobs": -1}, r"logprobs must be None or in \[0, 20\]; got -1\."),
+  ],
+)
+def test_sampling_that_means_nothing_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    SamplingParams(**options)
+
+
+def quickstart(tmp_path, *args) -> list[str]:
+  return [
+    "--config=configs/quickstart.py",
+    f"--workdir={tmp_path / 'out'}",
+    "--config.show_progress=false",
+    *args,
+  ]
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "must hold some text"),
+    (b" \n\t\n", "must hold some text"),
+    ("Grüße".encode("latin-1"), "has byte 0xfc at offset 2"),
+  ],
+)
+def test_a_document_that_is_no_text_is_refused(
+  tmp_path, capsys, content, message
+):
+  document = tmp_path / "document.txt"
+  document.write_bytes(content)
+  args = quickstart(tmp_path, f"--config.document.path={document}")
+  assert run.main(["run", *args]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ")
+  assert str(document) in error
+  assert message in error
+  assert error.count("\n") == 1
+  assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_misspelt_flag_is_an_exit_status_and_one_line(tmp_path):
+  args = quickstart(tmp_path, "--config.cluster.num_instnaces=2")
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.run", *args],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert done.stdout == ""
+  assert done.stderr == (
+    "error: There is no field config.cluster.num_instnaces; did you mean"
+    " config.cluster.num_instances?\n"
+  )
