@@ -36,15 +36,17 @@ class Case:
 
 
 CASES = {
-  "tensor parallel": Case(tensor_parallel=2),
+  "tensor parallel, norms of queries and keys": Case(
+    family="qwen3", tensor_parallel=2
+  ),
   "tensor parallel, bfloat16": Case(
     family="llama2", tensor_parallel=2, dtype="bfloat16"
   ),
   "bfloat16 KV of float32 weights": Case(kv_dtype="bfloat16"),
   "sliding window": Case(family="mistral_window"),
-  "sliding window in some layers": Case(family="qwen2_window", num_layers=2),
-  "biases": Case(family="qwen2"),
-  "norms of queries and keys": Case(family="qwen3"),
+  "biases, sliding window in some layers": Case(
+    family="qwen2_window", num_layers=2
+  ),
 }
 
 
