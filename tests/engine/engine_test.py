@@ -274,6 +274,24 @@ class TestPreemption:
       assert together[name].token_ids == undisturbed.token_ids
       check(oracle, together[name], sampling)
 
+  @pytest.mark.parametrize("way", WAYS)
+  def test_tokens_that_were_not_proved_do_not_count(
+    self, tiny, oracle, monkeypatch, way
+  ):
+    # A tag that is lost refutes a row after its token was chosen: the token is
+    # chosen again, under penalties that have not seen it, and with the same
+    # random number.
+    preempted = self.preempted(tiny, monkeypatch)
+    name = tiny.add_request(prompt_of(45), sampling_of(20, **way))
+    for _ in range(3):
+      steps(tiny, 6)
+      pool = tiny.runner.pool.row(0)
+      lost = pool._replace(tag=pool.tag.at[1].set(0))
+      tiny.runner.pool.set_row(0, lost)
+    finished = drain(tiny)
+    assert len(preempted) == 3
+    check(oracle, finished[name], sampling_of(20, **way))
+
   def test_the_oldest_is_never_preempted(self, tiny, monkeypatch):
     preempted = self.preempted(tiny, monkeypatch)
     names = [
