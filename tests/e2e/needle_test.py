@@ -107,7 +107,7 @@ def rig_of_needles() -> Rig:
 
 @pytest.fixture
 def rig(monkeypatch):
-  if not rig_of_needles().is_clean:
+  if not rig_of_needles().clean():
     rig_of_needles.cache_clear()
   rig = rig_of_needles()
   with rig.watch(monkeypatch):
@@ -164,11 +164,12 @@ def ask(rig, context: Context, block: int, count: int) -> None:
 
 def step_until_answered(rig) -> None:
   """Steps until the request has its first token."""
-  while True:
+  while rig.engine.has_unfinished():
     request = rig.request("asked")
     if request is not None and request.output_token_ids:
       return
     rig.step()
+  raise AssertionError("the request ended early")
 
 
 def old_contents(rig):

@@ -166,10 +166,16 @@ class Rig:
     self.mail.held.clear()
     self.expected = {}
 
-  @property
-  def is_clean(self) -> bool:
-    """Whether nothing is left of earlier tests."""
-    return not self.engine.has_unfinished() and self._is_all_returned()
+  def clean(self) -> bool:
+    """Ends what a failed test left behind; whether that was possible."""
+    for batcher in self.engine.batchers:
+      for request in (*batcher.running, *batcher.waiting):
+        self.engine.abort(request.request_id)
+    for _ in range(1000):
+      if not self.engine.has_unfinished() and self._is_all_returned():
+        return True
+      self.engine.step()
+    return False
 
   def finish(self) -> None:
     """All is over: even late messages find every rBlock free, and leave it so.
@@ -349,7 +355,7 @@ def small_rig() -> Rig:
 
 def clean_rig() -> Rig:
   """The small rig; a new one if a failed test left it in a bad state."""
-  if not small_rig().is_clean:
+  if not small_rig().clean():
     small_rig.cache_clear()
   return small_rig()
 
