@@ -19,12 +19,13 @@ endif
 WORKDIR ?= runs/quickstart
 # More flags for the quickstart: ARGS="--config.document.num_tokens=131072".
 ARGS ?=
-# More arguments for pytest: PYTEST_ARGS="-n 8 -k sampling".
-PYTEST_ARGS ?=
+# Arguments for pytest: PYTEST_ARGS="-k sampling". A module stays in one process,
+# since its tests share compiled engines.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help
 help:  ## Lists the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) \
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) \
 	  | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 .PHONY: quickstart
@@ -35,6 +36,16 @@ quickstart: $(ENVIRONMENT)  ## Answers from a document that fits in no instance.
 .PHONY: test
 test: lint types  ## Lint, types and the CPU tests.
 	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+# CUDA's compilers go into a folder of their own: with them on the path, JAX
+# would look for a GPU in every other target.
+SM90A := .sm90a
+SM90A_STAMP := $(SM90A)/.installed
+
+.PHONY: test-sm90a
+test-sm90a: $(ENVIRONMENT) $(SM90A_STAMP)  ## Assembles the kernels for Hopper; needs no GPU.
+	JAX_PLATFORMS=cpu MOSAIC_GPU_DUMP_PTXAS=1 PYTHONPATH=$(SM90A):. \
+	  $(PYTHON) -m pytest -q tests/sm90a $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(ENVIRONMENT)  ## Style and layout; changes nothing.
@@ -55,7 +66,7 @@ venv: $(ENVIRONMENT)  ## Only the environment.
 
 .PHONY: clean
 clean:  ## Removes the environment, results of runs, and caches.
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(SM90A) runs build *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -84,4 +95,11 @@ $(STAMP): constraints.txt pyproject.toml
 	  --constraint constraints.txt setuptools
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(SM90A_STAMP): constraints-sm90a.txt | $(ENVIRONMENT)
+	@echo "Installing CUDA's compilers into $(SM90A) ..."
+	@rm -rf $(SM90A)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(SM90A) --requirement constraints-sm90a.txt
 	@touch $@

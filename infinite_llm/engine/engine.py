@@ -148,7 +148,8 @@ class Engine:
       CapacityError: If the prompt can never fit.
     """
     uid = next(self._uids)
-    request_id = request_id or f"request-{uid}"
+    if request_id is None:
+      request_id = self._unused_name(uid)
     prompt = as_token_ids(prompt_token_ids)
     if request_id in self._uid_of:
       raise RequestError(
@@ -375,6 +376,13 @@ class Engine:
 
   def _proved_tokens(self, uid: RequestUid) -> int:
     return self._running[uid].request.num_computed_tokens
+
+  def _unused_name(self, uid: RequestUid) -> str:
+    """A name for a request without one; callers may have used any."""
+    name = f"request-{uid}"
+    while name in self._uid_of:
+      name += "-"
+    return name
 
   def _least_loaded(self) -> InstanceId:
     """The instance whose requests have the fewest tokens; first of equals."""

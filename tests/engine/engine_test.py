@@ -438,6 +438,15 @@ class TestBadRequests:
       engine.add_request([5], sampling_of(1), request_id="again")
       assert list(drain(engine)) == ["again"]
 
+  def test_a_made_name_is_one_that_no_caller_uses(self, engine):
+    first = engine.add_request([5], sampling_of(1))
+    number = int(first.removeprefix("request-"))
+    taken = f"request-{number + 2}"
+    engine.add_request([5], sampling_of(1), request_id=taken)
+    made = engine.add_request([5], sampling_of(1))
+    assert len({first, taken, made}) == 3
+    assert set(drain(engine)) == {first, taken, made}
+
   def test_static_policy_reaches_one_pool_only(self, tiny):
     message = r"needs room for 129 tokens .* hold 128: 1 .* policy 'static'"
     with pytest.raises(CapacityError, match=message):
