@@ -9,6 +9,8 @@ its last weights while it computes the next ones. Where the group of query heads
 is even, the two take different heads of the same tokens, and so need the same
 KV.
 
+One thread block per multiprocessor passes one item of work after another, so
+that the copies of the next begin before the sums of the last are written.
 `prefill_plan` says which KV tiles a query tile passes and which of them need a
 mask. Calls with too few tiles to fill the device split the KV of each; their
 states are merged after.
@@ -37,8 +39,6 @@ from pallas_kernels.pool_layout import Layer
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-
-_NUM_SMS = 132
 
 
 def micro_attention(
@@ -129,9 +129,11 @@ def prefill(
   num_heads = heads_per_block(num_q_heads // num_kv_heads)
   num_q_tiles = -(-num_tokens * num_heads // (2 * ROWS))
   if num_splits is None:
-    num_blocks = num_q_tiles * (num_q_heads // num_heads)
+    num_items = num_q_tiles * (num_q_heads // num_heads)
     num_splits = _default_splits(
-      num_blocks, tables.block_ids.shape[0] * block_size // tuning.kv_tile
+      num_items,
+      tables.block_ids.shape[0] * block_size // tuning.kv_tile,
+      tuning.num_workers,
     )
   shape = Geometry(
     num_q_heads=num_q_heads,
@@ -168,13 +170,13 @@ def _require_covered(
     )
 
 
-def _default_splits(num_blocks: int, most_steps: int) -> int:
-  """Splits of KV so that every SM has a thread block, where KV is long enough.
+def _default_splits(num_items: int, most_steps: int, num_workers: int) -> int:
+  """Splits of KV so that every worker has an item, where KV is long enough.
 
   One more split than fits is worse than one less, so this rounds down; and a
   split of less than eight steps costs more in merging than it gains.
   """
-  return max(1, min(_NUM_SMS // num_blocks, most_steps // 8, 32))
+  return max(1, min(num_workers // num_items, most_steps // 8, 32))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
@@ -238,6 +240,7 @@ def _launch(
     "k_smem": smem(tuning.stages, tuning.kv_tile, head_dim),
     "v_smem": smem(tuning.stages, tuning.kv_tile, head_dim),
     "q_full": plgpu.Barrier(num_barriers=2),
+    "q_free": plgpu.Barrier(num_barriers=2),
     "k_full": copied(shape.pieces),
     "v_full": copied(shape.pieces),
     "k_free": copied(2),
@@ -247,12 +250,6 @@ def _launch(
   }
   if tuning.is_interpretable:
     scratch["p_smem"] = smem(2, ROWS, tuning.kv_tile)
-  num_blocks = (
-    shape.num_kv_heads
-    * shape.num_q_tiles
-    * shape.blocks_per_kv_head
-    * num_splits
-  )
   of = jax.ShapeDtypeStruct
   return plgpu.kernel(
     functools.partial(run, shape=shape),
@@ -260,19 +257,22 @@ def _launch(
       of((num_splits, padded_tokens, num_heads, head_dim), jnp.float32),
       of((num_splits, num_heads, padded_tokens), jnp.float32),
     ),
-    grid=(num_blocks,),
-    grid_names=("block",),
+    grid=(min(shape.num_items, tuning.num_workers),),
+    grid_names=("worker",),
     num_threads=3,
     thread_name="warpgroup",
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
+      # Threads read only what they wrote themselves or what a barrier of the
+      # body hands them.
+      unsafe_no_auto_barriers=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     interpret=interpret,
   )(
     plan.q_positions,
-    plan.rows,
+    plan.tiles,
     plan.segments,
     layer[None],
     tables.block_ids,

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,28 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
+class _Item(NamedTuple):
+  """A piece of work: one query tile, one KV head, one split of its KV.
+
+  Attributes:
+    q_tile: Number of the query tile.
+    first_row: First row that it meets.
+    end_row: End of the rows that it meets.
+    kv_head: KV head.
+    head_of_group: Query head of the KV head, in steps of what a block shares.
+    split: Which part of its KV.
+  """
+
+  q_tile: jax.Array
+  first_row: jax.Array
+  end_row: jax.Array
+  kv_head: jax.Array
+  head_of_group: jax.Array
+  split: jax.Array
+
+
 class _Block:
-  """What a thread block works on: its refs, and its place in the grid."""
+  """What a thread block works on."""
 
   def __init__(
     self,
@@ -35,10 +55,7 @@ class _Block:
     scratch: dict[str, Any],
     shape: Geometry,
   ):
-    """Finds the place of this block.
-
-    The KV head varies slowest, so that blocks that run together read the same
-    KV, and long query tiles come before short ones.
+    """Names the refs.
 
     Args:
       refs: Operands and results, as `_launch` passes them.
@@ -47,7 +64,7 @@ class _Block:
     """
     (
       self.q_positions,
-      self.rows,
+      self.tiles,
       self.segments,
       layer,
       self.block_ids,
@@ -61,11 +78,8 @@ class _Block:
     self.scratch = scratch
     self.warpgroup = lax.axis_index("warpgroup")
     self.layer = layer[0]
-    rest = lax.axis_index("block")
-    rest, self.split = _div_rem(rest, shape.num_splits)
-    rest, self.head_of_group = _div_rem(rest, shape.blocks_per_kv_head)
-    self.kv_head, tile = _div_rem(rest, shape.num_q_tiles)
-    self.q_tile = shape.num_q_tiles - 1 - tile
+    self.worker = lax.axis_index("worker")
+    self.num_workers = lax.axis_size("worker")
 
   def __getattr__(self, name: str) -> Any:
     try:
@@ -73,8 +87,40 @@ class _Block:
     except KeyError:
       raise AttributeError(name) from None
 
+  @property
+  def num_items(self) -> jax.Array:
+    """Items of this block."""
+    num_rounds = -(-self.shape.num_items // self.num_workers)
+    last = (num_rounds - 1) * self.num_workers
+    in_last = last + self._place(num_rounds - 1) < self.shape.num_items
+    return num_rounds - 1 + in_last.astype(jnp.int32)
+
+  def item(self, number: jax.Array) -> _Item:
+    """The `number`-th item of this block.
+
+    Items are dealt out longest first, and every other round in reverse, so that
+    all blocks get about as much. Those that run together pass about the same
+    KV at about the same time, so most of it comes from the L2 cache.
+    """
+    shape = self.shape
+    rest = number * self.num_workers + self._place(number)
+    rest, split = _div_rem(rest, shape.num_splits)
+    rest, head_of_group = _div_rem(rest, shape.items_per_kv_head)
+    tile, kv_head = _div_rem(rest, shape.num_kv_heads)
+    return _Item(
+      *(self.tiles[tile, i] for i in range(3)), kv_head, head_of_group, split
+    )
+
+  def _place(self, number: Any) -> jax.Array:
+    """Place of this block in a round of dealing."""
+    is_reversed = jnp.int32(number) % 2 == 1
+    return jnp.where(
+      is_reversed, self.num_workers - 1 - self.worker, self.worker
+    )
+
   def walk[Carry](
     self,
+    item: _Item,
     step: Callable[[Segments, jax.Array, bool, Carry], Carry],
     carry: Carry,
   ) -> Carry:
@@ -82,14 +128,14 @@ class _Block:
     num_splits = self.shape.num_splits
 
     def pass_segment(row: jax.Array, carry: Carry) -> Carry:
-      number = self.q_tile + row
+      number = item.q_tile + row
       segment = Segments(
         *(self.segments[number, i] for i in range(len(Segments._fields)))
       )
       num_tiles = segment.end - segment.begin
       begin, end = (
         segment.begin + lax.div(num_tiles * part, num_splits)
-        for part in (self.split, self.split + 1)
+        for part in (item.split, item.split + 1)
       )
       full_begin = jnp.clip(segment.full_begin, begin, end)
       full_end = jnp.clip(segment.full_end, full_begin, end)
@@ -108,9 +154,7 @@ class _Block:
         )
       return carry
 
-    return lax.fori_loop(
-      self.rows[self.q_tile, 0], self.rows[self.q_tile, 1], pass_segment, carry
-    )
+    return lax.fori_loop(item.first_row, item.end_row, pass_segment, carry)
 
   def pieces(
     self, segment: Segments, tile: jax.Array
@@ -187,14 +231,25 @@ def run(*refs: Any, shape: Geometry, **scratch: Any) -> None:
 def _copy(block: _Block) -> None:
   """Copies KV tiles into shared memory, as room becomes free."""
   shape, stages = block.shape, block.shape.tuning.stages
-  # Values are multiplied one step after their keys; in the first step, zeros.
-  _write_zeros(block, block.v_smem.at[0])
-  for _ in range(shape.pieces):
-    plgpu.barrier_arrive(block.v_full.at[0])
+
+  def wait_for_room(free: Any, number: jax.Array) -> None:
+    @pl.when(number >= stages)
+    def _():
+      plgpu.barrier_wait(free.at[lax.rem(number, stages)])
+
+  def values_are_there(slot: jax.Array) -> None:
+    for _ in range(shape.pieces):
+      plgpu.barrier_arrive(block.v_full.at[slot])
 
   def copy_tile(
-    segment: Segments, tile: jax.Array, is_masked: bool, step: jax.Array
-  ) -> jax.Array:
+    item: _Item,
+    segment: Segments,
+    tile: jax.Array,
+    is_masked: bool,
+    numbers: tuple[jax.Array, jax.Array],
+  ) -> tuple[jax.Array, jax.Array]:
+    k_number, v_number = numbers
+    k_slot, v_slot = lax.rem(k_number, stages), lax.rem(v_number, stages)
     pieces = block.pieces(segment, tile)
 
     def start(which: int, smem: Any, slot: jax.Array, barrier: Any) -> None:
@@ -204,29 +259,19 @@ def _copy(block: _Block) -> None:
             block_id,
             block.layer,
             which,
-            block.kv_head,
+            item.kv_head,
             pl.ds(first, shape.piece),
           ],
           smem.at[slot, pl.ds(i * shape.piece, shape.piece)],
           barrier,
         )
 
-    k_slot = lax.rem(step, stages)
-    v_slot = lax.rem(step + 1, stages)
-
-    @pl.when(step >= stages)
-    def _():
-      plgpu.barrier_wait(block.k_free.at[k_slot])
-
+    wait_for_room(block.k_free, k_number)
     start(0, block.k_smem, k_slot, block.k_full.at[k_slot])
-
-    @pl.when(step + 1 >= stages)
-    def _():
-      plgpu.barrier_wait(block.v_free.at[v_slot])
-
+    wait_for_room(block.v_free, v_number)
     if not is_masked:
       start(1, block.v_smem, v_slot, block.v_full.at[v_slot])
-      return step + 1
+      return k_number + 1, v_number + 1
 
     firsts = block.first_positions(pieces)
     is_dirty = functools.reduce(
@@ -247,20 +292,31 @@ def _copy(block: _Block) -> None:
       start(1, block.v_smem, v_slot, block.v_raw)
       plgpu.barrier_wait(block.v_raw)
       _zero_out_of_reach(block, block.v_smem.at[v_slot], firsts, segment)
-      for _ in range(shape.pieces):
-        plgpu.barrier_arrive(block.v_full.at[v_slot])
+      values_are_there(v_slot)
 
-    return step + 1
+    return k_number + 1, v_number + 1
 
-  num_steps = block.walk(copy_tile, jnp.int32(0))
+  def copy_item(
+    i: jax.Array, numbers: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    item = block.item(i)
+    k_number, v_number = numbers
+    # Values are multiplied one step after their keys; in the first step, zeros.
+    slot = lax.rem(v_number, stages)
+    wait_for_room(block.v_free, v_number)
+    _write_zeros(block, block.v_smem.at[slot])
+    values_are_there(slot)
+    return block.walk(
+      item, functools.partial(copy_tile, item), (k_number, v_number + 1)
+    )
+
+  zero = jnp.int32(0)
+  numbers = lax.fori_loop(0, block.num_items, copy_item, (zero, zero))
   # Nobody reuses what was freed last.
-  for free, count in (
-    (block.k_free, num_steps),
-    (block.v_free, num_steps + 1),
-  ):
+  for free, count in zip((block.k_free, block.v_free), numbers, strict=True):
 
-    def drain(step: jax.Array, _: None, free: Any = free) -> None:
-      plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+    def drain(number: jax.Array, _: None, free: Any = free) -> None:
+      plgpu.barrier_wait(free.at[lax.rem(number, stages)])
 
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
@@ -302,22 +358,64 @@ def _zero_out_of_reach(
 
 
 def _compute(block: _Block) -> None:
-  """Attends 64 rows to the KV tiles, and writes their state."""
+  """Attends to the KV of each item in turn."""
+  me = block.warpgroup
+
+  _load_queries(block, block.item(0))
+
+  @pl.when(me == 1)
+  def _():
+    plgpu.barrier_arrive(block.turn.at[0])
+
+  lax.fori_loop(
+    0,
+    block.num_items,
+    functools.partial(_compute_item, block),
+    jnp.int32(0),
+  )
+
+  @pl.when(me == 0)
+  def _():
+    plgpu.barrier_wait(block.turn.at[0])
+
+
+def _place_of_rows(block: _Block, item: _Item) -> tuple[jax.Array, jax.Array]:
+  """First query token and query head of this warpgroup's rows."""
   shape, me = block.shape, block.warpgroup
   if shape.heads_per_block == 2:
-    token, head = block.q_tile * ROWS, block.head_of_group * 2 + me
+    token, head = item.q_tile * ROWS, item.head_of_group * 2 + me
   else:
-    token, head = (block.q_tile * 2 + me) * ROWS, block.head_of_group
-  head += block.kv_head * (shape.num_q_heads // shape.num_kv_heads)
+    token, head = (item.q_tile * 2 + me) * ROWS, item.head_of_group
+  group = shape.num_q_heads // shape.num_kv_heads
+  return token, item.kv_head * group + head
+
+
+def _load_queries(block: _Block, item: _Item) -> None:
+  token, head = _place_of_rows(block, item)
   plgpu.copy_gmem_to_smem(
     block.q.at[pl.ds(token, ROWS), head],
-    block.q_smem.at[me],
-    block.q_full.at[me],
+    block.q_smem.at[block.warpgroup],
+    block.q_full.at[block.warpgroup],
   )
+
+
+def _compute_item(block: _Block, i: jax.Array, number: jax.Array) -> jax.Array:
+  """Attends 64 rows to the KV tiles of an item, and writes their state.
+
+  Args:
+    block: The thread block.
+    i: Which of its items.
+    number: KV tiles of the items before.
+
+  Returns:
+    KV tiles of the items so far.
+  """
+  shape = block.shape
+  item = block.item(i)
+  token, head = _place_of_rows(block, item)
   q_positions = plgpu.load(
     block.q_positions.at[pl.ds(token, ROWS)], layout=_BY_ROW, optimized=False
   )
-  plgpu.barrier_wait(block.q_full.at[me])
 
   def logits(
     s: jax.Array, segment: Segments, tile: jax.Array, is_masked: bool
@@ -346,15 +444,16 @@ def _compute(block: _Block) -> None:
       sees &= q - kv < shape.sliding_window
     return jnp.where(sees, s, -jnp.inf)
 
-  acc, top, total = _attend(block, logits)
+  number, acc, top, total = _attend(block, item, i, number, logits)
 
   is_empty = (total == 0.0) | (q_positions < 0)
   inverse = jnp.where(is_empty, 0.0, 1.0 / total)
   weight = lax.broadcast_in_dim(inverse, acc.shape, [0])
   out = jnp.where(weight > 0.0, acc * weight, 0.0)
   lse = jnp.where(is_empty, -jnp.inf, top * math.log(2) + jnp.log(total))
-  block.out[block.split, pl.ds(token, ROWS), head] = out
-  block.lse[block.split, head, pl.ds(token, ROWS)] = lse
+  block.out[item.split, pl.ds(token, ROWS), head] = out
+  block.lse[item.split, head, pl.ds(token, ROWS)] = lse
+  return number
 
 
 def _initial_sums(shape: Geometry) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -385,12 +484,27 @@ def _weights(
 
 
 def _attend(
-  block: _Block, logits: Callable[..., jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sums over all KV tiles; a step's values are multiplied one step later.
+  block: _Block,
+  item: _Item,
+  i: jax.Array,
+  number: jax.Array,
+  logits: Callable[..., jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Sums over the KV tiles of an item; values are multiplied one step late.
 
   A warpgroup issues both products of a step in one turn, and computes the
   weights of the new logits while the old weights still multiply values.
+
+  Args:
+    block: The thread block.
+    item: The item.
+    i: Its number in this block.
+    number: KV tiles of the items before.
+    logits: `logits(products, segment, kv_tile, is_masked)`.
+
+  Returns:
+    KV tiles so far; `[64, D]` weighted sum of values, `[64]` maximum of the
+    logits to base 2, and `[64]` sum of weights.
   """
   shape, tuning, me = block.shape, block.shape.tuning, block.warpgroup
   dtype = block.q_smem.dtype
@@ -414,15 +528,17 @@ def _attend(
     segment: Segments, tile: jax.Array, is_masked: bool, carry: Any
   ) -> Any:
     number, acc, top, total, p = carry
+    # Each item so far had a tile of zeros among its values.
     slot = lax.rem(number, tuning.stages)
+    v_slot = lax.rem(number + i, tuning.stages)
     plgpu.barrier_wait(block.k_full.at[slot])
-    plgpu.barrier_wait(block.v_full.at[slot])
+    plgpu.barrier_wait(block.v_full.at[v_slot])
     plgpu.barrier_wait(block.turn.at[me])
 
     def multiply(s_ref: Any, acc_ref: Any) -> Any:
       keys = block.k_smem.at[slot].transpose((1, 0))
       plgpu.wgmma(s_ref, block.q_smem.at[me], keys)
-      multiply_values(acc_ref, acc, p, slot)
+      multiply_values(acc_ref, acc, p, v_slot)
       plgpu.barrier_arrive(block.turn.at[1 - me])
       s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
       plgpu.barrier_arrive(block.k_free.at[slot])
@@ -430,7 +546,7 @@ def _attend(
       new_top, decay, weights = _weights(s, top, shape)
       new_total = total * decay + jnp.sum(weights, axis=1)
       new_acc = read(acc_ref, acc)
-      plgpu.barrier_arrive(block.v_free.at[slot])
+      plgpu.barrier_arrive(block.v_free.at[v_slot])
       new_acc *= lax.broadcast_in_dim(decay, new_acc.shape, [0])
       new_p = weights.astype(dtype)
       keep(new_p)
@@ -442,29 +558,29 @@ def _attend(
       plgpu.ACC(acc.shape, jnp.float32),
     )
 
-  @pl.when(me == 1)
-  def _():
-    plgpu.barrier_arrive(block.turn.at[0])
-
   p = plgpu.layout_cast(
     jnp.zeros((ROWS, tuning.kv_tile), dtype), plgpu.Layout.WGMMA
   )
   keep(p)
+  plgpu.barrier_wait(block.q_full.at[me])
   number, acc, top, total, p = block.walk(
-    step, (jnp.int32(0), *_initial_sums(shape), p)
+    item, step, (number, *_initial_sums(shape), p)
   )
 
-  @pl.when(me == 0)
+  @pl.when(i + 1 < block.num_items)
   def _():
-    plgpu.barrier_wait(block.turn.at[0])
+    # One thread starts the copy: all must be done with the queries before.
+    plgpu.barrier_arrive(block.q_free.at[me])
+    plgpu.barrier_wait(block.q_free.at[me])
+    _load_queries(block, block.item(i + 1))
 
-  slot = lax.rem(number, tuning.stages)
-  plgpu.barrier_wait(block.v_full.at[slot])
+  v_slot = lax.rem(number + i, tuning.stages)
+  plgpu.barrier_wait(block.v_full.at[v_slot])
 
   def multiply_last(acc_ref: Any) -> jax.Array:
-    multiply_values(acc_ref, acc, p, slot)
+    multiply_values(acc_ref, acc, p, v_slot)
     return read(acc_ref, acc)
 
   acc = pl.run_scoped(multiply_last, plgpu.ACC(acc.shape, jnp.float32))
-  plgpu.barrier_arrive(block.v_free.at[slot])
-  return acc, top, total
+  plgpu.barrier_arrive(block.v_free.at[v_slot])
+  return number, acc, top, total

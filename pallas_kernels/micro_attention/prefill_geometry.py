@@ -5,6 +5,7 @@ import math
 
 ROWS = 64  # Of a warpgroup: the M of one wgmma.
 LOG2_E = math.log2(math.e)
+NUM_SMS = 132  # Of an H100 or H200.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,12 +15,14 @@ class Tuning:
   Attributes:
     kv_tile: KV tokens per step.
     stages: KV tiles in flight.
+    num_workers: Thread blocks, among which the work is dealt out.
     is_interpretable: Whether weights go through shared memory and sums through
       registers, which is slower, and is what interpret mode can do.
   """
 
   kv_tile: int
   stages: int
+  num_workers: int = NUM_SMS
   is_interpretable: bool = False
 
   def __post_init__(self):
@@ -27,6 +30,8 @@ class Tuning:
       raise ValueError(
         f"kv_tile must be a multiple of 64 up to 256; got {self.kv_tile}."
       )
+    if self.num_workers < 1:
+      raise ValueError(f"num_workers must be positive; got {self.num_workers}.")
     if self.stages < 2:
       raise ValueError(f"stages must be at least 2; got {self.stages}.")
 
@@ -78,9 +83,19 @@ class Geometry:
     return 2 * ROWS // self.heads_per_block
 
   @property
-  def blocks_per_kv_head(self) -> int:
-    """Thread blocks that read one KV head for one query tile, of one split."""
+  def items_per_kv_head(self) -> int:
+    """Items that read one KV head for one query tile, of one split."""
     return self.num_q_heads // self.num_kv_heads // self.heads_per_block
+
+  @property
+  def num_items(self) -> int:
+    """Pieces of work for thread blocks."""
+    return (
+      self.num_q_tiles
+      * self.num_kv_heads
+      * self.items_per_kv_head
+      * self.num_splits
+    )
 
   @property
   def piece(self) -> int:

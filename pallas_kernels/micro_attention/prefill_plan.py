@@ -58,14 +58,14 @@ class PrefillPlan(NamedTuple):
   Attributes:
     q_positions: `[Q * tile]` int32. Positions; -1 pads, and stands for queries
       outside of every row.
-    rows: `[Q, 2]` int32. The range of rows that each tile meets. Some of
-      them may be empty.
+    tiles: `[Q, 3]` int32. Tile and the range of rows that it meets, some of
+      which may be empty; the tiles with most work come first.
     segments: `[Q + B, len(Segments)]` int32. Tile `i` meets row `b` in segment
       `i + b`: from one meeting to the next at least one of them grows.
   """
 
   q_positions: jax.Array
-  rows: jax.Array
+  tiles: jax.Array
   segments: jax.Array
 
 
@@ -189,4 +189,16 @@ def make_plan(
     reach_begin=reach_begin,
     reach_end=reach_end,
   )
-  return PrefillPlan(positions, rows, jnp.stack(segments, axis=1))
+
+  # Longest tiles first: what comes late then fills gaps.
+  of_tile = (tile_of == tile[:, None]) & is_segment
+  work = jnp.sum(jnp.where(of_tile, end - begin, 0), axis=1)
+  goes_before = (work > work[:, None]) | (
+    (work == work[:, None]) & (tile > tile[:, None])
+  )
+  rank = jnp.sum(goes_before, axis=1, dtype=jnp.int32)
+  order = jnp.sum(
+    jnp.where(rank == tile[:, None], tile, 0), axis=1, dtype=jnp.int32
+  )
+  tiles = jnp.concatenate([order[:, None], rows[order]], axis=1)
+  return PrefillPlan(positions, tiles, jnp.stack(segments, axis=1))
