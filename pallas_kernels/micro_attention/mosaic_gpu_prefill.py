@@ -9,8 +9,7 @@ its last weights while it computes the next ones. Where the group of query heads
 is even, the two take different heads of the same tokens, and so need the same
 KV.
 
-One thread block per multiprocessor passes one item of work after another, so
-that the copies of the next begin before the sums of the last are written.
+A thread block passes one item of work after another, if it has several.
 `prefill_plan` says which KV tiles a query tile passes and which of them need a
 mask. Calls with too few tiles to fill the device split the KV of each; their
 states are merged after.
@@ -27,6 +26,7 @@ from pallas_kernels.attention_state import AttentionState, merge_many
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_prefill_kernel import run
 from pallas_kernels.micro_attention.prefill_geometry import (
+  NUM_SMS,
   ROWS,
   TUNINGS,
   Geometry,
@@ -133,7 +133,6 @@ def prefill(
     num_splits = _default_splits(
       num_items,
       tables.block_ids.shape[0] * block_size // tuning.kv_tile,
-      tuning.num_workers,
     )
   shape = Geometry(
     num_q_heads=num_q_heads,
@@ -170,13 +169,13 @@ def _require_covered(
     )
 
 
-def _default_splits(num_items: int, most_steps: int, num_workers: int) -> int:
-  """Splits of KV so that every worker has an item, where KV is long enough.
+def _default_splits(num_items: int, most_steps: int) -> int:
+  """Splits of KV so that every SM has an item, where KV is long enough.
 
   One more split than fits is worse than one less, so this rounds down; and a
   split of less than eight steps costs more in merging than it gains.
   """
-  return max(1, min(num_workers // num_items, most_steps // 8, 32))
+  return max(1, min(NUM_SMS // num_items, most_steps // 8, 32))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
@@ -240,7 +239,6 @@ def _launch(
     "k_smem": smem(tuning.stages, tuning.kv_tile, head_dim),
     "v_smem": smem(tuning.stages, tuning.kv_tile, head_dim),
     "q_full": plgpu.Barrier(num_barriers=2),
-    "q_free": plgpu.Barrier(num_barriers=2),
     "k_full": copied(shape.pieces),
     "v_full": copied(shape.pieces),
     "k_free": copied(2),
@@ -257,16 +255,13 @@ def _launch(
       of((num_splits, padded_tokens, num_heads, head_dim), jnp.float32),
       of((num_splits, num_heads, padded_tokens), jnp.float32),
     ),
-    grid=(min(shape.num_items, tuning.num_workers),),
+    grid=(min(shape.num_items, tuning.num_workers or shape.num_items),),
     grid_names=("worker",),
     num_threads=3,
     thread_name="warpgroup",
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
-      # Threads read only what they wrote themselves or what a barrier of the
-      # body hands them.
-      unsafe_no_auto_barriers=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     interpret=interpret,

@@ -15,14 +15,15 @@ class Tuning:
   Attributes:
     kv_tile: KV tokens per step.
     stages: KV tiles in flight.
-    num_workers: Thread blocks, among which the work is dealt out.
+    num_workers: Thread blocks, among which the work is dealt out; None is one
+      for each item, so that the hardware deals.
     is_interpretable: Whether weights go through shared memory and sums through
       registers, which is slower, and is what interpret mode can do.
   """
 
   kv_tile: int
   stages: int
-  num_workers: int = NUM_SMS
+  num_workers: int | None = None
   is_interpretable: bool = False
 
   def __post_init__(self):
@@ -30,7 +31,7 @@ class Tuning:
       raise ValueError(
         f"kv_tile must be a multiple of 64 up to 256; got {self.kv_tile}."
       )
-    if self.num_workers < 1:
+    if self.num_workers is not None and self.num_workers < 1:
       raise ValueError(f"num_workers must be positive; got {self.num_workers}.")
     if self.stages < 2:
       raise ValueError(f"stages must be at least 2; got {self.stages}.")
