@@ -97,6 +97,7 @@ class Rig:
     engine: Reused by many tests, since compiling costs seconds.
     mail: What happens to its messages.
     failed_rows: Rows of each request, by name, that were not proved.
+    failed_at: The same, by name and the furthest that the request had come.
     preempted: Times that each request was computed anew.
     uploads: Hosted tables that each instance's devices were given, in order,
       after one that hosts nothing.
@@ -114,6 +115,7 @@ class Rig:
       transport=InProcessTransport(self.mail),
     )
     self.failed_rows: collections.Counter[str] = collections.Counter()
+    self.failed_at: collections.Counter[tuple[str, int]] = collections.Counter()
     self.preempted: collections.Counter[str] = collections.Counter()
     self.uploads: list[list[HostedTables]] = [
       [] for _ in range(config.num_instances)
@@ -129,6 +131,7 @@ class Rig:
   def watch(self, monkeypatch) -> Iterator[None]:
     """Counts what happens to requests; afterwards nothing is disturbed."""
     self.failed_rows.clear()
+    self.failed_at.clear()
     self.preempted.clear()
     self.mail.sent.clear()
     engine = self.engine
@@ -138,18 +141,20 @@ class Rig:
     )
     for uploads in self.uploads:
       uploads[:] = [nothing]
-    name_of = {}
     with monkeypatch.context() as patch:
       for batcher in engine.batchers:
 
-        def failed(row, batcher=batcher, row_failed=batcher.row_failed):
-          name_of.update({r.uid: r.request_id for r in batcher.running})
-          self.failed_rows[name_of[row.uid]] += 1
+        def find(uid, batcher=batcher):
+          return next(r for r in batcher.running if r.uid == uid)
+
+        def failed(row, find=find, row_failed=batcher.row_failed):
+          request = find(row.uid)
+          self.failed_rows[request.request_id] += 1
+          self.failed_at[request.request_id, request.furthest_tokens] += 1
           row_failed(row)
 
-        def preempt(uid, batcher=batcher, preempt=batcher.preempt):
-          name_of.update({r.uid: r.request_id for r in batcher.running})
-          self.preempted[name_of[uid]] += 1
+        def preempt(uid, find=find, preempt=batcher.preempt):
+          self.preempted[find(uid).request_id] += 1
           preempt(uid)
 
         patch.setattr(batcher, "row_failed", failed)
