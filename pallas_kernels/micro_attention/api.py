@@ -7,7 +7,12 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention_state import AttentionState, empty_state
-from pallas_kernels.micro_attention import reference, xla
+from pallas_kernels.micro_attention import (
+  mosaic_gpu_decode,
+  mosaic_gpu_prefill,
+  reference,
+  xla,
+)
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.pool_layout import (
   Layer,
@@ -23,7 +28,12 @@ __all__ = ["IMPLEMENTATIONS", "BlockTables", "micro_attention"]
 
 IMPLEMENTATIONS = dispatch.Implementations(
   "micro_attention",
-  {"xla": xla.micro_attention, "reference": reference.micro_attention},
+  {
+    "mosaic_gpu_decode": mosaic_gpu_decode.micro_attention,
+    "mosaic_gpu_prefill": mosaic_gpu_prefill.micro_attention,
+    "xla": xla.micro_attention,
+    "reference": reference.micro_attention,
+  },
 )
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+_SHARED_MEMORY_BYTES = 224 * 1024  # Of a block, less barriers and scratch.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
@@ -31,13 +33,21 @@ class Tuning:
       )
 
 
-def default_tuning(head_dim: int) -> Tuning:
-  """The shipped tuning: about 192 KB of keys and values under way."""
-  if head_dim == 256:
-    return Tuning(tile_tokens=64, num_stages=3)
-  if head_dim == 64:
-    return Tuning(tile_tokens=128, num_stages=6)
-  return Tuning(tile_tokens=128, num_stages=3)
+def default_tuning(head_dim: int, columns: int) -> Tuning:
+  """The shipped tuning: as many tiles under way as shared memory holds.
+
+  Args:
+    head_dim: `D`.
+    columns: Of one item: query tokens times query heads.
+
+  Returns:
+    The tuning.
+  """
+  tile_tokens = 128 if head_dim <= 128 and columns <= 16 else 64
+  others = columns * (2 * 2 * head_dim + 2 * tile_tokens + 4 * head_dim)
+  room = _SHARED_MEMORY_BYTES - others
+  num_stages = room // (2 * 2 * head_dim * tile_tokens)
+  return Tuning(tile_tokens=tile_tokens, num_stages=min(num_stages, 6))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

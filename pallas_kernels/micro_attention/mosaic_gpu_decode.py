@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState
@@ -38,7 +39,7 @@ from pallas_kernels.micro_attention.decode_plan import make_plan
 from pallas_kernels.micro_attention.mosaic_gpu_decode_kernel import Refs, run
 from pallas_kernels.pool_layout import Layer
 
-_MAX_COLUMNS = 64  # Of one item, at D of 128; more cost registers.
+_MAX_COLUMNS = 32  # Of one item, at D of 128.
 _MAX_QUERY_TOKENS = 8
 _OPERANDS = (
   "workers",
@@ -134,9 +135,9 @@ def decode(
   num_q_heads, head_dim = q.shape[1:]
   num_layers, _, num_kv_heads, block_size = kv_pool.shape[1:5]
   group = num_q_heads // num_kv_heads
-  head_columns = _round_up(group + 8 - math.gcd(group, 8), 8)
-  max_columns = max(_MAX_COLUMNS * 128 // max(head_dim, 128), head_columns)
-  tokens_per_item = min(max_query_tokens, max_columns // head_columns)
+  head_columns = _head_columns(group)
+  most_tokens = _max_columns(head_dim) // head_columns
+  tokens_per_item = min(max_query_tokens, most_tokens)
   geometry = Geometry(
     group=group,
     head_columns=head_columns,
@@ -151,7 +152,7 @@ def decode(
     scale=float(scale),
     sliding_window=None if sliding_window is None else int(sliding_window),
     soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
-    tuning=tuning or default_tuning(head_dim),
+    tuning=tuning or default_tuning(head_dim, tokens_per_item * head_columns),
     interpret=interpret is not None,
   )
   return _decode(
@@ -183,7 +184,9 @@ def _check_covered(
     f"max_query_tokens: at most {_MAX_QUERY_TOKENS}; got {max_query_tokens}": (
       max_query_tokens <= _MAX_QUERY_TOKENS
     ),
-    f"q: at most 64 query heads to a KV head; got {group}": group <= 64,
+    f"q: at most 32 query heads to a KV head, or 16 at D of 256; got {group}": (
+      _head_columns(group) <= _max_columns(head_dim)
+    ),
   }
   for rule, is_covered in covers.items():
     if not is_covered:
@@ -244,12 +247,15 @@ def _decode(
     "q_full": plgpu.Barrier(num_arrivals=g.tokens_per_item, num_barriers=2),
     "q_empty": plgpu.Barrier(num_barriers=2),
   }
-  if not g.interpret:
-    scratch["merged"] = plgpu.SemaphoreType.REGULAR((tuning.num_workers,))
   workers = tuning.num_workers
 
   def body(*args: Any, **scratch_refs: Any) -> None:
-    run(g, Refs(**dict(zip(_OPERANDS, args, strict=True)), **scratch_refs))
+    # Scratch semaphores would be every block's own.
+    merged = None
+    if not g.interpret:
+      merged = pl.get_global(plgpu.SemaphoreType.REGULAR((workers,)))
+    operands = dict(zip(_OPERANDS, args, strict=True))
+    run(g, Refs(**operands, **scratch_refs, merged=merged))
 
   out, lse, *_ = plgpu.kernel(
     body,
@@ -267,6 +273,9 @@ def _decode(
     kernel_name="micro_attention_decode",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
+      # Every hand-over in shared memory has its own barrier: a reduction over
+      # columns, `commit_smem`, or one of `Refs`.
+      unsafe_no_auto_barriers=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     interpret=interpret,
@@ -284,5 +293,11 @@ def _decode(
   return AttentionState(out=out, lse=lse)
 
 
-def _round_up(x: int, multiple: int) -> int:
-  return -(-x // multiple) * multiple
+def _head_columns(group: int) -> int:
+  """Columns for the query heads of a KV head, wherever in an eight they lie."""
+  return -(-(group + 8 - math.gcd(group, 8)) // 8) * 8
+
+
+def _max_columns(head_dim: int) -> int:
+  """Columns of one item: more would spill registers."""
+  return _MAX_COLUMNS * 128 // max(head_dim, 128)

@@ -126,14 +126,12 @@ def run(g: Geometry, refs: Refs) -> None:
 
   @pl.when(warpgroup == 0)
   def _():
-    plgpu.set_max_registers(240, action="increase")
     _write_padding(g, refs, worker)
     _walk(g, refs, worker, functools.partial(_attend, g, refs, worker))
     plgpu.wait_smem_to_gmem(0)
 
   @pl.when(warpgroup == 1)
   def _():
-    plgpu.set_max_registers(40, action="decrease")
     num_segments = _walk(g, refs, worker, functools.partial(_copy, g, refs))
     _drain(g, refs, worker, num_segments)
 
@@ -348,6 +346,7 @@ def _attend(
     refs.part_sums.at[worker, 1][...] = sums.total
     if refs.merged is not None:
       owner = refs.workers[worker, WorkerField.OWNER]
+      plgpu.commit_smem()  # For its barrier: one thread signals for all.
       plgpu.semaphore_signal(refs.merged.at[owner], memory_scope="gpu")
 
   @pl.when(begins_here & ~ends_here)
@@ -360,9 +359,7 @@ def _attend(
         decrement=False,
         memory_scope="gpu",
       )
-    whole = lax.fori_loop(
-      worker + 1, last + 1, functools.partial(_merge_part, refs), sums
-    )
+    whole = _merge_parts(g, refs, worker + 1, last, sums)
     _write(g, refs, segment, tokens, whole)
 
 
@@ -458,7 +455,9 @@ def _column_positions(g: Geometry, positions: list[jax.Array]) -> jax.Array:
   result = jnp.broadcast_to(positions[0], (g.columns,))
   result = plgpu.layout_cast(result, _COLUMNS)
   for i, position in enumerate(positions[1:], start=1):
-    result = jnp.where(column >= i * g.head_columns, position, result)
+    # The scalar must stand last: where it stands first, JAX 0.11.2 takes the
+    # result for unsigned, and -1 for a huge position.
+    result = jnp.where(column < i * g.head_columns, result, position)
   return result
 
 
@@ -511,24 +510,33 @@ def _clear_unreachable(
     plgpu.commit_smem()
 
 
-def _merge_part(refs: Refs, worker: jax.Array, sums: _Sums) -> _Sums:
-  """Adds the part that another worker wrote."""
+def _merge_parts(
+  g: Geometry, refs: Refs, first: jax.Array, last: jax.Array, sums: _Sums
+) -> _Sums:
+  """Adds the parts that workers `first` to `last` wrote."""
+  at_once = max(1, 64 // g.columns)  # Loads under way, within the registers.
 
   def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
-  part_acc = load(refs.parts.at[worker], plgpu.Layout.WGMMA)
-  part_top = load(refs.part_sums.at[worker, 0], _COLUMNS)
-  part_total = load(refs.part_sums.at[worker, 1], _COLUMNS)
-  top = jnp.maximum(sums.top, part_top)
-  decay = jnp.exp2(sums.top - top)
-  weight = jnp.exp2(part_top - top)
-  shape = sums.acc.shape
-  return _Sums(
-    acc=sums.acc * _across(decay, shape) + part_acc * _across(weight, shape),
-    top=top,
-    total=sums.total * decay + part_total * weight,
-  )
+  def step(i: jax.Array, sums: _Sums) -> _Sums:
+    workers = [first + i * at_once + j for j in range(at_once)]
+    there = [jnp.minimum(worker, last) for worker in workers]
+    tops = [load(refs.part_sums.at[worker, 0], _COLUMNS) for worker in there]
+    totals = [load(refs.part_sums.at[worker, 1], _COLUMNS) for worker in there]
+    accs = [load(refs.parts.at[w], plgpu.Layout.WGMMA) for w in there]
+    top = functools.reduce(jnp.maximum, tops, sums.top)
+    decay = jnp.exp2(sums.top - top)
+    acc = sums.acc * _across(decay, sums.acc.shape)
+    total = sums.total * decay
+    for j, worker in enumerate(workers):
+      weight = jnp.where(worker <= last, jnp.exp2(tops[j] - top), 0.0)
+      acc += accs[j] * _across(weight, acc.shape)
+      total += totals[j] * weight
+    return _Sums(acc=acc, top=top, total=total)
+
+  count = lax.div(last - first + at_once, at_once)
+  return lax.fori_loop(0, count, step, sums)
 
 
 def _write(

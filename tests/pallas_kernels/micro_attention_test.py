@@ -28,6 +28,8 @@ from pallas_kernels.pool_layout import NULL_BLOCK_ID
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _CASES = {case.name: case for case in CASES}
+# Those that run here; the tests of the others run them in their own ways.
+_PORTABLE = [n for n in IMPLEMENTATIONS.names if not n.startswith("mosaic")]
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def test_case_names_are_unique():
   assert len(_CASES) == len(CASES)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("name", _PORTABLE)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case, name):
   _assert_close(
@@ -133,7 +135,7 @@ def test_huge_logits_leave_one_token():
   assert np.abs(_expected(case).lse[0]).max() > 1e5
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("name", _PORTABLE)
 @pytest.mark.parametrize("case_name", ["decode_ragged", "prefill_ragged"])
 def test_layer_may_be_an_int(case_name, name):
   case = _CASES[case_name]
@@ -144,14 +146,14 @@ def test_layer_may_be_an_int(case_name, name):
   )
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("name", _PORTABLE)
 def test_a_larger_bound_on_query_tokens_changes_nothing(name):
   case = _CASES["decode_ragged"]
   options = case.options | {"max_query_tokens": 16}
   _assert_close(case, _call(*_inputs(case), implementation=name, **options))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("name", _PORTABLE)
 @pytest.mark.parametrize("num_queries", [0, 3])
 def test_tables_without_entries_give_empty_states(num_queries, name):
   none = jnp.zeros(0, jnp.int32)
@@ -175,7 +177,7 @@ def test_tables_without_entries_give_empty_states(num_queries, name):
 # Any cut of a table over holders.
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("name", _PORTABLE)
 @pytest.mark.parametrize(
   "case_name",
   ["decode_ragged", "decode_window", "prefill_ragged", "prefill_far"],
@@ -209,7 +211,7 @@ def test_any_split_over_holders_merges_to_the_whole(data, case_name, name):
   )
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("name", _PORTABLE)
 def test_holders_on_a_mesh_axis_merge_to_the_whole(name):
   case = _CASES["prefill_ragged"]
   inputs = _inputs(case)
@@ -375,7 +377,7 @@ def test_a_wrong_call_names_argument_rule_and_value(changes, message):
 
 
 def test_an_unknown_implementation_names_the_known_ones():
-  with pytest.raises(ValueError, match="one of xla, reference; got 'cuda'"):
+  with pytest.raises(ValueError, match="xla, reference; got 'cuda'"):
     micro_attention(
       *_inputs(_CASES["decode_ragged"]),
       implementation="cuda",

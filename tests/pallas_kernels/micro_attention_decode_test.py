@@ -1,0 +1,111 @@
+"""The decode kernel, interpreted on a CPU; on a GPU, if there is one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.micro_attention import reference
+from pallas_kernels.micro_attention.cases import Case
+from pallas_kernels.micro_attention.decode_geometry import Tuning
+from pallas_kernels.micro_attention.mosaic_gpu_decode import (
+  decode,
+  micro_attention,
+)
+from tests.tolerances import lse_error, relative_error, tolerance
+
+_ONE = {"query_lens": (1, 1, 0, 1), "kv_lens": (200, 1, 0, 64)}
+_SEVERAL = {"query_lens": (3, 8, 0, 1), "kv_lens": (150, 9, 0, 64)}
+_bf16 = functools.partial(Case, dtype="bfloat16", head_dim=64)
+
+_CASES = (
+  _bf16(name="ragged", **_ONE, is_permuted=True, null_entries=2),
+  _bf16(name="window", **_ONE, sliding_window=20, padding_queries=3),
+  _bf16(name="soft_cap", **_ONE, logit_soft_cap=2.0, query_std=5.0),
+  _bf16(name="nothing_seen", **_ONE, query_shift=-300),
+  _bf16(name="nothing_held", query_lens=(1, 1), kv_lens=(0, 0)),
+  _bf16(name="several_tokens", **_SEVERAL, padding_stride=3),
+  Case(
+    name="odd_group",
+    **_SEVERAL,
+    dtype="float16",
+    head_dim=128,
+    num_q_heads=14,
+    num_kv_heads=2,
+    block_size=128,
+  ),
+)
+
+
+def _assert_close(case, state, inputs):
+  exact = inputs._replace(
+    q=inputs.q.astype(jnp.float32), kv_pool=inputs.kv_pool.astype(jnp.float32)
+  )
+  with jax.default_matmul_precision("highest"):
+    expected = reference.micro_attention(*exact, **case.options)
+  limits = tolerance(case.dtype)
+  assert relative_error(state.out, expected.out) <= limits.attention
+  assert lse_error(state.lse, expected.lse) <= limits.lse
+
+
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_interpreted_workers_merge_to_the_whole(case):
+  inputs = case.make_inputs()
+  state = decode(
+    *inputs,
+    **case.options,
+    tuning=Tuning(tile_tokens=64, num_stages=2, num_workers=3),
+    interpret=plgpu.InterpretGPUParams(),
+  )
+  _assert_close(case, state, inputs)
+
+
+def test_a_worker_has_no_races():
+  # Of several, the merge has: the interpreter knows no semaphores, and runs
+  # one worker after another.
+  case = _CASES[0]
+  inputs = case.make_inputs()
+  state = decode(
+    *inputs,
+    **case.options,
+    tuning=Tuning(tile_tokens=64, num_stages=2, num_workers=1),
+    interpret=plgpu.InterpretGPUParams(detect_races=True),
+  )
+  _assert_close(case, state, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_a_gpu_agrees(case):
+  inputs = case.make_inputs()
+  # Outputs get memory that was NaN before.
+  jax.block_until_ready(jnp.full(inputs.q.shape, jnp.nan, jnp.float32))
+  _assert_close(case, micro_attention(*inputs, **case.options), inputs)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"dtype": "float32"}, "q: bfloat16 or float16; got float32"),
+    ({"head_dim": 32}, "kv_pool: D of 64, 128 or 256; got 32"),
+    ({"block_size": 24}, "kv_pool: P of 16, 32, 64 or 128; got 24"),
+    ({"num_q_heads": 80}, "q: at most 32 query heads to a KV head.*; got 40"),
+    ({"query_lens": (9, 1, 0, 1)}, "max_query_tokens: at most 8; got 9"),
+  ],
+)
+def test_what_is_not_covered_names_the_argument(changes, message):
+  case = Case(
+    **(
+      {"dtype": "bfloat16", "head_dim": 64, "name": "refused", **_ONE} | changes
+    )
+  )
+  with pytest.raises(NotImplementedError, match=message):
+    decode(*case.make_inputs(), **case.options)
+
+
+def test_a_cpu_is_refused():
+  case = _CASES[0]
+  with pytest.raises(NotImplementedError, match="a GPU kernel; got cpu"):
+    micro_attention(*case.make_inputs(), **case.options)

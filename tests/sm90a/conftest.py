@@ -1,0 +1,84 @@
+"""Compiles for a Hopper GPU on a machine that has none.
+
+Only `make test-sm90a` runs these tests: they need CUDA's compilers, which it
+puts into an environment of their own.
+"""
+
+import os
+import re
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+# What XLA must know of an H200 to compile for it.
+_TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4814259200000
+  l2_cache_size: 62914560
+  clock_rate_ghz: 1.98
+  device_memory_size: 150121545728
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 }
+device_description_str: "NVIDIA H200"
+"""
+# Elsewhere the folder is as good as empty.
+collect_ignore_glob = (
+  [] if os.environ.get("MOSAIC_GPU_DUMP_PTXAS") == "1" else ["*_test.py"]
+)
+
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+class Sm90a:
+  """Compiles programs for an H200 and reads what the assembler said."""
+
+  def __init__(self, capfd):
+    self._capfd = capfd
+    topology = topologies.get_topology_desc(
+      "", platform="cuda", target_config=_TARGET, topology="1x1x1"
+    )
+    self._sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+  def compile(self, function, *args):
+    """Compiles a function of arrays, given by shape and dtype.
+
+    Args:
+      function: What to compile.
+      *args: Pytrees of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The compiled program, and for each kernel in it the bytes spilled.
+    """
+    self._capfd.readouterr()
+    jax.clear_caches()  # A kernel that is not assembled again says nothing.
+    args = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding),
+      args,
+    )
+    traced = jax.jit(function).trace(*args)
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    said = "".join(self._capfd.readouterr())
+    # A spill is told twice, once as a warning.
+    lines = [x for x in said.splitlines() if "stack frame" in x]
+    return compiled, [sum(map(int, _SPILLS.search(x).groups())) for x in lines]
+
+
+@pytest.fixture
+def sm90a(capfd):
+  return Sm90a(capfd)
