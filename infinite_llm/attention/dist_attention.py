@@ -130,7 +130,11 @@ def answer_slots(hosted: HostedTables, slots: SpillSlots) -> BlockTables:
 
 
 def dist_coverage(
-  tag: jax.Array, tables: BlockTables, answered: BlockTables, slots: SpillSlots
+  tag: jax.Array,
+  tables: BlockTables,
+  answered: BlockTables,
+  slots: SpillSlots,
+  holders: jax.Array | None = None,
 ) -> jax.Array:
   """Coverage of each row over all holders.
 
@@ -141,6 +145,8 @@ def dist_coverage(
     tables: Own tables, `B` rows.
     answered: Result of `answer_slots`.
     slots: This instance's own slots.
+    holders: `[I]` bool as `prefill_attention` takes it: what comes by a shift
+      that is not run is not attended, and so not counted. None counts all.
 
   Returns:
     `[B]` uint32 sums of the mixed tags of all rBlocks that a row reads.
@@ -148,6 +154,11 @@ def dist_coverage(
   own = coverage(tag, tables)
   hosted = coverage(tag, answered).reshape(-1, slots.rows.shape[0])
   returned = jax.lax.all_to_all(hosted, INSTANCE_AXIS, 0, 0)
+  if holders is not None:
+    num_instances = returned.shape[0]
+    me = jax.lax.axis_index(INSTANCE_AXIS)
+    shift = (jnp.arange(num_instances) - me) % num_instances
+    returned = jnp.where(holders[shift][:, None], returned, jnp.uint32(0))
   total = jnp.sum(returned, axis=0, dtype=jnp.uint32)
   return own.at[_drop_index(slots.rows, own.shape[0])].add(total, mode="drop")
 

@@ -365,7 +365,9 @@ class Engine:
       )
       self.batchers[youngest.instance].preempt(youngest.request.uid)
       return
-    stuck = min(self._running.values(), key=lambda r: r.request.arrival)
+    stuck = min(
+      running or self._running.values(), key=lambda r: r.request.arrival
+    )
     error = CapacityError(
       f"Request {stuck.request.request_id} needs room for"
       f" {stuck.request.num_tokens + 1} tokens, which nobody gives up:"

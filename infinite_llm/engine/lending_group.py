@@ -20,7 +20,8 @@ from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import RequestUid
 
-_MAX_ROUNDS = 1000
+_MAX_QUIET_ROUNDS = 1000
+"""Rounds of messages that move no rBlock; more are an endless conversation."""
 
 
 class LendingGroup:
@@ -84,15 +85,17 @@ class LendingGroup:
     for manager in self.managers:
       manager.tick()
     has_moved = False
-    for _ in range(_MAX_ROUNDS):
+    num_quiet_rounds = 0
+    while num_quiet_rounds < _MAX_QUIET_ROUNDS:
       has_spoken = self._carry_messages()
       has_spoken |= self._apply_effects()
       moved = self._exchange() | self._verify(proved_tokens)
       has_moved |= moved
       if not (has_spoken or moved):
         return has_moved
+      num_quiet_rounds = 0 if moved else num_quiet_rounds + 1
     raise InvariantError(
-      f"The managers did not come to rest within {_MAX_ROUNDS} rounds."
+      f"The managers talked for {_MAX_QUIET_ROUNDS} rounds and moved nothing."
     )
 
   def slots(self, rows: Sequence[Mapping[RequestUid, int]]) -> list[SpillSlots]:

@@ -17,6 +17,7 @@ from infinite_llm.engine.chat import ChatTemplate, Message
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
+from infinite_llm.models.checkpoint import is_checkpoint, restore
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.types import InstanceId
@@ -43,7 +44,8 @@ class LLM:
     """Loads a checkpoint, allocates the pools, compiles all programs.
 
     Args:
-      model: Hugging Face folder: `config.json`, safetensors, tokenizer.
+      model: Hugging Face folder (`config.json`, safetensors, tokenizer), or
+        one that `models.checkpoint.save` wrote.
       config: Sizes and rules; or give `options`.
       show_progress: Show bars for compilation and generation.
       **options: Fields of the configuration by name, as `num_instances=4`,
@@ -65,7 +67,8 @@ class LLM:
     self._left: list[str] = []
     self._is_stepping = False
     mesh = make_mesh(config.num_instances, config.tensor_parallel)
-    self.model = load_hf(model, mesh, dtype=config.dtype)
+    load = restore if is_checkpoint(model) else load_hf
+    self.model = load(model, mesh, dtype=config.dtype)
     self.engine = Engine(self.model, config)
     with tqdm.tqdm(
       desc="Compiling", unit="program", disable=not show_progress
@@ -219,6 +222,8 @@ class LLM:
     for output in outputs:
       if output.request_id in self._mail:
         self._mail[output.request_id].append(output)
+    if not self.engine.has_unfinished():
+      self.engine.settle()  # Nobody else would bring lent rBlocks home.
 
   def _leave(self, name: str) -> None:
     """Ends a request that nobody waits for any more, if it has not ended."""
@@ -227,6 +232,7 @@ class LLM:
     self._left.append(name)
     if not self._is_stepping:
       self.engine.abort(self._left.pop())
+      self.engine.settle()
 
   def tokenize(self, prompt: Prompt) -> list[int]:
     """Turns a prompt into token ids, as the checkpoint's tokenizer does.

@@ -123,7 +123,11 @@ def build_step(
     if kind.is_group:
       answered = dist_attention.answer_slots(hosted, slots)
       covered = dist_attention.dist_coverage(
-        pool.tag, batch.tables, answered, slots
+        pool.tag,
+        batch.tables,
+        answered,
+        slots,
+        group.holders if kind.is_prefill else None,
       )
     else:
       covered = coverage(pool.tag, batch.tables)

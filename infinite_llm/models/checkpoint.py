@@ -8,6 +8,7 @@ copy is found before anything is read.
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,11 @@ from infinite_llm.types import TENSOR_AXIS
 _FORMAT = "infinite-llm-1"
 _WEIGHTS = "weights"
 _MODEL_FILE = "model.json"
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+  """Whether a folder is one that `save` finished writing."""
+  return (pathlib.Path(path) / _MODEL_FILE).is_file()
 
 
 def save(

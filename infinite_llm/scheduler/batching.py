@@ -168,12 +168,13 @@ class Batcher:
     self._end(uid, RequestStatus.FAILED).error = error
 
   def preempt(self, uid: RequestUid) -> None:
-    """Gives up a running request's KV; it is next to be computed again."""
+    """Gives up a running request's KV; it waits as its arrival says."""
     request = self._running.pop(uid)
     self._rmanager.close(uid)
     request.num_computed_tokens = 0
     request.status = RequestStatus.WAITING
-    self._waiting.appendleft(request)
+    ahead = sum(other.arrival < request.arrival for other in self._waiting)
+    self._waiting.insert(ahead, request)
 
   def plan(self) -> StepPlan:
     """Chooses the rows of the next step and allocates what they write to.
