@@ -13,6 +13,10 @@ from collections.abc import Callable, Mapping
 _LOGGER = logging.getLogger(__name__)
 
 
+class OtherBackendError(NotImplementedError):
+  """An implementation is for hardware that this process does not use."""
+
+
 class Implementations[**Params, Result]:
   """The implementations of one kernel, the most preferred first."""
 
@@ -43,7 +47,8 @@ class Implementations[**Params, Result]:
 
     Args:
       implementation: Its name; None takes the first that covers the call, and
-        logs, once for each reason, why a preferred one did not.
+        logs, once for each reason, why a preferred one did not; that it is
+        for another backend is no news.
       *args: Arguments of the kernel.
       **kwargs: Keyword arguments of the kernel.
 
@@ -57,17 +62,18 @@ class Implementations[**Params, Result]:
     """
     if implementation is not None:
       return self._find(implementation)(*args, **kwargs)
-    refusals: dict[str, str] = {}
+    refusals: dict[str, NotImplementedError] = {}
     for name, function in self._by_name.items():
       try:
         result = function(*args, **kwargs)
       except NotImplementedError as error:
-        refusals[name] = str(error)
+        refusals[name] = error
         continue
-      for refused, reason in refusals.items():
-        _warn_once(self._kernel, name, refused, reason)
+      for refused, error in refusals.items():
+        if not isinstance(error, OtherBackendError):
+          _warn_once(self._kernel, name, refused, str(error))
       return result
-    reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+    reasons = "; ".join(f"{name}: {error}" for name, error in refusals.items())
     raise NotImplementedError(
       f"No implementation of {self._kernel} covers this call ({reasons})."
     )

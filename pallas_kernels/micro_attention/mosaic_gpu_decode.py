@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState
+from pallas_kernels.dispatch import OtherBackendError
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.decode_geometry import (
   Geometry,
@@ -79,7 +80,7 @@ def micro_attention(
   # the process would run on. Compiling for another platform asks `decode`.
   backend = jax.default_backend()
   if backend != "gpu":
-    raise NotImplementedError(f"default backend: a GPU kernel; got {backend}.")
+    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
   return decode(
     q,
     cu_seqlens,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState, merge_many
+from pallas_kernels.dispatch import OtherBackendError
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_prefill_kernel import run
 from pallas_kernels.micro_attention.prefill_geometry import (
@@ -62,7 +63,7 @@ def micro_attention(
   # backend of this process. Compiling for another platform asks `prefill`.
   backend = jax.default_backend()
   if backend != "gpu":
-    raise NotImplementedError(f"default backend: a GPU kernel; got {backend}.")
+    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
   return prefill(
     q,
     cu_seqlens,

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from pallas_kernels.dispatch import Implementations
+from pallas_kernels.dispatch import Implementations, OtherBackendError
 
 
 def _covers_small(x):
@@ -43,6 +43,19 @@ def test_the_next_one_answers_and_the_reason_is_logged_once(caplog):
     "logged: taking 'medium', because 'small' does not cover the call:"
     " x: more than 10; got 50."
   )
+
+
+def test_one_for_another_backend_is_passed_over_silently(caplog):
+  def elsewhere(x):
+    raise OtherBackendError(f"default backend: none of ours; got {x}.")
+
+  implementations = Implementations(
+    "elsewhere", {"elsewhere": elsewhere, "small": _covers_small}
+  )
+  assert implementations.call(None, 5) == "small"
+  assert not caplog.records
+  with pytest.raises(NotImplementedError, match="none of ours"):
+    implementations.call("elsewhere", 5)
 
 
 def test_one_asked_for_by_name_never_falls_back():
