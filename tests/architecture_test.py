@@ -34,6 +34,7 @@ _WITHOUT_JAX = (
   "infinite_llm.cache.block_pool",
   "infinite_llm.cache.block_table",
   "infinite_llm.cache.content_tag",
+  "infinite_llm.cache.table_store",
 )
 _JAX = ("jax", "jaxlib", "flax", "pallas_kernels")
 

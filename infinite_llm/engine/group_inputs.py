@@ -6,7 +6,8 @@ import numpy as np
 
 from infinite_llm.attention.dist_attention import (
   NO_ROW,
-  HostedTables,
+  NO_VERSION,
+  HostedRows,
   SpillSlots,
 )
 from infinite_llm.cache.movement import Payloads
@@ -20,50 +21,39 @@ def empty_slots(num_instances: int, num_slots: int) -> SpillSlots:
   return SpillSlots(
     rows=np.full(num_slots, NO_ROW, np.int32),
     epoch=np.zeros(num_slots, np.uint32),
-    versions=np.full((num_slots, num_instances), -1, np.int32),
+    versions=np.full((num_slots, num_instances), NO_VERSION, np.int32),
   )
 
 
-def empty_hosted(num_rows: int, capacity: int) -> HostedTables:
-  """Tables of an instance that hosts nothing."""
-  return HostedTables(
-    block_ids=np.full((2, capacity), NULL_BLOCK_ID, np.int32),
-    logical_ids=np.zeros((2, capacity), np.int32),
-    starts=np.zeros((2, num_rows), np.int32),
-    counts=np.zeros((2, num_rows), np.int32),
-    version=np.full((2, num_rows), -1, np.int32),
-    epoch=np.zeros(num_rows, np.uint32),
-  )
-
-
-def hosted_tables(
-  versions: Iterable[HostedVersion],
+def hosted_rows(
+  versions: Sequence[HostedVersion],
+  starts: Sequence[int],
   num_instances: int,
   num_slots: int,
-  capacity: int,
-) -> HostedTables:
-  """Lays out what an instance hosts.
+) -> HostedRows:
+  """Says where the devices find what an instance hosts.
 
   Args:
     versions: All versions that an owner may name.
+    starts: Where the entries of each lie on the devices.
     num_instances: I.
     num_slots: S.
-    capacity: E, most entries of each parity.
   """
-  tables = empty_hosted(num_instances * num_slots, capacity)
-  ends = [0, 0]
-  for hosted in versions:
+  num_rows = num_instances * num_slots
+  rows = HostedRows(
+    starts=np.zeros((2, num_rows), np.int32),
+    counts=np.zeros((2, num_rows), np.int32),
+    version=np.full((2, num_rows), NO_VERSION, np.int32),
+    epoch=np.zeros(num_rows, np.uint32),
+  )
+  for hosted, start in zip(versions, starts, strict=True):
     row = hosted.owner * num_slots + hosted.slot
-    parity = hosted.version % 2
-    start, end = ends[parity], ends[parity] + len(hosted.entries)
-    tables.block_ids[parity, start:end] = hosted.entries.block_ids
-    tables.logical_ids[parity, start:end] = hosted.entries.logical_ids
-    tables.starts[parity, row] = start
-    tables.counts[parity, row] = len(hosted.entries)
-    tables.version[parity, row] = hosted.version
-    tables.epoch[row] = hosted.slot_epoch
-    ends[parity] = end
-  return tables
+    place = hosted.version % 2, row
+    rows.starts[place] = start
+    rows.counts[place] = len(hosted.entries)
+    rows.version[place] = hosted.version
+    rows.epoch[row] = hosted.slot_epoch
+  return rows
 
 
 def empty_payloads(num_instances: int, quota: int) -> Payloads:
