@@ -25,6 +25,9 @@ from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 NO_ROW = -1
 """A spill slot that no row of this step uses."""
 
+NO_VERSION = -1
+"""Version of a table that is not installed, or that nobody is asked for."""
+
 
 class Window(NamedTuple):
   """What a layer's attention looks at; static.
@@ -42,23 +45,20 @@ class Window(NamedTuple):
   implementation: str | None = None
 
 
-class HostedTables(NamedTuple):
+class HostedRows(NamedTuple):
   """What one instance hosts for the others: two versions per (owner, slot).
 
   Row `r = owner * S + slot` of `R = I * S`. The version's parity picks the
   first index, so the previous version stays readable while the next arrives.
+  The entries lie among those of the instance's own tables.
 
   Attributes:
-    block_ids: `[2, E]` int32 rBlocks of this pool.
-    logical_ids: `[2, E]` int32 logical number of each in its request.
     starts: `[2, R]` int32 where a row's entries start.
     counts: `[2, R]` int32 how many there are.
-    version: `[2, R]` int32 version that is installed there; -1 is none.
+    version: `[2, R]` int32 version that is installed there, or `NO_VERSION`.
     epoch: `[R]` uint32 epoch of the slot that the row serves.
   """
 
-  block_ids: jax.Array
-  logical_ids: jax.Array
   starts: jax.Array
   counts: jax.Array
   version: jax.Array
@@ -72,7 +72,7 @@ class SpillSlots(NamedTuple):
     rows: `[S]` int32 which row of the step is the slot's; `NO_ROW` for none.
     epoch: `[S]` uint32 epoch under which the request holds the slot.
     versions: `[S, I]` int32 table version that each instance is to answer
-      with; -1 where it hosts nothing.
+      with; `NO_VERSION` where it hosts nothing.
   """
 
   rows: jax.Array
@@ -81,14 +81,18 @@ class SpillSlots(NamedTuple):
 
 
 def select_hosted(
-  hosted: HostedTables, epoch: jax.Array, version: jax.Array
+  hosted: HostedRows,
+  tables: BlockTables,
+  epoch: jax.Array,
+  version: jax.Array,
 ) -> BlockTables:
   """Picks the tables that owners name; a row that does not match is empty.
 
   Args:
-    hosted: Tables of this instance.
+    hosted: What this instance hosts.
+    tables: Tables over the same entries.
     epoch: `[R]` uint32 slot epochs that the owners name.
-    version: `[R]` int32 versions that the owners name; -1 asks for nothing.
+    version: `[R]` int32 versions that the owners name, or `NO_VERSION`.
 
   Returns:
     Tables of `R` rows.
@@ -100,23 +104,22 @@ def select_hosted(
     & (hosted.version[parity, row] == version)
     & (hosted.epoch == epoch)
   )
-  capacity = hosted.block_ids.shape[1]
-  starts = hosted.starts[parity, row] + parity * capacity
-  return BlockTables(
-    block_ids=hosted.block_ids.reshape(-1),
-    logical_ids=hosted.logical_ids.reshape(-1),
-    starts=jnp.where(matches, starts, 0),
+  return tables._replace(
+    starts=jnp.where(matches, hosted.starts[parity, row], 0),
     counts=jnp.where(matches, hosted.counts[parity, row], 0),
   )
 
 
-def answer_slots(hosted: HostedTables, slots: SpillSlots) -> BlockTables:
+def answer_slots(
+  hosted: HostedRows, tables: BlockTables, slots: SpillSlots
+) -> BlockTables:
   """Tables with which this instance answers all owners' slots of this step.
 
   Collective over axis: "instance".
 
   Args:
-    hosted: Tables of this instance.
+    hosted: What this instance hosts.
+    tables: Its own tables, over the same entries.
     slots: This instance's own slots, as an owner.
 
   Returns:
@@ -124,9 +127,11 @@ def answer_slots(hosted: HostedTables, slots: SpillSlots) -> BlockTables:
   """
   me = jax.lax.axis_index(INSTANCE_AXIS)
   used = (slots.rows != NO_ROW)[:, None]
-  named = jnp.where(used, slots.versions, -1)
+  named = jnp.where(used, slots.versions, NO_VERSION)
   epoch, version = jax.lax.all_gather((slots.epoch, named), INSTANCE_AXIS)
-  return select_hosted(hosted, epoch.reshape(-1), version[:, :, me].reshape(-1))
+  return select_hosted(
+    hosted, tables, epoch.reshape(-1), version[:, :, me].reshape(-1)
+  )
 
 
 def dist_coverage(
@@ -143,7 +148,7 @@ def dist_coverage(
   Args:
     tag: `[N]` uint32 content tags of this instance's pool.
     tables: Own tables, `B` rows.
-    answered: Result of `answer_slots`.
+    answered: Result of `answer_slots`: rows over the same entries.
     slots: This instance's own slots.
     holders: `[I]` bool as `prefill_attention` takes it: what comes by a shift
       that is not run is not attended, and so not counted. None counts all.
@@ -151,8 +156,15 @@ def dist_coverage(
   Returns:
     `[B]` uint32 sums of the mixed tags of all rBlocks that a row reads.
   """
-  own = coverage(tag, tables)
-  hosted = coverage(tag, answered).reshape(-1, slots.rows.shape[0])
+  # Both in one pass, since it goes over the entries of all tables.
+  num_rows = tables.starts.shape[0]
+  both = tables._replace(
+    starts=jnp.concatenate([tables.starts, answered.starts]),
+    counts=jnp.concatenate([tables.counts, answered.counts]),
+  )
+  sums = coverage(tag, both)
+  own = sums[:num_rows]
+  hosted = sums[num_rows:].reshape(-1, slots.rows.shape[0])
   returned = jax.lax.all_to_all(hosted, INSTANCE_AXIS, 0, 0)
   if holders is not None:
     num_instances = returned.shape[0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache import rows as mesh_rows
+from infinite_llm.cache.table_store import EntryWrites, table_capacity
 from pallas_kernels.micro_attention.api import BlockTables
 
 
@@ -19,17 +20,29 @@ class PoolArrays(NamedTuple):
     tag: `[N]` uint32. Content tag of each rBlock; 0 proves nothing.
     epoch: `[N]` uint32. Reservation epoch under which a block may be received
       from another instance; 0 refuses every payload.
+    block_ids: `[E]` int32. rBlocks of all tables over this pool, those of the
+      instance's own requests and those hosted for others, as `TableStore` lays
+      them out.
+    logical_ids: `[E]` int32. Number of each in its request.
   """
 
   kv: jax.Array
   tag: jax.Array
   epoch: jax.Array
+  block_ids: jax.Array
+  logical_ids: jax.Array
+
+  def tables(self, starts: jax.Array, counts: jax.Array) -> BlockTables:
+    """Tables of `B` rows, from `[B]` int32 starts and counts."""
+    return BlockTables(self.block_ids, self.logical_ids, starts, counts)
 
 
 POOL_SPECS = PoolArrays(
   kv=PartitionSpec("instance", None, None, "tensor"),
   tag=PartitionSpec("instance"),
   epoch=PartitionSpec("instance"),
+  block_ids=PartitionSpec("instance"),
+  logical_ids=PartitionSpec("instance"),
 )
 
 
@@ -65,6 +78,7 @@ class KVPool:
       dtype: Dtype of keys and values.
     """
     self._mesh = mesh
+    num_entries = table_capacity(num_blocks)
     shape = (num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim)
 
     def empty() -> PoolArrays:
@@ -72,6 +86,8 @@ class KVPool:
         kv=jnp.zeros(shape, dtype),
         tag=jnp.zeros((num_blocks,), jnp.uint32),
         epoch=jnp.zeros((num_blocks,), jnp.uint32),
+        block_ids=jnp.zeros((num_entries,), jnp.int32),
+        logical_ids=jnp.zeros((num_entries,), jnp.int32),
       )
 
     self._rows = [
@@ -115,6 +131,26 @@ class KVPool:
       arrays,
     )
     self._rows = [PoolArrays(*row) for row in zip(*split, strict=True)]
+
+
+def write_entries(pool: PoolArrays, writes: EntryWrites) -> PoolArrays:
+  """Brings the table entries beside a pool up to date.
+
+  Donates: `pool`, updated in place.
+
+  Args:
+    pool: One instance's pool.
+    writes: `[W]` each, as `TableStore.take_writes` gave them, on the device.
+
+  Returns:
+    The pool with the new entries.
+  """
+  return pool._replace(
+    block_ids=pool.block_ids.at[writes.at].set(writes.block_ids, mode="drop"),
+    logical_ids=pool.logical_ids.at[writes.at].set(
+      writes.logical_ids, mode="drop"
+    ),
+  )
 
 
 def mix_tags(tag: jax.Array, logical_ids: jax.Array) -> jax.Array:

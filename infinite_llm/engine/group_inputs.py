@@ -6,11 +6,13 @@ import numpy as np
 
 from infinite_llm.attention.dist_attention import (
   NO_ROW,
-  HostedTables,
+  NO_VERSION,
+  HostedRows,
   SpillSlots,
 )
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.scheduler.effects import Move
+from infinite_llm.scheduler.hosted_tables import HostedVersion
 from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID
 
 
@@ -19,20 +21,39 @@ def empty_slots(num_instances: int, num_slots: int) -> SpillSlots:
   return SpillSlots(
     rows=np.full(num_slots, NO_ROW, np.int32),
     epoch=np.zeros(num_slots, np.uint32),
-    versions=np.full((num_slots, num_instances), -1, np.int32),
+    versions=np.full((num_slots, num_instances), NO_VERSION, np.int32),
   )
 
 
-def empty_hosted(num_rows: int, capacity: int) -> HostedTables:
-  """Tables of an instance that hosts nothing."""
-  return HostedTables(
-    block_ids=np.full((2, capacity), NULL_BLOCK_ID, np.int32),
-    logical_ids=np.zeros((2, capacity), np.int32),
+def hosted_rows(
+  versions: Sequence[HostedVersion],
+  starts: Sequence[int],
+  num_instances: int,
+  num_slots: int,
+) -> HostedRows:
+  """Says where the devices find what an instance hosts.
+
+  Args:
+    versions: All versions that an owner may name.
+    starts: Where the entries of each lie on the devices.
+    num_instances: I.
+    num_slots: S.
+  """
+  num_rows = num_instances * num_slots
+  rows = HostedRows(
     starts=np.zeros((2, num_rows), np.int32),
     counts=np.zeros((2, num_rows), np.int32),
-    version=np.full((2, num_rows), -1, np.int32),
+    version=np.full((2, num_rows), NO_VERSION, np.int32),
     epoch=np.zeros(num_rows, np.uint32),
   )
+  for hosted, start in zip(versions, starts, strict=True):
+    row = hosted.owner * num_slots + hosted.slot
+    place = hosted.version % 2, row
+    rows.starts[place] = start
+    rows.counts[place] = len(hosted.entries)
+    rows.version[place] = hosted.version
+    rows.epoch[row] = hosted.slot_epoch
+  return rows
 
 
 def empty_payloads(num_instances: int, quota: int) -> Payloads:

@@ -7,12 +7,13 @@ effects into programs, and tells them what the devices proved.
 import collections
 from collections.abc import Callable, Mapping, Sequence
 
-from infinite_llm.attention.dist_attention import HostedTables, SpillSlots
+from infinite_llm.attention.dist_attention import SpillSlots
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.step_batch import CheckRow
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
@@ -68,7 +69,7 @@ class LendingGroup:
     for instance, manager in enumerate(self.managers):
       transport.register(instance, manager.on_message)
     transport.register(GMANAGER, self._gmanager.on_message)
-    self._uploaded = [manager.hosted.generation for manager in self.managers]
+    self._installed = [manager.hosted.generation for manager in self.managers]
     self._moves: collections.deque[Move] = collections.deque()
     self.num_blocks_moved = 0
     self.num_unproved_moves = 0
@@ -113,17 +114,12 @@ class LendingGroup:
       for manager, mine in zip(self.managers, rows, strict=True)
     ]
 
-  def upload_tables(self) -> None:
+  def install_tables(self) -> None:
     """Installs hosted tables that changed since they were last installed."""
     for instance, manager in enumerate(self.managers):
-      if self._uploaded[instance] != manager.hosted.generation:
-        self._uploaded[instance] = manager.hosted.generation
-        arrays = manager.hosted.arrays(
-          self._config.num_instances,
-          self._config.lending.spill_slots,
-          self._config.cache.num_blocks,
-        )
-        self._runner.set_hosted(instance, HostedTables(**arrays))
+      if self._installed[instance] != manager.hosted.generation:
+        self._installed[instance] = manager.hosted.generation
+        self._runner.set_hosted(instance, manager.hosted.versions())
 
   def _slots(
     self, manager: RManager, rows: Mapping[RequestUid, int]
@@ -186,12 +182,12 @@ class LendingGroup:
     uids = [manager.unverified() for manager in self.managers]
     if not any(uids):
       return False
-    self.upload_tables()
+    self.install_tables()
     block_size = self._config.cache.block_size
-    tables = []
+    checks = []
     slots = []
     for manager, mine in zip(self.managers, uids, strict=True):
-      checks = []
+      mine_checked = []
       rows = {}
       for uid in mine:
         slot = _slot(manager, uid)
@@ -199,10 +195,10 @@ class LendingGroup:
         # Full rBlocks only: a step that failed may have filled the last one
         # further than the books say.
         tokens = proved_tokens(uid) // block_size * block_size
-        checks.append((slot, manager.table(uid), tokens))
-      tables.append(checks)
+        mine_checked.append(CheckRow(slot, manager.table(uid), tokens))
+      checks.append(mine_checked)
       slots.append(self._slots(manager, rows))
-    proved = self._runner.verify(tables, slots)
+    proved = self._runner.verify(checks, slots)
     for instance, mine in enumerate(uids):
       manager = self.managers[instance]
       for uid in mine:

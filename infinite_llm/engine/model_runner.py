@@ -1,7 +1,7 @@
 """Owns what lies on the devices and launches programs over it.
 
-One runner serves the instances of one process: it holds the parameters, the
-pools and the hosted tables.
+One runner serves the instances of one process: it holds the parameters and the
+pools, and brings the tables on the devices up to date.
 """
 
 import collections
@@ -12,29 +12,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from infinite_llm.attention.dist_attention import HostedTables, SpillSlots
-from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.attention.dist_attention import HostedRows, SpillSlots
 from infinite_llm.cache.kv_pool import KVPool
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.cache.rows import join_rows, place_rows, split_rows
+from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import row_mesh
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import empty_hosted, shifts_in_use
+from infinite_llm.engine.group_inputs import shifts_in_use
+from infinite_llm.engine.instance_tables import InstanceTables
 from infinite_llm.engine.program_cache import ProgramCache
 from infinite_llm.engine.programs import GroupInputs, StepKind, StepOutput
 from infinite_llm.engine.step_batch import (
+  CheckRow,
   RowInput,
   StepBatch,
   build_batch,
   build_check,
+  max_writes,
+  pad_writes,
 )
 from infinite_llm.errors import InvariantError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.models.transformer import pool_kv_heads
+from infinite_llm.scheduler.hosted_tables import HostedVersion
 from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch
 
 _GRANT_BUCKET = 64
+_WRITE_BUCKET = 4096
 
 
 class ModelRunner:
@@ -87,9 +93,11 @@ class ModelRunner:
       head_dim=model.config.head_dim,
       dtype=config.cache.kv_dtype or config.dtype,
     )
-    self._hosted: list[HostedTables] = []
-    for instance in range(config.num_instances):
-      self._hosted.append(self._place(instance, self._empty_hosted()))
+    instances = range(config.num_instances)
+    self._tables = [InstanceTables(config) for _ in instances]
+    self._hosted_rows = [
+      self._place(i, self._tables[i].hosted_rows()) for i in instances
+    ]
     self.programs = ProgramCache()
     self.launches: collections.Counter[str] = collections.Counter()
 
@@ -114,7 +122,7 @@ class ModelRunner:
     """
     bucket = bucket or self._bucket([rows], is_prefill)
     num_rows = self._config.scheduler.prefill_rows if is_prefill else bucket
-    batch = self._batch(rows, bucket, num_rows)
+    batch = self._batch(instance, rows, bucket, num_rows)
     kind = StepKind(is_group=False, is_prefill=is_prefill)
     name = "local_prefill" if is_prefill else "local_decode"
     pool, output = self.programs.run(
@@ -155,7 +163,11 @@ class ModelRunner:
       num_rows = 1
     else:
       bucket = num_rows = self._config.lending.spill_slots
-    batches = [self._batch(row, bucket, num_rows) for row in rows]
+    batches = [
+      self._batch(instance, mine, bucket, num_rows)
+      for instance, mine in enumerate(rows)
+    ]
+    group = self._group_inputs(slots)
     kind = StepKind(is_group=True, is_prefill=is_prefill)
     name = "group_prefill" if is_prefill else "group_decode"
     pool, output = self.programs.run(
@@ -165,7 +177,7 @@ class ModelRunner:
         self._model.state,
         self.pool.group(),
         place_rows(batches, self._mesh, self.row_meshes),
-        self._group_inputs(slots),
+        group,
       ),
     )
     self.pool.set_group(pool)
@@ -176,7 +188,7 @@ class ModelRunner:
 
   def verify(
     self,
-    tables: Sequence[Sequence[tuple[int, BlockTable, int]]],
+    checks: Sequence[Sequence[CheckRow]],
     slots: Sequence[SpillSlots],
   ) -> np.ndarray:
     """Checks coverage of requests without computing anything.
@@ -184,26 +196,32 @@ class ModelRunner:
     Blocks the host until the answer is there.
 
     Args:
-      tables: `(slot, table, num_tokens)` of each request, per instance.
+      checks: Requests of each instance, each in the row of its spill slot.
       slots: Spill slots of each instance; the row of slot s is s.
 
     Returns:
       `[I, S]` bool: whether what the slot's request reads is all there.
     """
-    checks = [
-      build_check(
-        requests,
-        num_rows=self._config.lending.spill_slots,
-        table_capacity=self._config.cache.num_blocks,
-        block_size=self._config.cache.block_size,
+    batches = []
+    for instance, mine in enumerate(checks):
+      tables = self._tables[instance]
+      starts = tables.sync([check.entries() for check in mine])
+      if tables.num_pending:
+        self.write_entries(instance)
+      batches.append(
+        build_check(mine, starts, self._config.lending.spill_slots)
       )
-      for requests in tables
-    ]
-    own, demand = place_rows(checks, self._mesh, self.row_meshes)
+    pool = self.pool.group()
     proved = self.programs.run(
       ("verify",),
       lambda: programs.build_verify(self._mesh),
-      (self.pool.group().tag, own, demand, self._group_inputs(slots)),
+      (
+        pool.tag,
+        pool.block_ids,
+        pool.logical_ids,
+        place_rows(batches, self._mesh, self.row_meshes),
+        self._group_inputs(slots),
+      ),
     )
     self.launches["verify"] += 1
     return np.asarray(proved).reshape(len(checks), -1)
@@ -248,14 +266,49 @@ class ModelRunner:
       self.pool.set_row(instance, pool)
       self.launches["grant_epochs"] += 1
 
-  def set_hosted(self, instance: int, tables: HostedTables) -> None:
-    """Installs the tables of what an instance hosts.
+  def write_entries(self, instance: int) -> None:
+    """Writes the table entries that an instance's devices lack.
+
+    Steps bring a few themselves; this is for more than they take. Launches a
+    program even if nothing is to be written.
+
+    Args:
+      instance: Whose devices.
+    """
+    writes = self._tables[instance].take_writes()
+    for begin in range(0, max(len(writes.at), 1), _WRITE_BUCKET):
+      part = EntryWrites(*(x[begin : begin + _WRITE_BUCKET] for x in writes))
+      pool = self.programs.run(
+        ("write_entries", instance),
+        lambda: programs.build_write_entries(self.row_meshes[instance]),
+        (
+          self.pool.row(instance),
+          self._place(instance, pad_writes(part, _WRITE_BUCKET)),
+        ),
+      )
+      self.pool.set_row(instance, pool)
+      self.launches["write_entries"] += 1
+
+  def set_hosted(
+    self, instance: int, versions: tuple[HostedVersion, ...]
+  ) -> None:
+    """Has group programs answer with these tables from now on.
 
     Args:
       instance: The creditor.
-      tables: numpy leaves, shaped as `HostedTables` says.
+      versions: All versions that an owner may name.
     """
-    self._hosted[instance] = self._place(instance, tables)
+    self._tables[instance].set_hosted(versions)
+    self._upload_moved(instance)
+
+  def upload_hosted(self, instance: int, rows: HostedRows) -> None:
+    """Tells an instance's devices where they find what it hosts.
+
+    Args:
+      instance: The creditor.
+      rows: numpy leaves.
+    """
+    self._hosted_rows[instance] = self._place(instance, rows)
 
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(
@@ -286,14 +339,24 @@ class ModelRunner:
     )
 
   def _batch(
-    self, rows: Sequence[RowInput], num_tokens: int, num_rows: int
+    self,
+    instance: int,
+    rows: Sequence[RowInput],
+    num_tokens: int,
+    num_rows: int,
   ) -> StepBatch:
+    tables = self._tables[instance]
+    block_size = self._config.cache.block_size
+    starts = tables.sync([row.entries() for row in rows])
+    if tables.num_pending > max_writes(num_tokens, num_rows, block_size):
+      self.write_entries(instance)
     return build_batch(
       rows,
+      starts,
+      tables.take_writes(),
       num_tokens=num_tokens,
       num_rows=num_rows,
-      table_capacity=self._config.cache.num_blocks,
-      block_size=self._config.cache.block_size,
+      block_size=block_size,
     )
 
   def _place(self, instance: int, tree):
@@ -301,10 +364,13 @@ class ModelRunner:
     return place_rows([tree], row, [row])
 
   def _group_inputs(self, slots: Sequence[SpillSlots]) -> GroupInputs:
+    """What a group program reads, once all entries have their places."""
+    for instance in range(len(self._tables)):
+      self._upload_moved(instance)
     spec = PartitionSpec(INSTANCE_AXIS)
     return GroupInputs(
       hosted=jax.tree.map(
-        lambda *leaves: join_rows(leaves, self._mesh, spec), *self._hosted
+        lambda *leaves: join_rows(leaves, self._mesh, spec), *self._hosted_rows
       ),
       slots=place_rows(slots, self._mesh, self.row_meshes),
       holders=jax.device_put(
@@ -312,6 +378,7 @@ class ModelRunner:
       ),
     )
 
-  def _empty_hosted(self) -> HostedTables:
-    num_rows = self._config.num_instances * self._config.lending.spill_slots
-    return empty_hosted(num_rows, self._config.cache.num_blocks)
+  def _upload_moved(self, instance: int) -> None:
+    rows = self._tables[instance].take_moved()
+    if rows is not None:
+      self.upload_hosted(instance, rows)

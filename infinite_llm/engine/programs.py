@@ -17,13 +17,17 @@ from jax.sharding import Mesh, PartitionSpec
 
 from infinite_llm.attention import dist_attention
 from infinite_llm.attention.dist_attention import (
-  HostedTables,
+  HostedRows,
   SpillSlots,
   Window,
 )
 from infinite_llm.cache import movement
-from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays, coverage
-from infinite_llm.engine.step_batch import StepBatch
+from infinite_llm.cache.kv_pool import (
+  POOL_SPECS,
+  PoolArrays,
+  coverage,
+  write_entries,
+)
 from infinite_llm.models.registry import ModelConfig
 from pallas_kernels.append_kv.api import append_kv
 from pallas_kernels.micro_attention.api import BlockTables
@@ -48,18 +52,18 @@ class GroupInputs(NamedTuple):
   """What a group program needs beside the batch.
 
   Attributes:
-    hosted: Tables of what each instance hosts.
+    hosted: Where each instance finds what it hosts.
     slots: Spill slots of each owner.
     holders: `[I]` bool, the same everywhere: which shifts carry a chunk.
   """
 
-  hosted: HostedTables
+  hosted: HostedRows
   slots: SpillSlots
   holders: jax.Array
 
 
 GROUP_SPECS = GroupInputs(
-  hosted=HostedTables(*[_PER_INSTANCE] * len(HostedTables._fields)),
+  hosted=HostedRows(*[_PER_INSTANCE] * len(HostedRows._fields)),
   slots=SpillSlots(*[_PER_INSTANCE] * len(SpillSlots._fields)),
   holders=_REPLICATED,
 )
@@ -113,7 +117,9 @@ def build_step(
     batch, slots, hosted = _drop_leading_axis(
       (batch, group and group.slots, group and group.hosted)
     )
-    # Tags first: coverage is then of the pool as attention will read it.
+    # Entries and tags first: coverage is then of what attention will read.
+    pool = write_entries(pool, batch.writes)
+    tables = pool.tables(batch.starts, batch.counts)
     pool = pool._replace(
       tag=pool.tag.at[batch.tag_block].set(
         jnp.where(batch.tag_block == 0, jnp.uint32(0), batch.tag_value)
@@ -121,16 +127,16 @@ def build_step(
     )
     answered = None
     if kind.is_group:
-      answered = dist_attention.answer_slots(hosted, slots)
+      answered = dist_attention.answer_slots(hosted, tables, slots)
       covered = dist_attention.dist_coverage(
         pool.tag,
-        batch.tables,
+        tables,
         answered,
         slots,
         group.holders if kind.is_prefill else None,
       )
     else:
-      covered = coverage(pool.tag, batch.tables)
+      covered = coverage(pool.tag, tables)
 
     def attend(layer, q, k, v, kv):
       kv = append_kv(kv, layer, k, v, batch.append_block, batch.append_offset)
@@ -142,7 +148,7 @@ def build_step(
           batch.positions,
           kv,
           layer,
-          batch.tables,
+          tables,
           layer_window,
         )
       elif kind.is_prefill:
@@ -152,7 +158,7 @@ def build_step(
           batch.positions,
           kv,
           layer,
-          batch.tables,
+          tables,
           answered,
           slots,
           group.holders,
@@ -164,7 +170,7 @@ def build_step(
           batch.positions,
           kv,
           layer,
-          batch.tables,
+          tables,
           answered,
           slots,
           layer_window,
@@ -178,7 +184,7 @@ def build_step(
     proved = covered == batch.demand
     return pool._replace(kv=kv), StepOutput(logits, proved)
 
-  in_specs = (param_specs, POOL_SPECS, _batch_specs())
+  in_specs = (param_specs, POOL_SPECS, _PER_INSTANCE)
   if kind.is_group:
     in_specs += (GROUP_SPECS,)
   return jax.jit(
@@ -197,23 +203,30 @@ def build_verify(mesh: Mesh) -> Callable[..., jax.Array]:
   """Builds the coverage check without tokens, over the whole mesh.
 
   Returns:
-    Jitted `(tag [I*N], tables, demand [I, S], group) -> proved [I * S]`; row
-    `s` of an instance is its spill slot `s`.
+    Jitted `(tag [I*N], block_ids [I*E], logical_ids [I*E], batch, group) ->
+    proved [I * S]`; row `s` of an instance is its spill slot `s`.
   """
 
-  def body(tag, tables, demand, group):
-    tables, demand, slots, hosted = _drop_leading_axis(
-      (tables, demand, group.slots, group.hosted)
+  def body(tag, block_ids, logical_ids, batch, group):
+    batch, slots, hosted = _drop_leading_axis(
+      (batch, group.slots, group.hosted)
     )
-    answered = dist_attention.answer_slots(hosted, slots)
+    tables = BlockTables(block_ids, logical_ids, batch.starts, batch.counts)
+    answered = dist_attention.answer_slots(hosted, tables, slots)
     covered = dist_attention.dist_coverage(tag, tables, answered, slots)
-    return covered == demand
+    return covered == batch.demand
 
   return jax.jit(
     jax.shard_map(
       body,
       mesh=mesh,
-      in_specs=(POOL_SPECS.tag, _table_specs(), _PER_INSTANCE, GROUP_SPECS),
+      in_specs=(
+        POOL_SPECS.tag,
+        POOL_SPECS.block_ids,
+        POOL_SPECS.logical_ids,
+        _PER_INSTANCE,
+        GROUP_SPECS,
+      ),
       out_specs=_PER_INSTANCE,
       check_vma=False,
     )
@@ -230,14 +243,11 @@ def build_exchange(mesh: Mesh) -> Callable[..., PoolArrays]:
   def body(pool, payloads):
     return movement.exchange(pool, _drop_leading_axis(payloads))
 
-  payload_specs = movement.Payloads(
-    *[_PER_INSTANCE] * len(movement.Payloads._fields)
-  )
   return jax.jit(
     jax.shard_map(
       body,
       mesh=mesh,
-      in_specs=(POOL_SPECS, payload_specs),
+      in_specs=(POOL_SPECS, _PER_INSTANCE),
       out_specs=POOL_SPECS,
       check_vma=False,
     ),
@@ -267,15 +277,28 @@ def build_grant(mesh: Mesh) -> Callable[..., PoolArrays]:
   )
 
 
+def build_write_entries(mesh: Mesh) -> Callable[..., PoolArrays]:
+  """Builds the local program that writes table entries.
+
+  Returns:
+    Jitted `(pool, writes [1, W] each) -> pool`. Donates `pool`.
+  """
+
+  def body(pool, writes):
+    return write_entries(pool, _drop_leading_axis(writes))
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS, _PER_INSTANCE),
+      out_specs=POOL_SPECS,
+      check_vma=False,
+    ),
+    donate_argnums=(0,),
+  )
+
+
 def _drop_leading_axis[Tree](tree: Tree) -> Tree:
   """Inside `shard_map` the axis over instances has size 1."""
   return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _table_specs() -> BlockTables:
-  return BlockTables(*[_PER_INSTANCE] * len(BlockTables._fields))
-
-
-def _batch_specs() -> StepBatch:
-  specs = StepBatch(*[_PER_INSTANCE] * len(StepBatch._fields))
-  return specs._replace(tables=_table_specs())

@@ -1,7 +1,8 @@
 """What fills a step: the host's plan as a tree of numpy arrays.
 
-Every shape comes from the configuration, so that a step never compiles. Tables
-are ragged: the entries of all rows lie one after another.
+Every shape comes from the configuration, so that a step never compiles. Table
+entries lie on the devices; a batch says where each row's are, and brings those
+that are new.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.cache.table_store import EntryWrites
+from infinite_llm.errors import InvariantError
 from infinite_llm.types import NULL_BLOCK_ID
-from pallas_kernels.micro_attention.api import BlockTables
 
 
 class StepBatch(NamedTuple):
@@ -25,7 +28,9 @@ class StepBatch(NamedTuple):
     append_offset: `[T]` int32 place of the token in it.
     tag_block: `[W]` int32 rBlocks that this step writes; null pads.
     tag_value: `[W]` uint32 content tag that each has after the step.
-    tables: Own rBlocks of each row, `B` rows.
+    starts: `[B]` int32 where the entries of each row's own rBlocks start.
+    counts: `[B]` int32 how many there are.
+    writes: `[W]` entries to write before anything reads them.
     demand: `[B]` uint32 coverage that the row must reach over all holders.
   """
 
@@ -36,7 +41,9 @@ class StepBatch(NamedTuple):
   append_offset: np.ndarray
   tag_block: np.ndarray
   tag_value: np.ndarray
-  tables: BlockTables
+  starts: np.ndarray
+  counts: np.ndarray
+  writes: EntryWrites
   demand: np.ndarray
 
 
@@ -53,13 +60,28 @@ class RowInput(NamedTuple):
   start: int
   table: BlockTable
 
+  @property
+  def end(self) -> int:
+    """One past the position of the last token."""
+    return self.start + len(self.token_ids)
+
+  def entries(self) -> EntrySpan:
+    """The rBlocks at home that the row reads and writes."""
+    return own_entries(self.table, self.end)
+
+
+def own_entries(table: BlockTable, num_tokens: int) -> EntrySpan:
+  """The rBlocks at home that hold a request's first tokens."""
+  return table.local_entries().below(-(-num_tokens // table.block_size))
+
 
 def build_batch(
   rows: Sequence[RowInput],
+  starts: Sequence[int],
+  writes: EntryWrites,
   *,
   num_tokens: int,
   num_rows: int,
-  table_capacity: int,
   block_size: int,
 ) -> StepBatch:
   """Lays rows out for a program.
@@ -67,18 +89,19 @@ def build_batch(
   Args:
     rows: At most `num_rows` rows with at most `num_tokens` tokens in all. In a
       decode step, where `num_tokens == num_rows`, each has one.
+    starts: Where each row's `entries()` lie on the devices.
+    writes: Entries that the devices lack; at most `max_writes` of them.
     num_tokens: T of the program.
     num_rows: B of the program.
-    table_capacity: E of the program.
     block_size: P, tokens per rBlock.
 
   Returns:
     The batch, padded.
   """
-  batch = _empty_batch(num_tokens, num_rows, table_capacity, block_size)
-  token = tag = entry = 0
-  for b, (token_ids, start, table) in enumerate(rows):
-    end = start + len(token_ids)
+  batch = _empty_batch(writes, num_tokens, num_rows, block_size)
+  token = tag = 0
+  for b, row in enumerate(rows):
+    (token_ids, start, table), end = row, row.end
     span = slice(token, token + len(token_ids))
     positions = np.arange(start, end)
     first = start // block_size
@@ -97,7 +120,8 @@ def build_batch(
       batch.tag_value[tag] = table.tag(logical_id, filled)
       tag += 1
 
-    entry = _add_table(batch.tables, b, entry, table, touched.stop)
+    batch.starts[b] = starts[b]
+    batch.counts[b] = len(row.entries())
     batch.demand[b] = table.demand(end)
   if num_tokens == num_rows and all(len(row.token_ids) == 1 for row in rows):
     # Padding rows have a padding token each, as decode programs assume. A
@@ -106,76 +130,106 @@ def build_batch(
   return batch
 
 
+class CheckBatch(NamedTuple):
+  """Rows of one instance in a coverage check without tokens.
+
+  Attributes:
+    starts: `[B]` int32 where the entries of each row's own rBlocks start.
+    counts: `[B]` int32 how many there are.
+    demand: `[B]` uint32 coverage that the row must reach over all holders.
+  """
+
+  starts: np.ndarray
+  counts: np.ndarray
+  demand: np.ndarray
+
+
+class CheckRow(NamedTuple):
+  """One request of a coverage check.
+
+  Attributes:
+    row: Its row in the program.
+    table: Where its rBlocks lie.
+    num_tokens: How many of its first tokens are to be covered.
+  """
+
+  row: int
+  table: BlockTable
+  num_tokens: int
+
+  def entries(self) -> EntrySpan:
+    """The rBlocks at home that are to be there."""
+    return own_entries(self.table, self.num_tokens)
+
+
 def build_check(
-  tables: Sequence[tuple[int, BlockTable, int]],
-  *,
-  num_rows: int,
-  table_capacity: int,
-  block_size: int,
-) -> tuple[BlockTables, np.ndarray]:
-  """Lays tables out for a coverage check without tokens.
+  checks: Sequence[CheckRow], starts: Sequence[int], num_rows: int
+) -> CheckBatch:
+  """Lays requests out for a coverage check.
 
   Args:
-    tables: `(row, table, num_tokens)` of each request to check.
+    checks: The requests.
+    starts: Where the `entries()` of each lie on the devices.
     num_rows: B of the program.
-    table_capacity: E of the program.
-    block_size: P, tokens per rBlock.
-
-  Returns:
-    Own tables of `B` rows, and `[B]` uint32 demands.
   """
-  arrays = _empty_tables(num_rows, table_capacity)
-  demand = np.zeros(num_rows, np.uint32)
-  entry = 0
-  for row, table, num_tokens in tables:
-    num_blocks = -(-num_tokens // block_size)
-    entry = _add_table(arrays, row, entry, table, num_blocks)
-    demand[row] = table.demand(num_tokens)
-  return arrays, demand
+  batch = CheckBatch(
+    starts=np.zeros(num_rows, np.int32),
+    counts=np.zeros(num_rows, np.int32),
+    demand=np.zeros(num_rows, np.uint32),
+  )
+  for check, start in zip(checks, starts, strict=True):
+    batch.starts[check.row] = start
+    batch.counts[check.row] = len(check.entries())
+    batch.demand[check.row] = check.table.demand(check.num_tokens)
+  return batch
 
 
-def tag_writes(num_tokens: int, num_rows: int, block_size: int) -> int:
-  """W: most rBlocks that a step of these sizes can write."""
+def max_writes(num_tokens: int, num_rows: int, block_size: int) -> int:
+  """W: most rBlocks that a step of these sizes can write.
+
+  A step has as many places for new table entries, since an rBlock is rarely
+  allocated before the step that writes it.
+  """
   if num_tokens == num_rows:
     return num_rows
   return num_tokens // block_size + 2 * num_rows
 
 
-def _add_table(
-  arrays: BlockTables, row: int, entry: int, table: BlockTable, num_blocks: int
-) -> int:
-  """Writes a row's entries below `num_blocks`; returns where the next start."""
-  block_ids, logical_ids = table.local_entries()
-  count = int(np.searchsorted(logical_ids, num_blocks))
-  end = entry + count
-  arrays.block_ids[entry:end] = block_ids[:count]
-  arrays.logical_ids[entry:end] = logical_ids[:count]
-  arrays.starts[row] = entry
-  arrays.counts[row] = count
-  return end
+def pad_writes(writes: EntryWrites, size: int) -> EntryWrites:
+  """Pads `writes` to `[size]`; a padding place is past the end of any array.
 
-
-def _empty_tables(num_rows: int, capacity: int) -> BlockTables:
-  return BlockTables(
-    block_ids=np.full(capacity, NULL_BLOCK_ID, np.int32),
-    logical_ids=np.zeros(capacity, np.int32),
-    starts=np.zeros(num_rows, np.int32),
-    counts=np.zeros(num_rows, np.int32),
+  Raises:
+    InvariantError: If there are more than `size`.
+  """
+  count = len(writes.at)
+  if count > size:
+    raise InvariantError(
+      f"A program takes {size} table entries at most; got {count}."
+    )
+  padded = EntryWrites(
+    at=np.full(size, np.iinfo(np.int32).max, np.int32),
+    block_ids=np.full(size, NULL_BLOCK_ID, np.int32),
+    logical_ids=np.zeros(size, np.int32),
   )
+  for target, source in zip(padded, writes, strict=True):
+    target[:count] = source
+  return padded
 
 
 def _empty_batch(
-  num_tokens: int, num_rows: int, table_capacity: int, block_size: int
+  writes: EntryWrites, num_tokens: int, num_rows: int, block_size: int
 ) -> StepBatch:
-  writes = tag_writes(num_tokens, num_rows, block_size)
+  most = max_writes(num_tokens, num_rows, block_size)
   return StepBatch(
     tokens=np.zeros(num_tokens, np.int32),
     positions=np.full(num_tokens, -1, np.int32),
     cu_seqlens=np.zeros(num_rows + 1, np.int32),
     append_block=np.full(num_tokens, NULL_BLOCK_ID, np.int32),
     append_offset=np.zeros(num_tokens, np.int32),
-    tag_block=np.full(writes, NULL_BLOCK_ID, np.int32),
-    tag_value=np.zeros(writes, np.uint32),
-    tables=_empty_tables(num_rows, table_capacity),
+    tag_block=np.full(most, NULL_BLOCK_ID, np.int32),
+    tag_value=np.zeros(most, np.uint32),
+    starts=np.zeros(num_rows, np.int32),
+    counts=np.zeros(num_rows, np.int32),
+    writes=pad_writes(writes, most),
     demand=np.zeros(num_rows, np.uint32),
   )

@@ -94,7 +94,7 @@ class StepLauncher:
   ) -> list[LaunchedStep]:
     if not any(rows):
       return []
-    self._group.upload_tables()
+    self._group.install_tables()
     slots = self._group.slots(
       [{row.uid: b for b, row in enumerate(mine)} for mine in rows]
     )

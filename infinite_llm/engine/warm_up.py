@@ -64,6 +64,11 @@ def _jobs(
         f"local {kind}, {bucket} tokens",
         functools.partial(_local, runner, instance, bucket, is_prefill),
       )
+  for instance in instances:
+    yield (
+      "table entries",
+      functools.partial(runner.write_entries, instance),
+    )
   if config.num_instances > 1 and config.lending.policy != "static":
     yield from _group_jobs(runner, config)
 

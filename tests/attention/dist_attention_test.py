@@ -12,22 +12,25 @@ from jax.sharding import PartitionSpec
 from infinite_llm.attention import dist_attention
 from infinite_llm.attention.dist_attention import (
   NO_ROW,
-  HostedTables,
+  HostedRows,
   SpillSlots,
   Window,
 )
 from infinite_llm.cache import content_tag
+from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.kv_pool import coverage, mix_tags
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.group_inputs import (
-  empty_hosted,
   empty_slots,
+  hosted_rows,
   shifts_in_use,
 )
+from infinite_llm.scheduler.hosted_tables import HostedVersion
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
 I, N, L, K, P, D, H, S = 4, 12, 2, 2, 8, 16, 4, 2
 LAYER = 1
+ROWS = 3
 SCALE = D**-0.5
 PER_INSTANCE = PartitionSpec("instance")
 
@@ -50,6 +53,10 @@ class Context:
   length: int
   places: list[tuple[int, int]]
 
+  def on(self, instance: int) -> list[tuple[int, int]]:
+    """`(block, logical)` of the rBlocks on an instance."""
+    return [(b, i) for i, (h, b) in enumerate(self.places) if h == instance]
+
 
 class Cluster:
   """Random pools of four instances, and requests spread over them."""
@@ -69,41 +76,59 @@ class Cluster:
     assert len(places) == -(-length // P)
     self.contexts.append(Context(owner, row, slot, length, places))
 
-  def own_tables(self, num_rows: int) -> BlockTables:
-    """Tables of every owner, stacked on a leading axis."""
+  def _spilled(self, holder: int) -> list[tuple[Context, EntrySpan]]:
+    """What an instance hosts, by request."""
+    return [
+      (c, EntrySpan.of(*zip(*c.on(holder), strict=True)))
+      for c in self.contexts
+      if c.slot is not None and holder != c.owner and c.on(holder)
+    ]
+
+  def tables(self, num_rows: int) -> BlockTables:
+    """Tables of every owner over all entries, stacked on a leading axis."""
     stacked = []
     for owner in range(I):
       rows = [[] for _ in range(num_rows)]
       for c in self.contexts:
         if c.owner == owner:
-          rows[c.row] = [
-            (b, i) for i, (h, b) in enumerate(c.places) if h == owner
-          ]
-      stacked.append(tables_of(rows))
+          rows[c.row] = c.on(owner)
+      for _, hosted in self._spilled(owner):
+        rows.append(
+          list(zip(hosted.block_ids, hosted.logical_ids, strict=True))
+        )
+      every = tables_of(rows)
+      own = {
+        "starts": every.starts[:num_rows],
+        "counts": every.counts[:num_rows],
+      }
+      stacked.append(every._replace(**own))
     return BlockTables(*map(np.stack, zip(*stacked, strict=True)))
 
-  def hosted(self, version=4, epoch=9) -> HostedTables:
-    """What each instance hosts, installed under one version and epoch."""
+  def hosted(self, num_rows: int, version=4, epoch=9) -> HostedRows:
+    """What each instance hosts, installed under one version and epoch.
+
+    Args:
+      num_rows: As of `tables`, whose entries this is about.
+      version: Version of every table.
+      epoch: Epoch of every slot.
+    """
+    own = self.tables(num_rows).counts.sum(axis=1)
     stacked = []
     for holder in range(I):
-      tables = empty_hosted(I * S, N)
-      entry = 0
-      for c in self.contexts:
-        if c.slot is None or holder == c.owner:
-          continue
-        r = c.owner * S + c.slot
-        mine = [(b, i) for i, (h, b) in enumerate(c.places) if h == holder]
-        parity = version % 2
-        tables.starts[parity, r] = entry
-        tables.counts[parity, r] = len(mine)
-        tables.version[parity, r] = version
-        tables.epoch[r] = epoch
-        for block, logical in mine:
-          tables.block_ids[parity, entry] = block
-          tables.logical_ids[parity, entry] = logical
-          entry += 1
-      stacked.append(tables)
-    return HostedTables(*map(np.stack, zip(*stacked, strict=True)))
+      spilled = self._spilled(holder)
+      versions = [
+        HostedVersion(
+          owner=c.owner,
+          slot=c.slot,
+          slot_epoch=epoch,
+          version=version,
+          entries=entries,
+        )
+        for c, entries in spilled
+      ]
+      ends = np.cumsum([own[holder], *(len(entries) for _, entries in spilled)])
+      stacked.append(hosted_rows(versions, ends[:-1], I, S))
+    return HostedRows(*map(np.stack, zip(*stacked, strict=True)))
 
   def slots(self, version=4, epoch=9) -> list[SpillSlots]:
     """Slots as the owners name them."""
@@ -186,14 +211,13 @@ def spread(seed: int, num_blocks: int) -> Cluster:
 @pytest.mark.parametrize("seed", range(4))
 def test_decode_over_instances_equals_attention_in_one_place(seed):
   cluster = spread(seed, num_blocks=6)
-  num_rows = 3
-  q = cluster.rng.standard_normal((I, num_rows, H, D), dtype=np.float32)
-  positions = np.full((I, num_rows), -1, np.int32)
+  q = cluster.rng.standard_normal((I, ROWS, H, D), dtype=np.float32)
+  positions = np.full((I, ROWS), -1, np.int32)
   for c in cluster.contexts:
     positions[c.owner, c.row] = c.length - 1
 
   def body(q, positions, pool, own, hosted, slots):
-    answered = dist_attention.answer_slots(hosted, slots)
+    answered = dist_attention.answer_slots(hosted, own, slots)
     return dist_attention.decode_attention(
       q, positions, pool, LAYER, own, answered, slots, Window(SCALE, None, 1)
     )
@@ -203,8 +227,8 @@ def test_decode_over_instances_equals_attention_in_one_place(seed):
     q,
     positions,
     cluster.pool.reshape(I, N, L, 2, K, P, D),
-    cluster.own_tables(num_rows),
-    cluster.hosted(),
+    cluster.tables(ROWS),
+    cluster.hosted(ROWS),
     stack(cluster.slots()),
   )
   for c in cluster.contexts:
@@ -235,7 +259,7 @@ def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
   slots = cluster.slots()
 
   def body(q, cu_seqlens, positions, pool, own, hosted, slots, holders):
-    answered = dist_attention.answer_slots(hosted, slots)
+    answered = dist_attention.answer_slots(hosted, own, slots)
     return dist_attention.prefill_attention(
       q,
       cu_seqlens,
@@ -255,8 +279,8 @@ def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
     cu_seqlens,
     positions,
     cluster.pool.reshape(I, N, L, 2, K, P, D),
-    cluster.own_tables(1),
-    cluster.hosted(),
+    cluster.tables(1),
+    cluster.hosted(1),
     stack(slots),
     np.stack([shifts_in_use(slots)] * I),
   )
@@ -268,17 +292,17 @@ def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
     )
 
 
-def covered(cluster, hosted, slots, num_rows=3):
+def covered(cluster, hosted, slots):
   """Coverage of every row of every instance."""
 
   def body(tag, own, hosted, slots):
-    answered = dist_attention.answer_slots(hosted, slots)
+    answered = dist_attention.answer_slots(hosted, own, slots)
     return dist_attention.dist_coverage(tag, own, answered, slots)
 
   return on_mesh(
     body,
     cluster.tag.reshape(I, N),
-    cluster.own_tables(num_rows),
+    cluster.tables(ROWS),
     hosted,
     stack(slots),
   )
@@ -298,13 +322,14 @@ def demanded(cluster, context) -> int:
 class TestCoverage:
   def test_it_is_the_sum_over_all_holders(self):
     cluster = spread(0, num_blocks=6)
-    sums = covered(cluster, cluster.hosted(), cluster.slots())
+    sums = covered(cluster, cluster.hosted(ROWS), cluster.slots())
     for c in cluster.contexts:
       assert sums[c.owner, c.row] == demanded(cluster, c)
 
   def test_a_version_that_is_not_installed_answers_with_nothing(self):
     cluster = spread(1, num_blocks=6)
-    sums = covered(cluster, cluster.hosted(version=4), cluster.slots(version=6))
+    hosted = cluster.hosted(ROWS, version=4)
+    sums = covered(cluster, hosted, cluster.slots(version=6))
     spilled = [c for c in cluster.contexts if c.slot is not None]
     at_home = [c for c in cluster.contexts if c.slot is None]
     assert all(sums[c.owner, c.row] != demanded(cluster, c) for c in spilled)
@@ -312,22 +337,24 @@ class TestCoverage:
 
   def test_an_older_epoch_of_the_slot_answers_with_nothing(self):
     cluster = spread(2, num_blocks=6)
-    sums = covered(cluster, cluster.hosted(epoch=8), cluster.slots(epoch=9))
+    sums = covered(
+      cluster, cluster.hosted(ROWS, epoch=8), cluster.slots(epoch=9)
+    )
     for c in cluster.contexts:
       is_proved = sums[c.owner, c.row] == demanded(cluster, c)
       assert is_proved == (c.slot is None)
 
   def test_both_versions_can_be_read(self):
     cluster = spread(3, num_blocks=6)
-    old, new = cluster.hosted(version=4), cluster.hosted(version=5)
-    both = HostedTables(
+    old, new = (cluster.hosted(ROWS, version=v) for v in (4, 5))
+    both = HostedRows(
       *(
         getattr(old, name)
         if name == "epoch"
         else np.stack(
           [getattr(old, name)[:, 0], getattr(new, name)[:, 1]], axis=1
         )
-        for name in HostedTables._fields
+        for name in HostedRows._fields
       )
     )
     for version in (4, 5):
@@ -337,7 +364,7 @@ class TestCoverage:
 
   def test_two_swapped_rblocks_are_noticed(self):
     cluster = spread(4, num_blocks=6)
-    hosted = cluster.hosted()
+    hosted = cluster.hosted(ROWS)
     context = cluster.contexts[1]
     holder = context.places[0][0]
     # The table says the right logical number, the pool has other content.

@@ -79,15 +79,35 @@ def spilled(rig):
   return creditor, row, info.versions[creditor]
 
 
-def change_table(rig, change):
-  """Installs hosted tables on a creditor's device that its books disown."""
+def change_table(rig, lie):
+  """Gives a creditor's device a hosted table that its books disown."""
   creditor, row, version = spilled(rig)
-  tables = jax.tree.map(np.array, rig.uploads[creditor][-1])
-  assert tables.version[version % 2, row] == version
-  assert tables.counts[version % 2, row] > 1
-  first = tables.starts[version % 2, row]
-  change(tables, version % 2, row, first)
-  rig.engine.runner.set_hosted(creditor, tables)
+  hosted = jax.tree.map(np.array, rig.uploads[creditor][-1])
+  place = version % 2, row
+  assert hosted.version[place] == version
+  assert hosted.counts[place] > 1
+  first = hosted.starts[place]
+
+  def change_entries(block_ids, logical_ids):
+    match lie:
+      case "swapped":
+        pair = logical_ids[first : first + 2]
+        pair[:] = pair[::-1].copy()
+      case "other block":
+        block_ids[first] = 1  # That of a short request.
+
+  match lie:
+    case "fewer":
+      hosted.counts[place] -= 1
+    case "elsewhere":
+      hosted.starts[place] += 1
+    case "epoch":
+      hosted.epoch[row] += 1
+    case "version":
+      hosted.version[place] += 2
+    case _:
+      rig.change_entries(creditor, change_entries)
+  rig.engine.runner.upload_hosted(creditor, hosted)
 
 
 class TestStaleHostedTable:
@@ -104,7 +124,7 @@ class TestStaleHostedTable:
         for tables in rig.uploads[creditor]
         if tables.version[version % 2, row] != version
       ]
-      rig.engine.runner.set_hosted(creditor, older[-1])
+      rig.engine.runner.upload_hosted(creditor, older[-1])
 
     start(rig)
     calls = during(rig, monkeypatch, stage, disturb)
@@ -120,27 +140,14 @@ class TestStaleHostedTable:
 
   @STAGES
   @pytest.mark.parametrize(
-    "lie", ["fewer", "swapped", "other block", "epoch", "version"]
+    "lie",
+    ["fewer", "elsewhere", "swapped", "other block", "epoch", "version"],
   )
   def test_a_table_that_lies_is_noticed_and_installed_anew(
     self, rig, monkeypatch, stage, lie
   ):
-    def change(tables, parity, row, first):
-      match lie:
-        case "fewer":
-          tables.counts[parity, row] -= 1
-        case "swapped":
-          pair = tables.logical_ids[parity, first : first + 2]
-          pair[:] = pair[::-1].copy()
-        case "other block":
-          tables.block_ids[parity, first] = 1  # That of a short request.
-        case "epoch":
-          tables.epoch[row] += 1
-        case "version":
-          tables.version[parity, row] += 2
-
     start(rig)
-    calls = during(rig, monkeypatch, stage, lambda: change_table(rig, change))
+    calls = during(rig, monkeypatch, stage, lambda: change_table(rig, lie))
     end(rig)
     assert calls
     assert rig.failed_rows[LONG] == 1
@@ -150,18 +157,18 @@ class TestStaleHostedTable:
   def test_a_lost_upload_is_noticed_before_the_old_copies_go(
     self, rig, monkeypatch
   ):
-    set_hosted = rig.engine.runner.set_hosted
+    upload_hosted = rig.engine.runner.upload_hosted
     lost = []
 
-    def lose_first(instance, tables):
+    def lose_first(instance, rows):
       slots = rig.engine.config.lending.spill_slots
-      hosts_mine = tables.counts[:, OWNER * slots : (OWNER + 1) * slots].any()
+      hosts_mine = rows.counts[:, OWNER * slots : (OWNER + 1) * slots].any()
       if hosts_mine and not lost:
         lost.append(instance)
       else:
-        set_hosted(instance, tables)
+        upload_hosted(instance, rows)
 
-    monkeypatch.setattr(rig.engine.runner, "set_hosted", lose_first)
+    monkeypatch.setattr(rig.engine.runner, "upload_hosted", lose_first)
     unproved = rig.engine.group.num_unproved_moves
     start(rig)
     end(rig)
@@ -169,6 +176,38 @@ class TestStaleHostedTable:
     assert rig.engine.group.num_unproved_moves == unproved + 1
     assert not rig.failed_rows
     assert not rig.preempted
+
+
+class TestStaleOwnTable:
+  """The entries of rBlocks at home are not what the books know."""
+
+  @STAGES
+  @pytest.mark.parametrize("lie", ["other number", "other block"])
+  def test_entries_that_lie_are_noticed_and_written_anew(
+    self, rig, monkeypatch, stage, lie
+  ):
+    def change(block_ids, logical_ids):
+      uid = rig.request(LONG).uid
+      mine = rig.engine.group.managers[OWNER].table(uid).local_entries()
+      # Every place that names its oldest rBlock at home, in use or not.
+      (places,) = np.nonzero(
+        (block_ids == mine.block_ids[0]) & (logical_ids == mine.logical_ids[0])
+      )
+      assert len(places)
+      match lie:
+        case "other number":
+          logical_ids[places] += 1
+        case "other block":
+          block_ids[places] = mine.block_ids[-1]
+
+    start(rig)
+    calls = during(
+      rig, monkeypatch, stage, lambda: rig.change_entries(OWNER, change)
+    )
+    end(rig)
+    assert calls
+    assert rig.failed_rows[LONG] == 2
+    assert rig.preempted == {LONG: 1}
 
 
 class TestWrongContent:
@@ -230,7 +269,7 @@ class TestWrongContent:
   ):
     """A Release that nobody sent; with and without a table to match on top."""
     forgotten = []
-    set_hosted = rig.engine.runner.set_hosted
+    upload_hosted = rig.engine.runner.upload_hosted
 
     def forge_release():
       request = rig.request(LONG)
@@ -249,12 +288,12 @@ class TestWrongContent:
       # It takes the rBlocks, and writes its own KV and tags there.
       rig.add({"thief": Ask(16 * 7, 4, creditor)})
 
-    def keep_old(instance, tables):
+    def keep_old(instance, rows):
       is_stale = forgotten and instance == forgotten[0].instance
       if not is_stale or rig.failed_rows[LONG] > 0 or is_uploaded:
-        set_hosted(instance, tables)
+        upload_hosted(instance, rows)
 
-    monkeypatch.setattr(rig.engine.runner, "set_hosted", keep_old)
+    monkeypatch.setattr(rig.engine.runner, "upload_hosted", keep_old)
     start(rig)
     end(rig, forge_release)
     assert forgotten
@@ -457,13 +496,13 @@ class TestPersistentFault:
   def test_tables_that_never_reach_the_devices(self, rig, monkeypatch):
     slots = rig.engine.config.lending.spill_slots
     mine = slice(OWNER * slots, (OWNER + 1) * slots)
-    set_hosted = rig.engine.runner.set_hosted
+    upload_hosted = rig.engine.runner.upload_hosted
 
-    def lose(instance, tables):
-      tables.version[:, mine] = -1
-      set_hosted(instance, tables)
+    def lose(instance, rows):
+      rows.version[:, mine] = -1
+      upload_hosted(instance, rows)
 
-    monkeypatch.setattr(rig.engine.runner, "set_hosted", lose)
+    monkeypatch.setattr(rig.engine.runner, "upload_hosted", lose)
     self.check_fails(rig)
 
   def test_payloads_that_never_arrive(self, rig, monkeypatch):

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from infinite_llm.attention.dist_attention import HostedTables
+from infinite_llm.attention.dist_attention import HostedRows
 from infinite_llm.cache.rblock import Location
 from infinite_llm.config import EngineConfig, engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.group_inputs import empty_hosted
+from infinite_llm.engine.group_inputs import hosted_rows
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.models.hf_loader import LoadedModel, load_hf
 from infinite_llm.sampling_params import SamplingParams
@@ -99,8 +99,8 @@ class Rig:
     failed_rows: Rows of each request, by name, that were not proved.
     failed_at: The same, by name and the furthest that the request had come.
     preempted: Times that each request was computed anew.
-    uploads: Hosted tables that each instance's devices were given, in order,
-      after one that hosts nothing.
+    uploads: Where each instance's devices were told to find what they host, in
+      order, after nothing.
     expected: Right answers, by name; `step` checks tokens as they come.
   """
 
@@ -117,7 +117,7 @@ class Rig:
     self.failed_rows: collections.Counter[str] = collections.Counter()
     self.failed_at: collections.Counter[tuple[str, int]] = collections.Counter()
     self.preempted: collections.Counter[str] = collections.Counter()
-    self.uploads: list[list[HostedTables]] = [
+    self.uploads: list[list[HostedRows]] = [
       [] for _ in range(config.num_instances)
     ]
     self.expected: Mapping[str, tuple[int, ...]] = {}
@@ -136,8 +136,8 @@ class Rig:
     self.mail.sent.clear()
     engine = self.engine
     config = engine.config
-    nothing = empty_hosted(
-      config.num_instances * config.lending.spill_slots, config.cache.num_blocks
+    nothing = hosted_rows(
+      (), (), config.num_instances, config.lending.spill_slots
     )
     for uploads in self.uploads:
       uploads[:] = [nothing]
@@ -159,13 +159,13 @@ class Rig:
 
         patch.setattr(batcher, "row_failed", failed)
         patch.setattr(batcher, "preempt", preempt)
-      set_hosted = engine.runner.set_hosted
+      upload_hosted = engine.runner.upload_hosted
 
-      def record(instance, tables):
-        self.uploads[instance].append(tables)
-        set_hosted(instance, tables)
+      def record(instance, rows):
+        self.uploads[instance].append(rows)
+        upload_hosted(instance, rows)
 
-      patch.setattr(engine.runner, "set_hosted", record)
+      patch.setattr(engine.runner, "upload_hosted", record)
       yield
     self.mail.rule = _pass
     self.mail.held.clear()
@@ -305,16 +305,34 @@ class Rig:
   def write(self, where: Location, kv: np.ndarray, tag: int) -> None:
     """Overwrites KV and tag of an rBlock on its device."""
     pool = self.engine.runner.pool.row(where.instance)
-    changed = pool._replace(
+    self._replace(
+      where.instance,
       kv=pool.kv.at[where.block_id].set(kv),
       tag=pool.tag.at[where.block_id].set(np.uint32(tag)),
     )
-    self.engine.runner.pool.set_row(
-      where.instance,
-      jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), changed, pool
-      ),
+
+  def change_entries(
+    self,
+    instance: InstanceId,
+    change: Callable[[np.ndarray, np.ndarray], None],
+  ) -> None:
+    """Changes `block_ids` and `logical_ids` on an instance's devices."""
+    pool = self.engine.runner.pool.row(instance)
+    block_ids, logical_ids = (
+      np.array(pool.block_ids),
+      np.array(pool.logical_ids),
     )
+    change(block_ids, logical_ids)
+    self._replace(instance, block_ids=block_ids, logical_ids=logical_ids)
+
+  def _replace(self, instance: InstanceId, **parts) -> None:
+    """Puts something else in the place of parts of a pool."""
+    pool = self.engine.runner.pool.row(instance)
+    placed = {
+      name: jax.device_put(part, getattr(pool, name).sharding)
+      for name, part in parts.items()
+    }
+    self.engine.runner.pool.set_row(instance, pool._replace(**placed))
 
   def remove(self, where: Location) -> None:
     """Zeroes KV and tag of an rBlock."""

@@ -7,15 +7,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
+from infinite_llm.cache.table_store import TableStore, table_capacity
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import (
-  empty_hosted,
   empty_payloads,
   empty_slots,
+  hosted_rows,
 )
 from infinite_llm.engine.programs import GroupInputs, StepKind
-from infinite_llm.engine.step_batch import build_batch
+from infinite_llm.engine.step_batch import StepBatch, build_batch
 from infinite_llm.models.hf_loader import load_hf
 from tests.testing import GOLDEN
 
@@ -37,6 +38,7 @@ def abstract(tree, mesh, spec):
 
 def abstract_pool(config, mesh) -> PoolArrays:
   num_blocks = NUM_BLOCKS * mesh.shape["instance"]
+  num_entries = table_capacity(NUM_BLOCKS) * mesh.shape["instance"]
   shape = (
     num_blocks,
     config.num_layers,
@@ -52,8 +54,21 @@ def abstract_pool(config, mesh) -> PoolArrays:
         (shape, jnp.float32, POOL_SPECS.kv),
         ((num_blocks,), jnp.uint32, POOL_SPECS.tag),
         ((num_blocks,), jnp.uint32, POOL_SPECS.epoch),
+        ((num_entries,), jnp.int32, POOL_SPECS.block_ids),
+        ((num_entries,), jnp.int32, POOL_SPECS.logical_ids),
       )
     )
+  )
+
+
+def empty_batch(num_tokens: int, num_rows: int) -> StepBatch:
+  return build_batch(
+    [],
+    [],
+    TableStore(NUM_BLOCKS).take_writes(),
+    num_tokens=num_tokens,
+    num_rows=num_rows,
+    block_size=BLOCK_SIZE,
   )
 
 
@@ -74,17 +89,11 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill):
   model = load_hf(GOLDEN / "llama3", mesh, dtype="float32")
   num_tokens = 128 if is_prefill else SLOTS
   spec = PartitionSpec("instance")
-  batch = build_batch(
-    [],
-    num_tokens=num_tokens,
-    num_rows=1 if is_prefill else SLOTS,
-    table_capacity=NUM_BLOCKS,
-    block_size=BLOCK_SIZE,
-  )
+  batch = empty_batch(num_tokens, 1 if is_prefill else SLOTS)
   pool = abstract_pool(model.config, mesh)
   args = [model.state, pool, abstract(batch, mesh, spec)]
   if is_group:
-    hosted = empty_hosted(num_instances * SLOTS, NUM_BLOCKS)
+    hosted = hosted_rows((), (), num_instances, SLOTS)
     args.append(
       GroupInputs(
         hosted=abstract(hosted, mesh, spec),
@@ -115,9 +124,7 @@ def test_an_exchange_updates_the_pool_in_place():
 def test_a_local_step_has_no_collective_over_instances():
   mesh = make_mesh(1, 1)
   model = load_hf(GOLDEN / "llama3", mesh, dtype="float32")
-  batch = build_batch(
-    [], num_tokens=2, num_rows=2, table_capacity=64, block_size=BLOCK_SIZE
-  )
+  batch = empty_batch(num_tokens=2, num_rows=2)
   step = programs.build_step(
     StepKind(is_group=False, is_prefill=False),
     model.graphdef,
