@@ -1,33 +1,18 @@
 """From plans to programs: lays rows out, launches, samples."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
+from infinite_llm.engine.in_flight import Flight, LaunchedStep
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import StepOutput
-from infinite_llm.engine.sampler import PendingSample, Sampler, SampleRow
+from infinite_llm.engine.sampler import Sampler, SampleRow
 from infinite_llm.engine.step_batch import RowInput
 from infinite_llm.scheduler.batching import Row, StepPlan
 from infinite_llm.scheduler.request import Request
 from infinite_llm.types import InstanceId, RequestUid
 
 RequestOf = Callable[[RequestUid], Request]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaunchedStep:
-  """Rows of one instance in one program, and their tokens to come.
-
-  Attributes:
-    instance: Whose rows.
-    rows: In the order of the program's rows.
-    pending: Their sampled tokens.
-  """
-
-  instance: InstanceId
-  rows: Sequence[Row]
-  pending: PendingSample
 
 
 class StepLauncher:
@@ -52,19 +37,23 @@ class StepLauncher:
 
   def launch(
     self, plans: Sequence[StepPlan], request_of: RequestOf
-  ) -> list[LaunchedStep]:
+  ) -> list[Flight]:
     """Launches local programs of each instance, then group programs.
 
-    Waits for none of them.
+    Waits for none of them, and for none launched before: every program takes
+    the pools that it reads and writes donated from the one before, so each
+    device runs them in the order of launching and sees what earlier ones wrote.
+    That is also why an instance whose step is under way may answer for others
+    in a group program: its part simply begins later.
 
     Args:
-      plans: Plan of each instance.
+      plans: Plan of each instance; no rows for one whose step is under way.
       request_of: The request of a row.
 
     Returns:
       What was launched; nothing for instances without rows.
     """
-    launched = []
+    local: dict[InstanceId, list[LaunchedStep]] = {}
     for instance, plan in enumerate(plans):
       for rows, is_prefill in (
         (plan.local_decode, False),
@@ -76,14 +65,24 @@ class StepLauncher:
             [self._input(instance, row, request_of) for row in rows],
             is_prefill=is_prefill,
           )
-          launched.append(self._sample(instance, rows, output, request_of))
-    launched += self._launch_group(
+          step = self._sample(instance, rows, output, request_of)
+          local.setdefault(instance, []).append(step)
+    group = self._launch_group(
       [plan.group_decode for plan in plans], request_of, is_prefill=False
-    )
-    launched += self._launch_group(
+    ) + self._launch_group(
       [plan.group_prefill for plan in plans], request_of, is_prefill=True
     )
-    return launched
+    joined = {step.instance for step in group}
+    flights = [
+      Flight(steps=tuple(steps), is_group=False)
+      for instance, steps in local.items()
+      if instance not in joined
+    ]
+    if group:
+      for instance in joined:
+        group += local.get(instance, ())
+      flights.append(Flight(steps=tuple(group), is_group=True))
+    return flights
 
   def _launch_group(
     self,

@@ -9,7 +9,7 @@ from infinite_llm.engine.detokenizer import Detokenizer
 from infinite_llm.engine.outputs import RequestOutput, TokenLogprob
 from infinite_llm.engine.sampling import NO_TOKEN
 from infinite_llm.models.loaded_model import GenerationDefaults
-from infinite_llm.scheduler.request import Request
+from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.types import InstanceId
 
 
@@ -49,7 +49,7 @@ class OutputStream:
     self._text = ""
     self._reported = 0
 
-  def push(self, sampled: Mapping[str, np.ndarray]) -> str | None:
+  def push(self, sampled: Mapping[str, np.ndarray]) -> RequestStatus | None:
     """Takes the next token.
 
     Args:
@@ -57,12 +57,12 @@ class OutputStream:
         `top_logprobs`, as `Sampled` has them for one row.
 
     Returns:
-      "stop" or "length" if the request ends with it, "error" if the logits
-      were no distribution and there is no token, else None.
+      How the request ends with it, `FAILED` if the logits were no
+      distribution and there is no token; None if it goes on.
     """
     token = int(sampled["token"])
     if token == NO_TOKEN:
-      return "error"
+      return RequestStatus.FAILED
     request = self._request
     request.output_token_ids.append(token)
     if self._logprobs is not None:
@@ -71,14 +71,14 @@ class OutputStream:
     if self._detokenizer is not None:
       self._text += self._detokenizer.append(token)
     if is_end or self._is_stopped:
-      reason = "stop"
+      status = RequestStatus.FINISHED_STOPPED
     elif request.num_tokens >= request.max_total_tokens:
-      reason = "length"
+      status = RequestStatus.FINISHED_LENGTH
     else:
       return None
     if self._detokenizer is not None and not self._is_stopped:
       self._text += self._detokenizer.finish()
-    return reason
+    return status
 
   def output(
     self, reason: str | None, error: Exception | None = None

@@ -122,6 +122,7 @@ class Batcher:
     self._block_size = block_size
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
+    self._ended: collections.deque[Request] = collections.deque()
 
   @property
   def waiting(self) -> tuple[Request, ...]:
@@ -137,6 +138,11 @@ class Batcher:
   def has_work(self) -> bool:
     """Whether any request has not ended."""
     return bool(self._waiting or self._running)
+
+  @property
+  def has_spilled(self) -> bool:
+    """Whether any running request has rBlocks elsewhere."""
+    return any(self._rmanager.spill(uid) is not None for uid in self._running)
 
   def add(self, request: Request) -> None:
     """Takes a request; it waits behind those that came before."""
@@ -165,7 +171,15 @@ class Batcher:
       uid: The request.
       error: Why.
     """
-    self._end(uid, RequestStatus.FAILED).error = error
+    self._end(uid, RequestStatus.FAILED, error)
+
+  def take_ended(self) -> Request | None:
+    """Hands out each request that ended, however it did, once.
+
+    Returns:
+      The one that ended first; None if all were handed out.
+    """
+    return self._ended.popleft() if self._ended else None
 
   def preempt(self, uid: RequestUid) -> None:
     """Gives up a running request's KV; it waits as its arrival says."""
@@ -210,14 +224,20 @@ class Batcher:
     ):
       self.preempt(row.uid)
 
-  def _end(self, uid: RequestUid, status: RequestStatus) -> Request:
+  def _end(
+    self,
+    uid: RequestUid,
+    status: RequestStatus,
+    error: Exception | None = None,
+  ) -> None:
     request = self._running.pop(uid, None)
     if request is not None:
       self._rmanager.close(uid)
     else:
       request = self._take_waiting(uid)
     request.status = status
-    return request
+    request.error = error
+    self._ended.append(request)
 
   def _take_waiting(self, uid: RequestUid) -> Request:
     for request in self._waiting:

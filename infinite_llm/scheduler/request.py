@@ -22,6 +22,19 @@ class RequestStatus(enum.Enum):
     """Whether the request has ended, well or not."""
     return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
 
+  @property
+  def finish_reason(self) -> str | None:
+    """What callers are told: the field's word; None if it goes on."""
+    return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS = {
+  RequestStatus.FINISHED_STOPPED: "stop",
+  RequestStatus.FINISHED_LENGTH: "length",
+  RequestStatus.FINISHED_ABORTED: "abort",
+  RequestStatus.FAILED: "error",
+}
+
 
 @dataclasses.dataclass(kw_only=True)
 class Request:
