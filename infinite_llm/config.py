@@ -10,6 +10,15 @@ import itertools
 
 from infinite_llm.errors import ConfigError
 
+MAX_GROUP_CHUNK_TOKENS = 1024
+"""Query tokens of a group prefill step: they go to all that hold context."""
+
+MAX_GROUP_ROWS = 512
+"""Rows of a group decode step, over all instances."""
+
+MAX_PROGRAM_KINDS = 24
+"""Compiled programs that differ in more than the instance; more are a lot."""
+
 KV_DTYPES = ("float32", "bfloat16")
 
 
@@ -21,6 +30,23 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 def _require_integer(name: str, value: object) -> None:
   is_integer = isinstance(value, int) and not isinstance(value, bool)
   _require(is_integer, name, "an integer", value)
+
+
+def _require_buckets(config: object, *names: str) -> None:
+  """Makes fields tuples; they must be rising token or row counts."""
+  for name in names:
+    buckets = tuple(getattr(config, name))
+    object.__setattr__(config, name, buckets)
+    for bucket in buckets:
+      _require_integer(f"{name}[...]", bucket)
+    _require(
+      bool(buckets)
+      and buckets[0] >= 1
+      and all(a < b for a, b in itertools.pairwise(buckets)),
+      name,
+      "positive, rising and not empty",
+      buckets,
+    )
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -76,6 +102,11 @@ class LendingConfig:
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself.
+    group_prefill_buckets: Token counts that group prefill programs are compiled
+      for, rising; at most 1024, since queries travel to other instances.
+    group_chunk_s: Seconds that a group prefill step may take. A request's next
+      chunk has as many tokens as its last one suggests, within the buckets:
+      nobody waits for the whole group much longer than this.
     exchange_blocks: rBlocks that one exchange program moves per pair of
       instances.
     resend_after_s: Seconds without an answer after which a message is sent
@@ -87,6 +118,8 @@ class LendingConfig:
   spill_slots: int = 4
   max_lent_blocks: int | None = None
   headroom_blocks: int = 0
+  group_prefill_buckets: tuple[int, ...] = (128, 1024)
+  group_chunk_s: float = 0.5
   exchange_blocks: int = 16
   resend_after_s: float = 0.5
   heartbeat_every_s: float = 0.1
@@ -99,6 +132,13 @@ class LendingConfig:
       self.policy,
     )
     _require_positive(self, "spill_slots", "exchange_blocks")
+    _require_buckets(self, "group_prefill_buckets")
+    _require(
+      self.group_prefill_buckets[-1] <= MAX_GROUP_CHUNK_TOKENS,
+      "group_prefill_buckets[-1]",
+      f"at most {MAX_GROUP_CHUNK_TOKENS}",
+      self.group_prefill_buckets[-1],
+    )
     _require(
       self.max_lent_blocks is None or self.max_lent_blocks >= 0,
       "max_lent_blocks",
@@ -111,7 +151,7 @@ class LendingConfig:
       "not negative",
       self.headroom_blocks,
     )
-    for name in ("resend_after_s", "heartbeat_every_s"):
+    for name in ("group_chunk_s", "resend_after_s", "heartbeat_every_s"):
       _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
 
 
@@ -137,19 +177,7 @@ class SchedulerConfig:
   max_row_attempts: int = 6
 
   def __post_init__(self):
-    for name in ("decode_buckets", "prefill_buckets"):
-      buckets = tuple(getattr(self, name))
-      object.__setattr__(self, name, buckets)
-      for bucket in buckets:
-        _require_integer(f"{name}[...]", bucket)
-      _require(
-        bool(buckets)
-        and buckets[0] >= 1
-        and all(a < b for a, b in itertools.pairwise(buckets)),
-        name,
-        "positive, rising and not empty",
-        buckets,
-      )
+    _require_buckets(self, "decode_buckets", "prefill_buckets")
     _require_positive(self, "max_num_seqs", "prefill_rows", "max_row_attempts")
     _require(
       self.decode_buckets[-1] >= self.max_num_seqs,
@@ -191,6 +219,12 @@ class EngineConfig:
   def __post_init__(self):
     _require_positive(self, "num_instances", "tensor_parallel")
     _require(
+      self.num_instances * self.lending.spill_slots <= MAX_GROUP_ROWS,
+      "num_instances x spill_slots",
+      f"at most {MAX_GROUP_ROWS}, the rows of a group step",
+      self.num_instances * self.lending.spill_slots,
+    )
+    _require(
       self.dtype in KV_DTYPES,
       "dtype",
       f"one of {', '.join(KV_DTYPES)}",
@@ -203,6 +237,27 @@ class EngineConfig:
       "in [0, 20]",
       self.max_logprobs,
     )
+
+  @property
+  def has_group(self) -> bool:
+    """Whether instances can lend each other rBlocks at all."""
+    return self.num_instances > 1 and self.lending.policy != "static"
+
+  @property
+  def num_program_kinds(self) -> int:
+    """Compiled programs, instances that differ in nothing else counted once.
+
+    Every bucket of every kind of step is one. So is each of the two ways of
+    sampling for each number of rows, and marking the tokens seen; a group has
+    its exchange, coverage check and reservation epochs.
+    """
+    scheduler, lending = self.scheduler, self.lending
+    steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
+    row_counts = {*scheduler.decode_buckets, scheduler.prefill_rows}
+    if self.has_group:
+      steps += 1 + len(lending.group_prefill_buckets) + 3
+      row_counts |= {lending.spill_slots, 1}
+    return steps + 2 * len(row_counts) + 1
 
 
 _PARTS: dict[str, type] = {

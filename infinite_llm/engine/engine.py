@@ -30,7 +30,7 @@ from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.engine.request_book import Entry, RequestBook
 from infinite_llm.engine.sampler import Sampler, fetch
 from infinite_llm.engine.stall import StallWatch
-from infinite_llm.engine.step_launcher import StepLauncher
+from infinite_llm.engine.step_launcher import GROUP_PREFILL, StepLauncher
 from infinite_llm.engine.stream import OutputStream
 from infinite_llm.engine.warm_up import Progress, warm_up
 from infinite_llm.errors import CapacityError, ModelError, RequestError
@@ -83,13 +83,16 @@ class Engine:
     """
     self.config = config
     self._model = model
+    self._clock = clock
     mesh = jax.tree.leaves(model.state)[0].sharding.mesh
     self.runner = ModelRunner(model, mesh, config, attention=attention)
     self.group = LendingGroup(
       config, self.runner, clock, transport or InProcessTransport()
     )
     self.batchers = [
-      Batcher(manager, config.scheduler, config.cache.block_size)
+      Batcher(
+        manager, config.scheduler, config.lending, config.cache.block_size
+      )
       for manager in self.group.managers
     ]
     self._samplers = [
@@ -103,7 +106,9 @@ class Engine:
       )
       for instance, row in enumerate(self.runner.row_meshes)
     ]
-    self._launcher = StepLauncher(self.runner, self.group, self._samplers)
+    self._launcher = StepLauncher(
+      self.runner, self.group, self._samplers, clock
+    )
     self._in_flight = InFlight(is_ready)
     self.num_unproved_rows = 0
     self._uids = itertools.count(1)
@@ -302,18 +307,19 @@ class Engine:
   def _commit(self, flight: Flight) -> None:
     """Advances the rows of a flight. Blocks the host until they are there."""
     results = [fetch(step.pending) for step in flight.steps]
+    now_s = self._clock()
     self._in_flight.remove(flight)
     try:
       for step, result in zip(flight.steps, results, strict=True):
-        self._commit_step(step, result)
+        self._commit_step(step, result, now_s)
     except BaseException:
       self._recompute(flight)
       raise
 
   def _commit_step(
-    self, step: LaunchedStep, result: Mapping[str, np.ndarray]
+    self, step: LaunchedStep, result: Mapping[str, np.ndarray], now_s: float
   ) -> None:
-    """Advances the proved rows of a step, and only those."""
+    """Advances the proved rows of a step that was over at `now_s`."""
     batcher = self.batchers[step.instance]
     for b, row in enumerate(step.rows):
       # Only the step that plans an instance preempts there, and only this one
@@ -321,6 +327,10 @@ class Engine:
       # or of one that was aborted.
       if row.uid not in self._book:
         continue
+      if step.kind == GROUP_PREFILL:
+        # What it waited for on the devices counts: others wait for that too.
+        duration_s = now_s - step.launched_s
+        self._request(row.uid).group_token_s = duration_s / row.num_tokens
       if not result["proved"][b]:
         self.num_unproved_rows += 1
         logging.warning(

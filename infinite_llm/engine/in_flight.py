@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from infinite_llm.engine.programs import StepKind
 from infinite_llm.engine.sampler import PendingSample
 from infinite_llm.scheduler.batching import Row
 from infinite_llm.types import InstanceId
@@ -30,11 +31,15 @@ class LaunchedStep:
     instance: Whose rows.
     rows: In the order of the program's rows.
     pending: Their sampled tokens.
+    kind: Of the program.
+    launched_s: When it was launched, by the engine's clock.
   """
 
   instance: InstanceId
   rows: Sequence[Row]
   pending: PendingSample
+  kind: StepKind
+  launched_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,12 +5,17 @@ from collections.abc import Callable, Sequence
 from infinite_llm.engine.in_flight import Flight, LaunchedStep
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
-from infinite_llm.engine.programs import StepOutput
+from infinite_llm.engine.programs import StepKind, StepOutput
 from infinite_llm.engine.sampler import Sampler, SampleRow
 from infinite_llm.engine.step_batch import RowInput
 from infinite_llm.scheduler.batching import Row, StepPlan
 from infinite_llm.scheduler.request import Request
 from infinite_llm.types import InstanceId, RequestUid
+
+_LOCAL_DECODE = StepKind(is_group=False, is_prefill=False)
+_LOCAL_PREFILL = StepKind(is_group=False, is_prefill=True)
+_GROUP_DECODE = StepKind(is_group=True, is_prefill=False)
+GROUP_PREFILL = StepKind(is_group=True, is_prefill=True)
 
 RequestOf = Callable[[RequestUid], Request]
 
@@ -23,6 +28,7 @@ class StepLauncher:
     runner: ModelRunner,
     group: LendingGroup,
     samplers: Sequence[Sampler],
+    clock: Callable[[], float],
   ):
     """Keeps what it launches with.
 
@@ -30,10 +36,12 @@ class StepLauncher:
       runner: The devices.
       group: Where rBlocks lie.
       samplers: Sampler of each instance.
+      clock: Monotonic seconds, to note when steps were launched.
     """
     self._runner = runner
     self._group = group
     self._samplers = samplers
+    self._clock = clock
 
   def launch(
     self, plans: Sequence[StepPlan], request_of: RequestOf
@@ -55,22 +63,22 @@ class StepLauncher:
     """
     local: dict[InstanceId, list[LaunchedStep]] = {}
     for instance, plan in enumerate(plans):
-      for rows, is_prefill in (
-        (plan.local_decode, False),
-        (plan.local_prefill, True),
+      for rows, kind in (
+        (plan.local_decode, _LOCAL_DECODE),
+        (plan.local_prefill, _LOCAL_PREFILL),
       ):
         if rows:
           output = self._runner.local_step(
             instance,
             [self._input(instance, row, request_of) for row in rows],
-            is_prefill=is_prefill,
+            is_prefill=kind.is_prefill,
           )
-          step = self._sample(instance, rows, output, request_of)
+          step = self._sample(instance, rows, kind, output, request_of)
           local.setdefault(instance, []).append(step)
     group = self._launch_group(
-      [plan.group_decode for plan in plans], request_of, is_prefill=False
+      [plan.group_decode for plan in plans], _GROUP_DECODE, request_of
     ) + self._launch_group(
-      [plan.group_prefill for plan in plans], request_of, is_prefill=True
+      [plan.group_prefill for plan in plans], GROUP_PREFILL, request_of
     )
     joined = {step.instance for step in group}
     flights = [
@@ -79,7 +87,7 @@ class StepLauncher:
       if instance not in joined
     ]
     if group:
-      for instance in joined:
+      for instance in sorted(joined):
         group += local.get(instance, ())
       flights.append(Flight(steps=tuple(group), is_group=True))
     return flights
@@ -87,9 +95,8 @@ class StepLauncher:
   def _launch_group(
     self,
     rows: Sequence[Sequence[Row]],
+    kind: StepKind,
     request_of: RequestOf,
-    *,
-    is_prefill: bool,
   ) -> list[LaunchedStep]:
     if not any(rows):
       return []
@@ -103,10 +110,10 @@ class StepLauncher:
         for instance, mine in enumerate(rows)
       ],
       slots,
-      is_prefill=is_prefill,
+      is_prefill=kind.is_prefill,
     )
     return [
-      self._sample(instance, mine, outputs[instance], request_of)
+      self._sample(instance, mine, kind, outputs[instance], request_of)
       for instance, mine in enumerate(rows)
       if mine
     ]
@@ -124,6 +131,7 @@ class StepLauncher:
     self,
     instance: InstanceId,
     rows: Sequence[Row],
+    kind: StepKind,
     output: StepOutput,
     request_of: RequestOf,
   ) -> LaunchedStep:
@@ -133,4 +141,10 @@ class StepLauncher:
       if row.samples
     ]
     pending = self._samplers[instance].sample(output, wanted)
-    return LaunchedStep(instance=instance, rows=rows, pending=pending)
+    return LaunchedStep(
+      instance=instance,
+      rows=rows,
+      pending=pending,
+      kind=kind,
+      launched_s=self._clock(),
+    )

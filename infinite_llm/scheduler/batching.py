@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-from infinite_llm.config import SchedulerConfig
+from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
@@ -78,16 +78,12 @@ class _Draft:
       return self.group_decode if is_decode else self.group_prefill
     return self.local_decode if is_decode else self.local_prefill
 
-  def room(
-    self, scheduler: SchedulerConfig, *, is_group: bool, is_decode: bool
-  ) -> int:
-    """Tokens that one more row of a kind may have."""
-    if is_decode:
-      return 1
-    rows = self.rows_for(is_group=is_group, is_decode=False)
-    if len(rows) == (1 if is_group else scheduler.prefill_rows):
+  def prefill_room(self, scheduler: SchedulerConfig) -> int:
+    """Tokens that one more row of the local prefill program may have."""
+    if len(self.local_prefill) == scheduler.prefill_rows:
       return 0
-    return scheduler.chunk_tokens - sum(row.num_tokens for row in rows)
+    used = sum(row.num_tokens for row in self.local_prefill)
+    return scheduler.chunk_tokens - used
 
   def plan(self) -> StepPlan:
     return StepPlan(
@@ -108,17 +104,23 @@ class Batcher:
   """
 
   def __init__(
-    self, rmanager: RManager, scheduler: SchedulerConfig, block_size: int
+    self,
+    rmanager: RManager,
+    scheduler: SchedulerConfig,
+    lending: LendingConfig,
+    block_size: int,
   ):
     """Makes a batcher without requests.
 
     Args:
       rmanager: The instance's manager.
       scheduler: Sizes of a step.
+      lending: Sizes of a group prefill step.
       block_size: P, tokens per rBlock.
     """
     self._rmanager = rmanager
     self._scheduler = scheduler
+    self._lending = lending
     self._block_size = block_size
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
@@ -295,7 +297,7 @@ class Batcher:
       "is_group": self._rmanager.spill(request.uid) is not None,
       "is_decode": request.num_uncomputed == 1,
     }
-    wanted = min(request.num_uncomputed, draft.room(self._scheduler, **kind))
+    wanted = min(request.num_uncomputed, self._room(request, draft, **kind))
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
     if num_tokens > 0:
       row = Row(
@@ -305,6 +307,24 @@ class Batcher:
         samples=num_tokens == request.num_uncomputed,
       )
       draft.rows_for(**kind).append(row)
+
+  def _room(
+    self, request: Request, draft: _Draft, *, is_group: bool, is_decode: bool
+  ) -> int:
+    """Tokens that a row of a request may have beside those in the draft."""
+    if is_decode:
+      return 1
+    if not is_group:
+      return draft.prefill_room(self._scheduler)
+    return 0 if draft.group_prefill else self._group_chunk_tokens(request)
+
+  def _group_chunk_tokens(self, request: Request) -> int:
+    """Tokens whose group step takes as long as is allowed, by the last one."""
+    buckets = self._lending.group_prefill_buckets
+    if request.group_token_s <= 0:
+      return buckets[-1]
+    tokens = self._lending.group_chunk_s / request.group_token_s
+    return int(min(max(tokens, buckets[0]), buckets[-1]))
 
   def _make_room(self, request: Request, num_tokens: int) -> int:
     """Allocates rBlocks for a request's next tokens.

@@ -56,6 +56,8 @@ class Request:
     furthest_tokens: Most tokens that were ever computed and proved; a
       recomputation makes no progress until it is past them.
     attempts: Coverage failures since the last progress.
+    group_token_s: Seconds per token of its last group prefill step; 0 before
+      one was measured.
     status: Where it is in its life.
     error: Why it failed, if it did.
   """
@@ -70,6 +72,7 @@ class Request:
   num_computed_tokens: int = 0
   furthest_tokens: int = 0
   attempts: int = 0
+  group_token_s: float = 0.0
   status: RequestStatus = RequestStatus.WAITING
   error: Exception | None = None
 

@@ -70,6 +70,19 @@ def _no_half_state():
       {"max_num_seqs": 32},
       r"decode_buckets\[-1\] must be at least max_num_seqs \(32\); got 16\.",
     ),
+    (
+      {"group_prefill_buckets": (128, 2048)},
+      r"group_prefill_buckets\[-1\] must be at most 1024; got 2048\.",
+    ),
+    (
+      {"group_prefill_buckets": ()},
+      r"group_prefill_buckets must be positive, .* not empty; got \(\)\.",
+    ),
+    ({"group_chunk_s": 0.0}, r"group_chunk_s must be positive; got 0\.0\."),
+    (
+      {"num_instances": 65, "spill_slots": 8},
+      r"num_instances x spill_slots must be at most 512, .*; got 520\.",
+    ),
     ({"max_logprobs": 21}, r"max_logprobs must be in \[0, 20\]; got 21\."),
     (
       {"num_instnaces": 2},

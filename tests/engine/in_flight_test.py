@@ -11,6 +11,7 @@ from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine import engine as engine_module
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.in_flight import Flight, InFlight, LaunchedStep
+from infinite_llm.engine.programs import StepKind
 from infinite_llm.engine.sampler import PendingSample
 from infinite_llm.engine.sampling import Sampled
 from infinite_llm.models.hf_loader import load_hf
@@ -77,6 +78,7 @@ def _shared(checkpoint, gate):
       max_num_seqs=4,
       decode_buckets=(4,),
       prefill_buckets=(64,),
+      group_prefill_buckets=(64,),
       spill_slots=2,
       resend_after_s=0.01,
       heartbeat_every_s=0.005,
@@ -117,7 +119,13 @@ def flight(*instances: int, is_group: bool = False) -> Flight:
   def step(instance):
     sampled = Sampled(*[np.int32(instance)] * len(Sampled._fields))
     pending = PendingSample(sampled, np.bool(True))
-    return LaunchedStep(instance=instance, rows=(), pending=pending)
+    return LaunchedStep(
+      instance=instance,
+      rows=(),
+      pending=pending,
+      kind=StepKind(is_group=is_group, is_prefill=False),
+      launched_s=0.0,
+    )
 
   return Flight(steps=tuple(map(step, instances)), is_group=is_group)
 

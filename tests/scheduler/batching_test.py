@@ -22,6 +22,7 @@ def _engine(num_instances=1, num_blocks=17, *, scheduler=None, **lending):
       **(scheduler or {}),
     }
   )
+  lending = {"group_prefill_buckets": (_CHUNK,)} | lending
   cluster = FakeCluster(num_instances, num_blocks, **lending)
   cluster.heartbeat()
   return FakeEngine(cluster, config)
@@ -210,6 +211,32 @@ class TestShortage:
     # Two chunks' worth moved, so that one borrow serves several steps.
     assert manager.borrowed() == {1: 8}
     assert batcher.plan().group_prefill == (_row(1, 128, 32, False),)
+
+  @pytest.mark.parametrize(
+    ("token_s", "num_tokens"),
+    [
+      (0.0, 64),  # Not measured, or by a clock that stands still.
+      (0.5 / 40, 40),
+      (0.5 / 64, 64),
+      (0.5 / 1000, 64),
+      (0.5 / 17, 17),
+      (100.0, 16),
+    ],
+  )
+  def test_a_group_chunk_is_as_long_as_the_last_one_allows(
+    self, token_s, num_tokens
+  ):
+    engine = _engine(2, group_prefill_buckets=(16, 64), group_chunk_s=0.5)
+    request = engine.add(0, make_request(1, 220))
+    batcher, manager = engine.batchers[0], engine.cluster.managers[0]
+    for _ in range(4):
+      engine.step()
+    assert batcher.plan() == StepPlan()
+    engine.cluster.settle()
+    assert manager.borrowed() == {1: 8}
+    request.group_token_s = token_s
+    row = _row(1, 128, num_tokens, False)
+    assert batcher.plan() == StepPlan(group_prefill=(row,))
 
   def test_the_longest_request_makes_room_for_the_others(self):
     engine = _engine(2)

@@ -26,7 +26,8 @@ class FakeEngine:
   def __init__(self, cluster: FakeCluster, scheduler: SchedulerConfig):
     self.cluster = cluster
     self.batchers = [
-      Batcher(manager, scheduler, BLOCK_SIZE) for manager in cluster.managers
+      Batcher(manager, scheduler, cluster.lending, BLOCK_SIZE)
+      for manager in cluster.managers
     ]
     self.requests: dict[int, Request] = {}
     self.num_failed_rows = 0
