@@ -116,7 +116,7 @@ def make_engine_config(
     cache["num_blocks"] = (
       1 + math.ceil(share / max(block_size, 1)) + config.lending.headroom_blocks
     )
-  return config_from_options(
+  engine_config = config_from_options(
     num_instances=config.cluster.num_instances,
     tensor_parallel=config.cluster.tensor_parallel,
     dtype=config.model.dtype,
@@ -125,6 +125,7 @@ def make_engine_config(
     **config.lending.to_dict(),
     **config.scheduler.to_dict(),
   )
+  return engine_config.with_num_blocks(cache["num_blocks"])
 
 
 def _depths(depths: Sequence[object]) -> tuple[float, ...] | None:

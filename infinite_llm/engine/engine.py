@@ -5,7 +5,6 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -27,6 +26,7 @@ from infinite_llm.engine.in_flight import (
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.engine.pool_size import with_pool_size
 from infinite_llm.engine.request_book import Entry, RequestBook
 from infinite_llm.engine.sampler import Sampler, fetch
 from infinite_llm.engine.stall import StallWatch
@@ -53,7 +53,7 @@ class Engine:
   program joins them. Rows that were proved are committed, and only those.
 
   Attributes:
-    config: Sizes and rules.
+    config: Sizes and rules; that of the pools is known.
     runner: The devices.
     group: Managers and data plane.
     batchers: Continuous batching of each instance.
@@ -71,7 +71,9 @@ class Engine:
     attention: str | None = None,
     is_ready: IsReady = is_computed,
   ):
-    """Builds pools and managers around a loaded model; compiles nothing.
+    """Builds pools and managers around a loaded model.
+
+    Compiles nothing, unless the size of the pools is left to be measured.
 
     Args:
       model: Parameters on a mesh of `config.num_instances` rows.
@@ -81,11 +83,10 @@ class Engine:
       attention: Name of the micro-attention; None picks.
       is_ready: Tells whether a step is over, where several are under way.
     """
-    self.config = config
+    self.config = config = with_pool_size(model, config, attention=attention)
     self._model = model
     self._clock = clock
-    mesh = jax.tree.leaves(model.state)[0].sharding.mesh
-    self.runner = ModelRunner(model, mesh, config, attention=attention)
+    self.runner = ModelRunner(model, config, attention=attention)
     self.group = LendingGroup(
       config, self.runner, clock, transport or InProcessTransport()
     )

@@ -68,7 +68,8 @@ class LLM:
     self._is_stepping = False
     mesh = make_mesh(config.num_instances, config.tensor_parallel)
     load = restore if is_checkpoint(model) else load_hf
-    self.model = load(model, mesh, dtype=config.dtype)
+    dtype = None if config.dtype == "auto" else config.dtype
+    self.model = load(model, mesh, dtype=dtype)
     self.engine = Engine(self.model, config)
     with tqdm.tqdm(
       desc="Compiling", unit="program", disable=not show_progress

@@ -48,7 +48,6 @@ class ModelRunner:
   def __init__(
     self,
     model: LoadedModel,
-    mesh: Mesh,
     config: EngineConfig,
     *,
     attention: str | None = None,
@@ -56,14 +55,13 @@ class ModelRunner:
     """Places the pools; compiles nothing.
 
     Args:
-      model: Parameters, sharded over `mesh`.
-      mesh: ("instance", "tensor") mesh of the lending group.
+      model: Parameters, sharded over the mesh of the lending group.
       config: Sizes of everything.
       attention: Name of the micro-attention; None picks.
     """
     self._config = config
     self._attention = attention
-    self._mesh = mesh
+    self._mesh = mesh = model.mesh
     self.row_meshes = [row_mesh(mesh, i) for i in range(config.num_instances)]
     self._model = model
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
@@ -84,7 +82,7 @@ class ModelRunner:
       num_kv_heads=model.config.num_kv_heads,
       block_size=config.cache.block_size,
       head_dim=model.config.head_dim,
-      dtype=config.cache.kv_dtype or config.dtype,
+      dtype=config.cache.kv_dtype or model.dtype,
     )
     self._hosted: list[HostedTables] = []
     for instance in range(config.num_instances):

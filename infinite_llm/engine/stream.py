@@ -37,6 +37,7 @@ class OutputStream:
     self._detokenizer = tokenizer and Detokenizer(
       tokenizer,
       stop=sampling.stop,
+      include_stop=sampling.include_stop_str_in_output,
       skip_special_tokens=sampling.skip_special_tokens,
       prompt_token_ids=request.prompt_token_ids,
     )
@@ -68,7 +69,8 @@ class OutputStream:
     if self._logprobs is not None:
       self._logprobs.append(self._logprob(token, sampled))
     is_end = token in self._end_ids
-    if self._detokenizer is not None:
+    is_silent = is_end and not request.sampling.include_stop_str_in_output
+    if self._detokenizer is not None and not is_silent:
       self._text += self._detokenizer.append(token)
     if is_end or self._is_stopped:
       status = RequestStatus.FINISHED_STOPPED

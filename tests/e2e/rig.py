@@ -349,6 +349,7 @@ def small_rig() -> Rig:
       max_num_seqs=4,
       decode_buckets=(4,),
       prefill_buckets=(32,),
+      headroom_blocks=0,
       group_prefill_buckets=(32,),
       prefill_rows=2,
       spill_slots=2,

@@ -207,6 +207,11 @@ class TestStopStrings:
     ids = _bytes(_BYTE_LEVEL, f"no {_EMOJI} more".encode())
     assert "".join(_stream(_BYTE_LEVEL, ids, stop=(_EMOJI,))) == "no "
 
+  def test_the_stop_string_can_be_part_of_the_text(self):
+    ids = _bytes(_BYTE_LEVEL, b"a STOP b")
+    pieces = _stream(_BYTE_LEVEL, ids, stop=("STOP",), include_stop=True)
+    assert "".join(pieces) == "a STOP"
+
   def test_the_stop_string_that_is_complete_first_counts(self):
     ids = _bytes(_BYTE_LEVEL, b"abcdef")
     pieces = _stream(_BYTE_LEVEL, ids, stop=("bcdef", "cd"))

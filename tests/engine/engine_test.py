@@ -40,6 +40,7 @@ def build(model, **options) -> Engine:
     "decode_buckets": (4,),
     "prefill_buckets": (64,),
     "group_prefill_buckets": (64,),
+    "headroom_blocks": 0,
     "prefill_rows": 4,
     "spill_slots": 4,
     "exchange_blocks": 4,

@@ -78,6 +78,7 @@ def _shared(checkpoint, gate):
       max_num_seqs=4,
       decode_buckets=(4,),
       prefill_buckets=(64,),
+      headroom_blocks=0,
       group_prefill_buckets=(64,),
       spill_slots=2,
       resend_after_s=0.01,

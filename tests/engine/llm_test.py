@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from infinite_llm import LLM, SamplingParams
+from infinite_llm.config import MAX_PROGRAM_KINDS
 from infinite_llm.errors import CapacityError, RequestError
 from tests.testing import (
   SamplingOracle,
@@ -31,6 +32,7 @@ def _llm(tmp_path_factory):
     num_instances=2,
     block_size=16,
     num_blocks=40,
+    headroom_blocks=0,
     resend_after_s=0.01,
     heartbeat_every_s=0.005,
     show_progress=False,
@@ -310,6 +312,10 @@ class TestEndings:
     assert output.finish_reason == "stop"
     assert output.token_ids == sampled.token_ids[:end]
     assert "</s>" not in output.text
+    shown = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    assert self.again(llm, **shown).text.endswith("</s>")
+    shown["include_stop_str_in_output"] = False
+    assert not self.again(llm, **shown).text.endswith("</s>")
 
   def test_end_of_sequence_can_be_ignored(self, llm, sampled):
     assert sampled.finish_reason == "length"
@@ -322,6 +328,16 @@ class TestEndings:
     output = self.again(llm, ignore_eos=True, stop_token_ids=[stop])
     assert output.finish_reason == "stop"
     assert output.token_ids == sampled.token_ids[:end]
+    decode = llm.model.tokenizer.decode
+    assert output.text == decode(list(output.token_ids[:-1]))
+    output = self.again(
+      llm,
+      ignore_eos=True,
+      stop_token_ids=[stop],
+      include_stop_str_in_output=True,
+    )
+    assert output.text == decode(list(output.token_ids))
+    assert len(decode([stop])) > 0
 
   def test_a_stop_string_ends_before_itself(self, llm, sampled):
     tokenizer = llm.model.tokenizer
@@ -332,7 +348,12 @@ class TestEndings:
     stop = next(p for p in pairs[20:] if len(p) == 2 and p.isprintable())
     output = self.again(llm, ignore_eos=True, stop=["never in it", stop])
     assert output.finish_reason == "stop"
-    assert output.text == sampled.text[: sampled.text.index(stop)]
+    before = sampled.text[: sampled.text.index(stop)]
+    assert output.text == before
+    with_stop = self.again(
+      llm, ignore_eos=True, stop=stop, include_stop_str_in_output=True
+    )
+    assert with_stop.text == before + stop
     assert len(output.token_ids) < 400
     streamed = llm.stream(
       [5, 6, 7],
@@ -493,7 +514,8 @@ def test_few_programs_are_compiled(llm):
     for name, *shape in llm.engine.runner.programs
   }
   assert len(kinds) < len(llm.engine.runner.programs)
-  assert len(kinds) <= 24, sorted(kinds)
+  assert len(kinds) == llm.engine.config.num_program_kinds, sorted(kinds)
+  assert len(kinds) <= MAX_PROGRAM_KINDS
 
 
 def test_a_varied_workload_compiles_nothing(llm, oracle):
