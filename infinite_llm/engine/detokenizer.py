@@ -142,6 +142,10 @@ class _Characters:
     new_text = text[self._num_characters : len(text) - is_open]
     if new_text:  # Tokens without text would be no context.
       self._set_window(waiting, is_open)
+    elif len(waiting) >= 2 * _PATIENCE:
+      # However many such tokens come, the window stays small.
+      with_text = [token for token in waiting if self._decode([token])]
+      self._window[self._num_context :] = with_text[-_PATIENCE:]
     return new_text
 
   def finish(self) -> str:

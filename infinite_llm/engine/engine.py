@@ -261,6 +261,10 @@ class Engine:
     outputs, self._finished = self._finished, []
     return outputs
 
+  def is_unfinished(self, request_id: str) -> bool:
+    """Whether a request of this name has not ended."""
+    return self._book.find(request_id) is not None
+
   def progress(self, request_id: str) -> tuple[int, int]:
     """How far the prompt of a request is computed.
 

@@ -76,6 +76,30 @@ def _stream(tokenizer, ids, **options) -> list[str]:
   return [*map(detokenizer.append, ids), detokenizer.finish()]
 
 
+class _CountingTokenizer:
+  """A tokenizer that notes the most tokens it had to decode at once."""
+
+  def __init__(self, tokenizer):
+    self._tokenizer = tokenizer
+    self.longest = 0
+
+  def decode(self, token_ids, **options):
+    self.longest = max(self.longest, len(token_ids))
+    return self._tokenizer.decode(token_ids, **options)
+
+
+class TestTokensWithoutText:
+  @pytest.mark.parametrize("first", [b"", "é".encode()[:1]])
+  def test_however_many_come_few_are_decoded_at_once(self, first):
+    tokenizer = _CountingTokenizer(_BYTE_LEVEL)
+    eos = _BYTE_LEVEL.token_to_id(_EOS)
+    ids = [*_bytes(_BYTE_LEVEL, b"a" + first), *[eos] * 500]
+    ids += [10**6] * 100  # Nor do ids that the tokenizer does not know.
+    ids += _bytes(_BYTE_LEVEL, "é".encode()[len(first) :] + b"b")
+    assert "".join(_stream(tokenizer, ids)) == "aéb"
+    assert tokenizer.longest < 32
+
+
 class TestCharacters:
   def test_plain_tokens_come_at_once(self):
     ids = [_BYTE_LEVEL.token_to_id(word) for word in ("the", "Ġcat", "Ġsat")]

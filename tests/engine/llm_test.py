@@ -61,6 +61,12 @@ def greedy(count: int, **options) -> SamplingParams:
   return SamplingParams(max_tokens=count, ignore_eos=True, **options)
 
 
+def joined(outputs) -> tuple[tuple[int, ...], str]:
+  """Tokens and text of a stream, put together from what was new each time."""
+  tokens = tuple(t for output in outputs for t in output.new_token_ids)
+  return tokens, "".join(output.new_text for output in outputs)
+
+
 def check(oracle, output, sampling):
   prompt = list(output.prompt_token_ids)
   expected = oracle.tokens(prompt, output.token_ids, sampling)
@@ -111,6 +117,24 @@ class TestGenerate:
     (output,) = llm.generate([9, 8, 7])
     assert len(output.token_ids) <= SamplingParams().max_tokens
     check(oracle, output, SamplingParams())
+
+  def test_an_interrupt_in_a_step_leaves_nothing_behind(
+    self, llm, oracle, monkeypatch
+  ):
+    local_step, count = llm.engine.runner.local_step, iter(range(100))
+
+    def interrupted(*args, **options):
+      if next(count) == 3:
+        raise KeyboardInterrupt
+      return local_step(*args, **options)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(llm.engine.runner, "local_step", interrupted)
+      with pytest.raises(KeyboardInterrupt):
+        llm.generate([prompt_of(30, seed=n) for n in range(3)], greedy(50))
+    assert not any(batcher.has_work for batcher in llm.engine.batchers)
+    (output,) = llm.generate(prompt_of(30), greedy(5))
+    check(oracle, output, greedy(5))
 
   def test_an_interrupt_leaves_nothing_behind(self, llm, monkeypatch):
     step, count = llm.engine.step, iter(range(100))
@@ -191,25 +215,52 @@ class TestStream:
   def test_interleaved_streams_both_complete(self, llm, oracle):
     first = llm.stream(prompt_of(40), greedy(12))
     second = llm.stream(prompt_of(50, seed=1), greedy(9))
-    turns = []
-    while len(turns) < 21:
-      for stream in (first, second):
-        output = next(stream, None)
-        turns += [output] if output else []
-    assert [t.instance for t in turns[:4]] == [0, 1, 0, 1]
-    last = {t.request_id: t for t in turns}
-    assert sorted(len(t.token_ids) for t in last.values()) == [9, 12]
-    for output in last.values():
-      assert output.finish_reason == "length"
-      check(oracle, output, greedy(12))
+    turns = [[], []]
+    while not all(turn and turn[-1].is_finished for turn in turns):
+      for stream, turn in zip((first, second), turns, strict=True):
+        turn += [output] if (output := next(stream, None)) else []
+    for instance, (turn, count) in enumerate(zip(turns, (12, 9), strict=True)):
+      assert {output.instance for output in turn} == {instance}
+      assert len(turn[-1].token_ids) == count
+      assert turn[-1].finish_reason == "length"
+      check(oracle, turn[-1], greedy(12))
+      assert joined(turn) == (turn[-1].token_ids, turn[-1].text)
 
   def test_a_stream_goes_on_while_others_are_generated(self, llm, oracle):
     stream = llm.stream([1, 2, 3], greedy(30))
     outputs = [next(stream)]
     llm.generate([prompt_of(30, seed=n) for n in range(5)], greedy(6))
+    # What came meanwhile is one output, and the first is what it was.
+    outputs.append(next(stream))
+    assert len(outputs[0].token_ids) == 1
+    assert len(outputs[1].new_token_ids) >= 5
     outputs += stream
-    assert [len(o.token_ids) for o in outputs] == list(range(1, 31))
     check(oracle, outputs[-1], greedy(30))
+    assert joined(outputs) == (outputs[-1].token_ids, outputs[-1].text)
+
+  def test_what_others_step_is_read_later(self, llm, oracle):
+    stream = llm.stream([1, 2, 3], greedy(9))
+    outputs = [next(stream)]
+    for _ in range(4):
+      llm.engine.step()
+    outputs += stream
+    assert [len(output.token_ids) for output in outputs] == [1, 6, 7, 8, 9]
+    assert joined(outputs) == (outputs[-1].token_ids, outputs[-1].text)
+    check(oracle, outputs[-1], greedy(9))
+
+  def test_an_end_that_others_got_is_an_error(self, llm):
+    stream = llm.stream([1, 2, 3], greedy(3))
+    while llm.engine.has_unfinished():
+      llm.engine.step()
+    with pytest.raises(RequestError, match=r"went to another caller of engine"):
+      next(stream)
+    stream.close()
+
+  def test_an_abort_by_name_ends_a_stream(self, llm):
+    stream = llm.stream([1, 2, 3], greedy(30))
+    name = next(stream).request_id
+    llm.engine.abort(name)
+    assert [output.finish_reason for output in stream] == ["abort"]
 
   def test_an_instance_can_be_asked_for(self, llm):
     for instance in (1, 0):
