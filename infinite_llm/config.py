@@ -186,8 +186,8 @@ class SchedulerConfig:
     prefill_buckets: Token counts that prefill programs are compiled for,
       rising; the last one is the chunk size.
     prefill_rows: Most requests in one prefill program.
-    max_row_attempts: Times a row may fail its coverage before its request
-      fails.
+    max_row_attempts: Times a row may fail its coverage, and times a request
+      may be computed anew for that within a few tokens, before it fails.
   """
 
   max_num_seqs: int = 16

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.admission import (
   as_token_ids,
@@ -29,19 +30,17 @@ from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.engine.pool_size import with_pool_size
 from infinite_llm.engine.request_book import Entry, RequestBook
 from infinite_llm.engine.sampler import Sampler, fetch
-from infinite_llm.engine.stall import StallWatch
+from infinite_llm.engine.stall import StallBreaker
 from infinite_llm.engine.step_launcher import GROUP_PREFILL, StepLauncher
 from infinite_llm.engine.stream import OutputStream
 from infinite_llm.engine.warm_up import Progress, warm_up
-from infinite_llm.errors import CapacityError, ModelError, RequestError
+from infinite_llm.errors import ModelError, RequestError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.batching import Batcher, StepPlan
+from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.step_plan import StepPlan
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
-
-_IDLE_S = 0.0005
-"""Pause of a step that finds nothing to do but wait for a message."""
 
 
 class Engine:
@@ -67,7 +66,7 @@ class Engine:
     config: EngineConfig,
     *,
     clock: Callable[[], float] = time.monotonic,
-    transport: InProcessTransport | None = None,
+    transport: Transport | None = None,
     attention: str | None = None,
     is_ready: IsReady = is_computed,
   ):
@@ -115,7 +114,7 @@ class Engine:
     self._uids = itertools.count(1)
     self._book = RequestBook(config.num_instances)
     self._finished: list[RequestOutput] = []
-    self._stall = StallWatch(config.lending, clock)
+    self._stall = StallBreaker(config.lending, clock, self._book, self.batchers)
 
   @property
   def capacity_tokens(self) -> int:
@@ -257,7 +256,8 @@ class Engine:
     if has_moved or flights or not self._book:
       self._stall.progress()
     else:
-      self._break_stall()
+      self._stall.wait()
+      self._take_ended()
     outputs, self._finished = self._finished, []
     return outputs
 
@@ -279,7 +279,7 @@ class Engine:
 
   def pool_counts(self) -> list[PoolCounts]:
     """How the rBlocks of each instance are used."""
-    return [manager.counts() for manager in self.group.managers]
+    return [batcher.pool_counts() for batcher in self.batchers]
 
   def _request(self, uid: RequestUid) -> Request:
     return self._book[uid].request
@@ -388,35 +388,6 @@ class Engine:
         self._finished.append(
           stream.output(request.status.finish_reason, request.error)
         )
-
-  def _break_stall(self) -> None:
-    """Makes room when nothing can go on and no message is awaited.
-
-    Requests of several instances may wait for each other's rBlocks. The
-    youngest running one gives its own up and is computed again later, so the
-    oldest always gets through. One that is alone fails, but much later: it may
-    be waiting for messages that are lost again and again.
-    """
-    running = self._book.running()
-    if not self._stall.is_over(len(running)):
-      time.sleep(_IDLE_S)
-      return
-    if len(running) > 1:
-      youngest = running[-1]
-      logging.warning(
-        "All requests wait for rBlocks; %s gives its own up.",
-        youngest.request.request_id,
-      )
-      self.batchers[youngest.instance].preempt(youngest.request.uid)
-      return
-    stuck = (running or list(self._book))[0]
-    error = CapacityError(
-      f"Request {stuck.request.request_id} needs room for"
-      f" {stuck.request.num_tokens + 1} tokens, which nobody gives up:"
-      f" {self.pool_counts()}."
-    )
-    self.batchers[stuck.instance].fail(stuck.request.uid, error)
-    self._take_ended()
 
   def _proved_tokens(self, uid: RequestUid) -> int:
     return self._book[uid].request.num_computed_tokens

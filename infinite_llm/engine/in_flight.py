@@ -8,7 +8,7 @@ import jax
 
 from infinite_llm.engine.programs import StepKind
 from infinite_llm.engine.sampler import PendingSample
-from infinite_llm.scheduler.batching import Row
+from infinite_llm.scheduler.step_plan import Row
 from infinite_llm.types import InstanceId
 
 IsReady = Callable[[jax.Array], bool]

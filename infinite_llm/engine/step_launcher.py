@@ -8,8 +8,8 @@ from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import StepKind, StepOutput
 from infinite_llm.engine.sampler import Sampler, SampleRow
 from infinite_llm.engine.step_batch import RowInput
-from infinite_llm.scheduler.batching import Row, StepPlan
 from infinite_llm.scheduler.request import Request
+from infinite_llm.scheduler.step_plan import Row, StepPlan
 from infinite_llm.types import InstanceId, RequestUid
 
 _LOCAL_DECODE = StepKind(is_group=False, is_prefill=False)

@@ -56,6 +56,9 @@ class Request:
     furthest_tokens: Most tokens that were ever computed and proved; a
       recomputation makes no progress until it is past them.
     attempts: Coverage failures since the last progress.
+    num_recomputed: Times that its KV was computed anew for such failures, since
+      it had `recomputed_from` tokens.
+    recomputed_from: `furthest_tokens` when that count began.
     group_token_s: Seconds per token of its last group prefill step; 0 before
       one was measured.
     status: Where it is in its life.
@@ -72,6 +75,8 @@ class Request:
   num_computed_tokens: int = 0
   furthest_tokens: int = 0
   attempts: int = 0
+  num_recomputed: int = 0
+  recomputed_from: int = 0
   group_token_s: float = 0.0
   status: RequestStatus = RequestStatus.WAITING
   error: Exception | None = None

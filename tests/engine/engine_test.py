@@ -14,7 +14,6 @@ import safetensors.numpy
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.stall import StallWatch
 from infinite_llm.errors import CapacityError, ModelError, RequestError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
@@ -223,8 +222,8 @@ class TestIdleCallers:
   def _time_flies(self, engine, monkeypatch):
     """Between any two looks at the engine's clock a minute passes."""
     minutes = itertools.count()
-    watch = StallWatch(engine.config.lending, lambda: 60.0 * next(minutes))
-    monkeypatch.setattr(engine, "_stall", watch)
+    monkeypatch.setattr(engine._stall, "_clock", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(engine._stall, "_last_step_s", 0.0)
 
   def test_a_request_may_need_all_memory_after_another_did(
     self, engine, oracle

@@ -2,8 +2,8 @@ import pytest
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
-from infinite_llm.scheduler.batching import Row, StepPlan
 from infinite_llm.scheduler.request import RequestStatus
+from infinite_llm.scheduler.step_plan import Row, StepPlan
 from tests.scheduler.fake_cluster import FakeCluster, until
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
@@ -331,6 +331,42 @@ class TestFailures:
     engine.run()
     assert len(request.output_token_ids) == 3
     assert engine.num_failed_rows == 1
+
+  def test_a_request_is_not_computed_anew_for_every_token(self):
+    engine = _engine(2)
+    request = engine.add(0, make_request(1, 200, max_tokens=50))
+    batcher = engine.batchers[0]
+    lost = []
+    for _ in until(lambda: request.status.is_finished):
+      engine.cluster.heartbeat()
+      engine.cluster.proved[1] = request.num_computed_tokens
+      for row in batcher.plan().group_decode:  # Never proved.
+        lost.append(row.start)
+        engine._commit(0, row, False)
+        break
+      else:
+        engine.step()
+
+    # Each of three recomputations gave one token.
+    assert sorted(set(lost)) == [200, 201, 202, 203]
+    assert request.status is RequestStatus.FAILED
+    assert isinstance(request.error, CoverageError)
+    message = r"compute its KV anew 4 times since token 200, the last one 203;"
+    with pytest.raises(CoverageError, match=message):
+      raise request.error
+    assert len(request.output_token_ids) == 4
+    engine.cluster.heartbeat()
+    engine.cluster.check_empty()
+
+  def test_progress_forgives_recomputations(self):
+    engine = _engine()
+    request = engine.add(0, make_request(1, 20, max_tokens=100))
+    for furthest in (0, 0, 30, 100, 101, 110):
+      request.furthest_tokens = furthest
+      engine.batchers[0]._admit()
+      engine.batchers[0]._recompute(request)
+    assert request.status is RequestStatus.WAITING
+    assert (request.num_recomputed, request.recomputed_from) == (3, 100)
 
   def test_after_enough_failures_without_progress_a_request_fails(self):
     engine = _engine()

@@ -2,8 +2,9 @@
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.batching import Batcher, Row
+from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.step_plan import Row
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 
 
