@@ -55,7 +55,6 @@ class ModelRunner:
   def __init__(
     self,
     model: LoadedModel,
-    mesh: Mesh,
     config: EngineConfig,
     *,
     attention: str | None = None,
@@ -63,14 +62,13 @@ class ModelRunner:
     """Places the pools; compiles nothing.
 
     Args:
-      model: Parameters, sharded over `mesh`.
-      mesh: ("instance", "tensor") mesh of the lending group.
+      model: Parameters, sharded over the mesh of the lending group.
       config: Sizes of everything.
       attention: Name of the micro-attention; None picks.
     """
     self._config = config
     self._attention = attention
-    self._mesh = mesh
+    self._mesh = mesh = model.mesh
     self.row_meshes = [row_mesh(mesh, i) for i in range(config.num_instances)]
     self._model = model
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
@@ -91,7 +89,7 @@ class ModelRunner:
       num_kv_heads=pool_kv_heads(model.config, config.tensor_parallel),
       block_size=config.cache.block_size,
       head_dim=model.config.head_dim,
-      dtype=config.cache.kv_dtype or config.dtype,
+      dtype=config.cache.kv_dtype or model.dtype,
     )
     instances = range(config.num_instances)
     self._tables = [InstanceTables(config) for _ in instances]
@@ -120,8 +118,12 @@ class ModelRunner:
     Returns:
       Output of the instance alone, still being computed.
     """
-    bucket = bucket or self._bucket([rows], is_prefill)
-    num_rows = self._config.scheduler.prefill_rows if is_prefill else bucket
+    scheduler = self._config.scheduler
+    buckets = (
+      scheduler.prefill_buckets if is_prefill else scheduler.decode_buckets
+    )
+    bucket = bucket or _smallest_bucket([rows], buckets)
+    num_rows = scheduler.prefill_rows if is_prefill else bucket
     batch = self._batch(instance, rows, bucket, num_rows)
     kind = StepKind(is_group=False, is_prefill=is_prefill)
     name = "local_prefill" if is_prefill else "local_decode"
@@ -159,7 +161,9 @@ class ModelRunner:
       Output of each instance, still being computed.
     """
     if is_prefill:
-      bucket = bucket or self._bucket(rows, is_prefill)
+      bucket = bucket or _smallest_bucket(
+        rows, self._config.lending.group_prefill_buckets
+      )
       num_rows = 1
     else:
       bucket = num_rows = self._config.lending.spill_slots
@@ -321,23 +325,6 @@ class ModelRunner:
       attention=self._attention,
     )
 
-  def _bucket(
-    self, rows: Sequence[Sequence[RowInput]], is_prefill: bool
-  ) -> int:
-    """Smallest bucket that takes the rows of every instance."""
-    scheduler = self._config.scheduler
-    buckets = (
-      scheduler.prefill_buckets if is_prefill else scheduler.decode_buckets
-    )
-    needed = max(sum(len(row.token_ids) for row in batch) for batch in rows)
-    for bucket in buckets:
-      if needed <= bucket:
-        return bucket
-    raise InvariantError(
-      f"A step of {needed} tokens was planned, but the largest bucket takes"
-      f" {buckets[-1]}."
-    )
-
   def _batch(
     self,
     instance: int,
@@ -382,3 +369,17 @@ class ModelRunner:
     rows = self._tables[instance].take_moved()
     if rows is not None:
       self.upload_hosted(instance, rows)
+
+
+def _smallest_bucket(
+  rows: Sequence[Sequence[RowInput]], buckets: Sequence[int]
+) -> int:
+  """Smallest bucket that takes the rows of every instance."""
+  needed = max(sum(len(row.token_ids) for row in batch) for batch in rows)
+  for bucket in buckets:
+    if needed <= bucket:
+      return bucket
+  raise InvariantError(
+    f"A step of {needed} tokens was planned, but the largest bucket takes"
+    f" {buckets[-1]}."
+  )
