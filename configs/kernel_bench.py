@@ -24,6 +24,22 @@ def get_config() -> ConfigDict:
   config.decode.sweep_tokens = 1048576
   config.decode.peers = True  # Time the in-tree kernel too.
 
+  config.prefill = ConfigDict()
+  config.prefill.run = True
+  config.prefill.block_sizes = (64, 16)
+  # Beside the anchors' cases: query tokens, context and head dim.
+  config.prefill.more = (
+    (32768, 32768, 128),
+    (2048, 32768, 64),
+    (2048, 32768, 256),
+  )
+  config.prefill.peers = True  # Time JAX's own kernels too.
+
+  config.copies = ConfigDict()
+  config.copies.run = True
+  config.copies.append_tokens = (8192, 65536)
+  config.copies.blocks = (64, 256)  # Packed and unpacked, of 8 MiB each.
+
   config.timing = ConfigDict()
   config.timing.calls = (4, 20)  # In one program; the slope is the time.
   config.timing.repeats = 9  # Of which the median is taken.

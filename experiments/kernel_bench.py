@@ -23,6 +23,7 @@ import ml_collections
 import numpy as np
 from matplotlib import figure
 
+from experiments import copy_bench, prefill_bench
 from infinite_llm.errors import ConfigError
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
@@ -91,7 +92,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Mapping:
       rows += _bench_decode(config, case, anchors["ceilings"])
       _write(workdir / "rows.json", rows)
     _plot(rows, workdir / "decode.png")
-  correct = all(row["error"] is None or row["correct"] for row in rows)
+  for part, bench in (
+    (config.prefill, prefill_bench.bench),
+    (config.copies, copy_bench.bench),
+  ):
+    for row in bench(config, anchors, _time_us) if part.run else ():
+      rows.append(row)
+      _write(workdir / "rows.json", rows)
+  correct = all(row["correct"] is not False for row in rows)
   return {"rows": rows, "correct": correct}
 
 

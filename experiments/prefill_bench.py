@@ -1,13 +1,15 @@
 """The prefill cases of the kernel bench: queries at the end of one context."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
@@ -30,7 +32,9 @@ class PrefillCase:
     num_q_heads: `H`.
     num_kv_heads: `K`.
     head_dim: `D`.
-    peer_us: Time of the best peer in microseconds, from the anchors.
+    block_size: `P`.
+    peer_us: Time of the best peer in microseconds, from the anchors; None where
+      they have none.
   """
 
   query: int
@@ -38,12 +42,14 @@ class PrefillCase:
   num_q_heads: int = 32
   num_kv_heads: int = 8
   head_dim: int = 128
-  peer_us: float
+  block_size: int
+  peer_us: float | None = None
 
   @property
   def name(self) -> str:
-    """Such as `2048 of 32768`."""
-    return f"{self.query} of {self.context}"
+    """Such as `2048 of 32768, P 64`."""
+    name = f"{self.query} of {self.context}, P {self.block_size}"
+    return name if self.head_dim == 128 else f"{name}, D {self.head_dim}"
 
   @property
   def flops(self) -> float:
@@ -55,8 +61,8 @@ class PrefillCase:
 
 def bench(
   config: ml_collections.ConfigDict, anchors: Mapping, time_us: TimeUs
-) -> list[dict[str, Any]]:
-  """Checks and times the prefill kernel in the cases of the anchors.
+) -> Iterator[dict[str, Any]]:
+  """Checks and times the prefill kernel, and peers where they cover a case.
 
   Args:
     config: Of the kernel bench; reads `prefill`, and what `time_us` reads.
@@ -64,66 +70,141 @@ def bench(
     time_us: `time_us(config, call, inputs)`, microseconds of one call where
       `call(n, inputs)` makes `n` of them.
 
-  Returns:
-    Rows of the bench, one a case.
+  Yields:
+    Rows of the bench, one an implementation and case.
   """
-  rows = []
-  for anchor in anchors["prefill"]:
-    case = PrefillCase(
-      query=anchor["query"],
-      context=anchor["context"],
-      peer_us=anchor["best_peer_us"],
-    )
+  ceiling = anchors["ceilings"]["gemm_bf16_TFLOP_per_s"]
+  for case in _cases(config, anchors):
     inputs = _draw(config, case)
-
-    def call(
-      calls: int, inputs: Mapping, case: PrefillCase = case
-    ) -> AttentionState:
-      never = jnp.int32(0)
-      for i in range(calls):
-        state = micro_attention(
-          **inputs,
-          layer=i % _NUM_LAYERS + never,
-          scale=case.head_dim**-0.5,
-          max_query_tokens=case.query,
-          implementation=_IMPLEMENTATION,
-        )
-        # Makes the next call wait for this one; equal calls would be one.
-        never = (state.lse[0, 0] > 1e30).astype(jnp.int32)
-      return state
-
-    error = _error(case, inputs, jax.jit(call, static_argnums=0)(1, inputs))
-    us = time_us(config, lambda n, x, call=call: call(n, x).lse, inputs)
-    tflop_per_s = case.flops / us / 1e6
-    rows.append(
-      {
+    times = {_IMPLEMENTATION: _bench_ours(config, case, inputs, time_us)}
+    if config.prefill.peers and case.query == case.context:
+      times |= _bench_peers(config, case, inputs, time_us)
+    for implementation, (us, error) in times.items():
+      row = {
         "kernel": "prefill",
-        "implementation": _IMPLEMENTATION,
+        "implementation": implementation,
         "case": case.name,
         "time_us": us,
-        "tflop_per_s": tflop_per_s,
-        "roofline": tflop_per_s / anchors["ceilings"]["gemm_bf16_TFLOP_per_s"],
-        "peer": "FlashInfer 0.6.1 FA3 (anchor)",
+        "tflop_per_s": case.flops / us / 1e6,
+        "roofline": case.flops / us / 1e6 / ceiling,
+        "peer": "FlashInfer 0.6.1 FA3, page 16 (anchor)"
+        if case.peer_us
+        else None,
         "peer_us": case.peer_us,
-        "ratio": us / case.peer_us,
+        "ratio": us / case.peer_us if case.peer_us else None,
         "error": error,
-        "correct": error < _TOLERANCE,
+        "correct": None if error is None else error < _TOLERANCE,
       }
+      _print(row)
+      yield row
+
+
+def _cases(
+  config: ml_collections.ConfigDict, anchors: Mapping
+) -> list[PrefillCase]:
+  """The anchors' cases for each block size, and those of the config."""
+  cases = [
+    PrefillCase(
+      query=anchor["query"],
+      context=anchor["context"],
+      block_size=block_size,
+      peer_us=anchor["best_peer_us"],
     )
-    print(
-      f"{case.name:28} {_IMPLEMENTATION:28} {us:8.1f} us"
-      f" {tflop_per_s:4.0f} TFLOP/s {us / case.peer_us:.3f} of the peer"
-      f" error {error:.1e}",
-      flush=True,
+    for block_size in config.prefill.block_sizes
+    for anchor in anchors["prefill"]
+  ]
+  for query, context, head_dim in config.prefill.more:
+    cases.append(
+      PrefillCase(
+        query=query,
+        context=context,
+        head_dim=head_dim,
+        block_size=config.prefill.block_sizes[0],
+      )
     )
-  return rows
+  return cases
+
+
+def _bench_ours(
+  config: ml_collections.ConfigDict,
+  case: PrefillCase,
+  inputs: Mapping,
+  time_us: TimeUs,
+) -> tuple[float, float]:
+  """Microseconds of a call, and its error."""
+
+  def call(calls: int, inputs: Mapping) -> AttentionState:
+    never = jnp.int32(0)
+    for i in range(calls):
+      state = micro_attention(
+        **inputs,
+        layer=i % _NUM_LAYERS + never,
+        scale=case.head_dim**-0.5,
+        max_query_tokens=case.query,
+        implementation=_IMPLEMENTATION,
+      )
+      # Makes the next call wait for this one; equal calls would be one.
+      never = (state.lse[0, 0] > 1e30).astype(jnp.int32)
+    return state
+
+  error = _error(case, inputs, jax.jit(call, static_argnums=0)(1, inputs))
+  return time_us(config, lambda n, x: call(n, x).lse, inputs), error
+
+
+def _bench_peers(
+  config: ml_collections.ConfigDict,
+  case: PrefillCase,
+  inputs: Mapping,
+  time_us: TimeUs,
+) -> dict[str, tuple[float, None]]:
+  """Times JAX's own kernels, which see the whole context unpaged."""
+  kv = inputs["kv_pool"][inputs["tables"].block_ids, 0]
+  kv = jnp.moveaxis(kv, 3, 1).reshape(
+    1, case.context, 2, case.num_kv_heads, case.head_dim
+  )
+  q, k, v = inputs["q"][None], kv[:, :, 0], kv[:, :, 1]
+  tuning = attention_mgpu.TuningConfig(
+    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+  )
+  peers: dict[str, Callable[..., jax.Array]] = {
+    "cuDNN through JAX": functools.partial(
+      jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+    ),
+    "jax in-tree attention_mgpu": functools.partial(
+      attention_mgpu.attention, config=tuning
+    ),
+  }
+  times = {}
+  for name, attend in peers.items():
+
+    def call(calls: int, x: Any, attend: Any = attend) -> jax.Array:
+      q, k, v = x
+      for _ in range(calls):
+        q = attend(q, k, v)  # Else the calls would be one.
+      return q
+
+    try:
+      times[name] = time_us(config, call, (q, k, v)), None
+    except Exception as error:  # Whatever it is that the peer cannot do.
+      print(f"{name}, {case.name}: {str(error)[:200]}", flush=True)
+  return times
+
+
+def _print(row: Mapping) -> None:
+  ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f} of the peer"
+  error = "" if row["error"] is None else f"error {row['error']:.1e}"
+  print(
+    f"{row['case']:28} {row['implementation']:28} {row['time_us']:8.1f} us"
+    f" {row['tflop_per_s']:4.0f} TFLOP/s {ratio} {error}",
+    flush=True,
+  )
 
 
 def _draw(
   config: ml_collections.ConfigDict, case: PrefillCase
 ) -> dict[str, Any]:
   """Random queries, keys, values and rBlock order; the null block is NaN."""
-  block_size = config.prefill.block_size
+  block_size = case.block_size
   count = case.context // block_size
   ids = 1 + np.random.default_rng(config.seed).permutation(count)
   kv_key, q_key = jax.random.split(jax.random.key(config.seed))

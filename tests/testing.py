@@ -203,7 +203,10 @@ def pools_are_empty(engine: "Engine", patience_s: float = 5.0) -> bool:
 
 
 def write_shallow_checkpoint(
-  folder: pathlib.Path, family: str = "llama3", num_layers: int = 1
+  folder: pathlib.Path,
+  family: str = "llama3",
+  num_layers: int = 1,
+  num_kv_heads: int | None = None,
 ) -> pathlib.Path:
   """Cuts a golden model to its first layers: it compiles so much faster.
 
@@ -211,6 +214,7 @@ def write_shallow_checkpoint(
     folder: Gets the checkpoint; made if need be.
     family: Golden checkpoint to take.
     num_layers: Layers to keep.
+    num_kv_heads: KV heads to keep; None keeps all.
 
   Returns:
     The folder.
@@ -221,6 +225,8 @@ def write_shallow_checkpoint(
   config["num_hidden_layers"] = num_layers
   if "layer_types" in config:
     config["layer_types"] = config["layer_types"][:num_layers]
+  if num_kv_heads is not None:
+    config["num_key_value_heads"] = num_kv_heads
   (folder / "config.json").write_text(json.dumps(config))
   tensors = {}
   for file in source.glob("*.safetensors"):
@@ -232,6 +238,12 @@ def write_shallow_checkpoint(
     for name, tensor in tensors.items()
     if (match := dropped.match(name)) is None or int(match[1]) < num_layers
   }
+  if num_kv_heads is not None:
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    rows = num_kv_heads * config.get("head_dim", head_dim)
+    for name, tensor in kept.items():
+      if re.search(r"\.[kv]_proj\.", name):
+        kept[name] = np.ascontiguousarray(tensor[:rows])
   (folder / "model.safetensors.index.json").unlink(missing_ok=True)
   safetensors.numpy.save_file(kept, folder / "model.safetensors")
   return folder

@@ -59,7 +59,7 @@ class KVPool:
       rows: Row meshes of the instances.
       num_blocks: N, rBlocks per instance with the null block.
       num_layers: L.
-      num_kv_heads: K of the whole model, a multiple of the tensor ranks.
+      num_kv_heads: K over all tensor ranks, a multiple of them.
       block_size: P, tokens per rBlock.
       head_dim: D.
       dtype: Dtype of keys and values.

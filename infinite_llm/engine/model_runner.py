@@ -31,6 +31,7 @@ from infinite_llm.engine.step_batch import (
 )
 from infinite_llm.errors import InvariantError
 from infinite_llm.models.hf_loader import LoadedModel
+from infinite_llm.models.transformer import pool_kv_heads
 from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch
 
 _GRANT_BUCKET = 64
@@ -79,7 +80,7 @@ class ModelRunner:
       self.row_meshes,
       num_blocks=config.cache.num_blocks,
       num_layers=model.config.num_layers,
-      num_kv_heads=model.config.num_kv_heads,
+      num_kv_heads=pool_kv_heads(model.config, config.tensor_parallel),
       block_size=config.cache.block_size,
       head_dim=model.config.head_dim,
       dtype=config.cache.kv_dtype or model.dtype,

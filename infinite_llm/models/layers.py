@@ -58,7 +58,13 @@ class Linear(nnx.Module):
     self.weight = _random(rngs, (out_dim, in_dim), dtype)
     self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if bias else None
 
-  def __call__(self, x: jax.Array, sum_over: str | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    sum_over: str | None = None,
+    outputs: tuple[jax.Array, int] | None = None,
+  ) -> jax.Array:
     """Projects, in the activations' dtype.
 
     *Collective over axis* `sum_over`.
@@ -66,16 +72,23 @@ class Linear(nnx.Module):
     Args:
       x: `[T, in]` activations; a shard of them where `sum_over` is given.
       sum_over: Mesh axis over which a row-parallel weight is sharded.
+      outputs: `(start, size)` of the outputs that are wanted; None is all.
 
     Returns:
       `[T, out]` in the dtype of `x`.
     """
-    y = matmul(x, self.weight[...])
+
+    def wanted(parameter: jax.Array) -> jax.Array:
+      if outputs is None:
+        return parameter
+      return jax.lax.dynamic_slice_in_dim(parameter, *outputs)
+
+    y = matmul(x, wanted(self.weight[...]))
     if sum_over is not None:
       # The links carry the activations' dtype; the bias is added once, after.
       y = jax.lax.psum(y.astype(x.dtype), sum_over)
     if self.bias is not None:
-      y = y + self.bias[...].astype(y.dtype)
+      y = y + wanted(self.bias[...]).astype(y.dtype)
     return y.astype(x.dtype)
 
 
@@ -156,6 +169,8 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.head_dim = config.head_dim
+    self.num_q_heads = config.num_q_heads
+    self.num_kv_heads = config.num_kv_heads
     q_dim = config.num_q_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
 
@@ -201,10 +216,11 @@ class Attention(nnx.Module):
     def heads(y: jax.Array) -> jax.Array:
       return y.reshape(y.shape[0], -1, self.head_dim)
 
-    q, k, v = (
-      heads(self.q_proj(x)),
-      heads(self.k_proj(x)),
-      heads(self.v_proj(x)),
+    q = heads(self.q_proj(x))
+    mine = self._own_kv_head(q.shape[1], tensor_axis)
+    k, v = (
+      heads(projection(x, outputs=mine))
+      for projection in (self.k_proj, self.v_proj)
     )
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -212,6 +228,25 @@ class Attention(nnx.Module):
     out, cache = attend(q, k, v, cache)
     out = out.astype(x.dtype).reshape(out.shape[0], -1)
     return self.o_proj(out, sum_over=tensor_axis), cache
+
+  def _own_kv_head(
+    self, num_local_q_heads: int, tensor_axis: str | None
+  ) -> tuple[jax.Array, int] | None:
+    """Where a rank's KV head lies in projections that all ranks hold whole.
+
+    Args:
+      num_local_q_heads: Query heads of this rank.
+      tensor_axis: Mesh axis that the heads are sharded over.
+
+    Returns:
+      `(start, size)` of its outputs; None where the ranks do not outnumber the
+      KV heads and each holds just its own.
+    """
+    ranks = self.num_q_heads // num_local_q_heads
+    if ranks <= self.num_kv_heads:
+      return None
+    head = jax.lax.axis_index(tensor_axis) * self.num_kv_heads // ranks
+    return head * self.head_dim, self.head_dim
 
 
 class GatedMlp(nnx.Module):

@@ -120,7 +120,6 @@ def build_needle_checkpoint(
   path: str | os.PathLike[str],
   *,
   dtype: str = "float32",
-  num_kv_heads: int = 1,
   vocab_size: int = DEFAULT_VOCAB_SIZE,
   corpus: str | None = None,
 ) -> pathlib.Path:
@@ -132,7 +131,6 @@ def build_needle_checkpoint(
   Args:
     path: Folder to write; may hold an earlier needle checkpoint.
     dtype: "float32" or "bfloat16".
-    num_kv_heads: 1, or 2 (equal ones) so that two devices can split a layer.
     vocab_size: Most tokens of the tokenizer.
     corpus: Text that the tokenizer learns from; None takes CPython's topic
       texts, the empty string gives a byte tokenizer.
@@ -148,13 +146,9 @@ def build_needle_checkpoint(
     raise ValueError(
       f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}."
     )
-  if num_kv_heads not in (1, NUM_QUERY_HEADS):
-    raise ValueError(
-      f"num_kv_heads must be 1 or {NUM_QUERY_HEADS}; got {num_kv_heads!r}."
-    )
   if corpus is None:
     corpus = needle_tokenizer.default_corpus()
-  recipe = _recipe(_FORMAT, dtype, num_kv_heads, vocab_size, corpus)
+  recipe = _recipe(_FORMAT, dtype, vocab_size, corpus)
   found = _find_recipe(path)
   if found == recipe:
     return path
@@ -168,7 +162,7 @@ def build_needle_checkpoint(
     vocab_size=vocab_size, corpus=corpus
   )
   rows = -(-tokenizer.get_vocab_size() // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-  weights = _weights(tokenizer, rows, num_kv_heads)
+  weights = _weights(tokenizer, rows)
   tokens = {
     "bos_token_id": tokenizer.token_to_id(BOS_TOKEN),
     "eos_token_id": tokenizer.token_to_id(EOS_TOKEN),
@@ -181,7 +175,7 @@ def build_needle_checkpoint(
     "intermediate_size": _MLP_DIM,
     "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": NUM_QUERY_HEADS,
-    "num_key_value_heads": num_kv_heads,
+    "num_key_value_heads": 1,
     "head_dim": HEAD_DIM,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -266,7 +260,7 @@ def token_codes(vocab_size: int) -> np.ndarray:
 
 
 def _weights(
-  tokenizer: tokenizers.Tokenizer, vocab_size: int, num_kv_heads: int
+  tokenizer: tokenizers.Tokenizer, vocab_size: int
 ) -> dict[str, np.ndarray]:
   """Returns all tensors by their Hugging Face names, float32, `[out, in]`."""
   codes = token_codes(vocab_size)
@@ -304,8 +298,8 @@ def _weights(
     prefix = f"model.layers.{layer}"
     weights |= {
       f"{prefix}.self_attn.q_proj.weight": q,
-      f"{prefix}.self_attn.k_proj.weight": np.tile(k, (num_kv_heads, 1)),
-      f"{prefix}.self_attn.v_proj.weight": np.tile(v, (num_kv_heads, 1)),
+      f"{prefix}.self_attn.k_proj.weight": k,
+      f"{prefix}.self_attn.v_proj.weight": v,
       f"{prefix}.self_attn.o_proj.weight": o,
     }
     # The format wants an MLP. This one adds nothing, as its input is 0. Zero

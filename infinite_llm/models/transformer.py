@@ -173,15 +173,31 @@ def abstract_transformer(
 
 
 _COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_KV_PROJECTIONS = ("k_proj", "v_proj")
 _ROW_PARALLEL = ("o_proj", "down_proj")
 _VOCABULARY = ("embed_tokens", "lm_head")
+
+
+def pool_kv_heads(config: ModelConfig, ranks: int) -> int:
+  """KV heads that the pools of an instance's ranks hold, copies included.
+
+  Args:
+    config: Shape of the model.
+    ranks: Tensor ranks of the instance.
+
+  Returns:
+    K; where ranks outnumber the heads, one for each rank.
+  """
+  return max(config.num_kv_heads, ranks)
 
 
 def param_specs(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
   """Says how each weight lies on a mesh.
 
   Heads and the inner MLP dimension are sharded over "tensor", the vocabulary
-  too where the ranks divide it; nothing is sharded over "instance".
+  too where the ranks divide it; nothing is sharded over "instance". Where there
+  are more ranks than KV heads, each rank holds all KV projections and uses one
+  head of them, the same as its neighbours'.
 
   Args:
     config: Shape of the model.
@@ -192,18 +208,26 @@ def param_specs(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     use as `in_specs` of `jax.shard_map`.
 
   Raises:
-    ConfigError: If the ranks divide the KV heads or the MLP unevenly.
+    ConfigError: If the ranks divide the heads or the MLP unevenly.
   """
   ranks = mesh.shape[TENSOR_AXIS]
-  for name in ("num_kv_heads", "mlp_dim"):
+  for name in ("num_q_heads", "mlp_dim"):
     size = getattr(config, name)
     if size % ranks:
       raise ConfigError(
         f"{name} must be a multiple of tensor_parallel ({ranks}); got {size}."
       )
+  is_replicated = ranks > config.num_kv_heads
+  if pool_kv_heads(config, ranks) % min(ranks, config.num_kv_heads):
+    raise ConfigError(
+      "num_kv_heads must be a multiple or a divisor of tensor_parallel"
+      f" ({ranks}); got {config.num_kv_heads}."
+    )
 
   def spec(path, weight) -> PartitionSpec:
     owner = path[-2].key
+    if is_replicated and owner in _KV_PROJECTIONS:
+      return PartitionSpec()
     if owner in _COLUMN_PARALLEL:
       return PartitionSpec(TENSOR_AXIS, *[None] * (len(weight.shape) - 1))
     if owner in _ROW_PARALLEL and len(weight.shape) == 2:

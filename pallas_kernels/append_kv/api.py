@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.append_kv import xla
+from pallas_kernels.append_kv import mosaic_gpu, xla
 from pallas_kernels.pool_layout import (
   Layer,
   check_layer,
@@ -16,7 +16,9 @@ from pallas_kernels.pool_layout import (
 
 __all__ = ["IMPLEMENTATIONS", "append_kv"]
 
-IMPLEMENTATIONS = dispatch.Implementations("append_kv", {"xla": xla.append_kv})
+IMPLEMENTATIONS = dispatch.Implementations(
+  "append_kv", {"mosaic_gpu": mosaic_gpu.append_kv, "xla": xla.append_kv}
+)
 
 
 def append_kv(

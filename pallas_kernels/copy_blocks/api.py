@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.copy_blocks import xla
+from pallas_kernels.copy_blocks import mosaic_gpu, xla
 from pallas_kernels.pool_layout import (
   check_pool,
   require,
@@ -20,10 +20,12 @@ __all__ = [
 ]
 
 PACK_IMPLEMENTATIONS = dispatch.Implementations(
-  "pack_blocks", {"xla": xla.pack_blocks}
+  "pack_blocks",
+  {"mosaic_gpu": mosaic_gpu.pack_blocks, "xla": xla.pack_blocks},
 )
 UNPACK_IMPLEMENTATIONS = dispatch.Implementations(
-  "unpack_blocks", {"xla": xla.unpack_blocks}
+  "unpack_blocks",
+  {"mosaic_gpu": mosaic_gpu.unpack_blocks, "xla": xla.unpack_blocks},
 )
 
 

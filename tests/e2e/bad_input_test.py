@@ -109,8 +109,8 @@ def _no_half_state():
       r"config must be an EngineConfig; got \{'num_instances': 2\}\.",
     ),
     (
-      {"tensor_parallel": 4},
-      r"num_kv_heads",
+      {"tensor_parallel": 3},
+      r"num_q_heads",
     ),
   ],
 )

@@ -33,11 +33,15 @@ class Case:
   dtype: str = "float32"
   kv_dtype: str | None = None
   num_layers: int = 1
+  num_kv_heads: int | None = None
 
 
 CASES = {
   "tensor parallel, norms of queries and keys": Case(
     family="qwen3", tensor_parallel=2
+  ),
+  "more tensor ranks than KV heads, biases": Case(
+    family="qwen2", tensor_parallel=2, num_kv_heads=1
   ),
   "tensor parallel, bfloat16": Case(
     family="llama2", tensor_parallel=2, dtype="bfloat16"
@@ -53,7 +57,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_output_equals_the_dense_model(name, tmp_path):
   case = CASES[name]
-  path = write_shallow_checkpoint(tmp_path, case.family, case.num_layers)
+  path = write_shallow_checkpoint(
+    tmp_path, case.family, case.num_layers, case.num_kv_heads
+  )
   model = load_hf(path, make_mesh(2, case.tensor_parallel), dtype=case.dtype)
   engine = Engine(
     model,

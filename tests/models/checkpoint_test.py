@@ -163,6 +163,6 @@ def test_an_unsupported_dtype_is_refused(saved):
     checkpoint.restore(saved, make_mesh(1, 1), dtype="int8")
 
 
-def test_a_mesh_that_splits_kv_heads_unevenly_is_refused(saved):
-  with pytest.raises(ConfigError, match=r"num_kv_heads .* \(3\); got 4"):
+def test_a_mesh_that_splits_heads_unevenly_is_refused(saved):
+  with pytest.raises(ConfigError, match=r"num_q_heads .* \(3\); got 4"):
     checkpoint.restore(saved, make_mesh(1, 3))

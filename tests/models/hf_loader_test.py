@@ -409,7 +409,7 @@ def test_an_unsupported_dtype_is_refused(folder):
     _load(folder, dtype="float16")
 
 
-def test_tensor_ranks_that_split_kv_heads_unevenly_are_refused(folder):
-  message = r"num_kv_heads must be a multiple of tensor_parallel \(4\); got 2"
+def test_tensor_ranks_that_split_heads_unevenly_are_refused(folder):
+  message = r"num_q_heads must be a multiple of tensor_parallel \(3\); got 4"
   with pytest.raises(ConfigError, match=message):
-    _load(folder, make_mesh(1, 4))
+    _load(folder, make_mesh(1, 3))

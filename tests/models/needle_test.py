@@ -383,16 +383,10 @@ class TestBuild:
     assert _digests(path) != first
     assert list(tmp_path.iterdir()) == [path]
 
-  def test_splits_over_two_devices_with_two_kv_heads(self, tmp_path):
-    path = needle.build_needle_checkpoint(
-      tmp_path / "m", corpus="", num_kv_heads=2
-    )
+  def test_its_vocabulary_splits_over_devices(self, tmp_path):
+    path = needle.build_needle_checkpoint(tmp_path / "m", corpus="")
     config = json.loads((path / "config.json").read_text())
-    assert config["num_key_value_heads"] == 2
     assert config["vocab_size"] % 64 == 0
-    mesh = mesh_lib.make_mesh(1, 2)
-    loaded = hf_loader.load_hf(path, mesh, dtype="float32")
-    assert loaded.config.num_kv_heads == 2
 
   def test_refuses_a_folder_of_something_else(self, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
@@ -404,7 +398,6 @@ class TestBuild:
     ("arguments", "message"),
     [
       ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
-      ({"num_kv_heads": 3}, "num_kv_heads must be 1 or 2; got 3"),
       ({"vocab_size": 1000}, "vocab_size must be at least .*; got 1000"),
     ],
   )

@@ -14,6 +14,7 @@ from infinite_llm.models.transformer import (
   Transformer,
   abstract_transformer,
   param_specs,
+  pool_kv_heads,
 )
 from tests import testing
 
@@ -64,8 +65,14 @@ def test_bfloat16_models_compute_in_bfloat16_and_score_in_float32():
 
 
 @pytest.mark.parametrize("vocab_size", [36, 37])
-@pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_tensor_ranks_compute_what_one_device_does(vocab_size, tie_embeddings):
+@pytest.mark.parametrize(
+  # Four ranks outnumber the two KV heads.
+  ("tie_embeddings", "ranks"),
+  [(False, 2), (True, 2), (True, 4)],
+)
+def test_tensor_ranks_compute_what_one_device_does(
+  vocab_size, tie_embeddings, ranks
+):
   # Everything that a shard may hold a part of; 37 tokens cannot be sharded.
   config = dataclasses.replace(
     CONFIG,
@@ -76,7 +83,7 @@ def test_tensor_ranks_compute_what_one_device_does(vocab_size, tie_embeddings):
     mlp_bias=True,
     qk_norm=True,
   )
-  mesh = make_mesh(1, 2)
+  mesh = make_mesh(1, ranks)
   graphdef, abstract = abstract_transformer(
     config, dtype="float32", tensor_axis="tensor"
   )
@@ -178,12 +185,21 @@ def test_an_abstract_model_allocates_nothing_and_matches_a_real_one():
 
 
 @pytest.mark.parametrize(
-  ("ranks", "message"),
+  ("heads", "ranks", "message"),
   [
-    (4, r"num_kv_heads must be a multiple of tensor_parallel \(4\); got 2\."),
-    (3, r"num_kv_heads must be a multiple of tensor_parallel \(3\); got 2\."),
+    ((4, 2), 3, r"num_q_heads must be a multiple of .* \(3\); got 4\."),
+    ((6, 2), 3, r"num_kv_heads must be .* or a divisor of .* \(3\); got 2\."),
+    ((12, 3), 2, r"num_kv_heads must be a multiple or .* \(2\); got 3\."),
   ],
 )
-def test_meshes_that_split_heads_unevenly_are_refused(ranks, message):
+def test_meshes_that_split_heads_unevenly_are_refused(heads, ranks, message):
+  num_q_heads, num_kv_heads = heads
+  config = dataclasses.replace(
+    CONFIG, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads
+  )
   with pytest.raises(ConfigError, match=message):
-    param_specs(CONFIG, make_mesh(1, ranks))
+    param_specs(config, make_mesh(1, ranks))
+
+
+def test_pools_hold_a_head_for_each_rank_beyond_the_kv_heads():
+  assert [pool_kv_heads(CONFIG, ranks) for ranks in (1, 2, 4)] == [2, 2, 4]

@@ -1,16 +1,32 @@
 """append_kv writes what it is told to, where it is told to, and no more."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.append_kv.api import IMPLEMENTATIONS, append_kv
+from pallas_kernels.append_kv import mosaic_gpu
+from pallas_kernels.append_kv.api import append_kv
 from pallas_kernels.pool_layout import NULL_BLOCK_ID
 
-_N, _L, _K, _P, _D = 6, 3, 2, 8, 16
+_N, _L, _K, _P, _D = 6, 3, 2, 8, 64
 _LAYER = 1
-_each_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS.names)
+_INTERPRETED = functools.partial(
+  mosaic_gpu.append, interpret=plgpu.InterpretGPUParams(detect_races=True)
+)
+_APPENDS = [
+  pytest.param(functools.partial(append_kv, implementation="xla"), id="xla"),
+  pytest.param(_INTERPRETED, id="mosaic_gpu_interpreted"),
+  pytest.param(
+    functools.partial(append_kv, implementation="mosaic_gpu"),
+    id="mosaic_gpu",
+    marks=pytest.mark.gpu,
+  ),
+]
+_each_implementation = pytest.mark.parametrize("append", _APPENDS)
 
 
 def _pool(dtype=jnp.float32) -> jax.Array:
@@ -41,54 +57,49 @@ def _expected(pool, k, v, block_ids, offsets) -> np.ndarray:
 @_each_implementation
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layer", [_LAYER, jnp.int32(_LAYER)], ids=type)
-def test_tokens_land_in_their_places(layer, dtype, name):
+def test_tokens_land_in_their_places(layer, dtype, append):
   pool, (k, v) = _pool(dtype), _kv(4)
   block_ids, offsets = _ints(5, 5, 2, 1), _ints(6, 7, 0, 3)
-  result = append_kv(pool, layer, k, v, block_ids, offsets, implementation=name)
+  result = append(pool, layer, k, v, block_ids, offsets)
   assert result.dtype == pool.dtype
   expected = _expected(pool, k, v, block_ids, offsets)
   np.testing.assert_array_equal(np.asarray(result), expected)
 
 
 @_each_implementation
-def test_padding_changes_the_null_block_only(name):
+def test_padding_changes_the_null_block_only(append):
   pool, (k, v) = _pool(), _kv(5)
   block_ids = _ints(3, *[NULL_BLOCK_ID] * 4)
   offsets = _ints(2, 0, 0, 0, 7)
-  result = append_kv(
-    pool, _LAYER, k, v, block_ids, offsets, implementation=name
-  )
+  result = append(pool, _LAYER, k, v, block_ids, offsets)
   expected = _expected(pool, k[:1], v[:1], block_ids[:1], offsets[:1])
   np.testing.assert_array_equal(result[1:], expected[1:])
 
 
 @_each_implementation
 @pytest.mark.parametrize("block_id", [-1, _N, 2**31 - 1])
-def test_ids_outside_of_the_pool_are_dropped(block_id, name):
+def test_ids_outside_of_the_pool_are_dropped(block_id, append):
   pool, (k, v) = _pool(), _kv(1)
-  result = append_kv(
-    pool, _LAYER, k, v, _ints(block_id), _ints(0), implementation=name
-  )
+  result = append(pool, _LAYER, k, v, _ints(block_id), _ints(0))
   np.testing.assert_array_equal(result, pool)
 
 
 @_each_implementation
-def test_no_tokens_change_nothing(name):
+def test_no_tokens_change_nothing(append):
   pool, (k, v) = _pool(), _kv(0)
-  result = append_kv(pool, _LAYER, k, v, _ints(), _ints(), implementation=name)
+  result = append(pool, _LAYER, k, v, _ints(), _ints())
   np.testing.assert_array_equal(result, pool)
 
 
-@_each_implementation
 @pytest.mark.parametrize("num_tokens", [1, 512])
-def test_a_donated_pool_is_written_in_place(num_tokens, name):
+def test_a_donated_pool_is_written_in_place(num_tokens):
   of = jax.ShapeDtypeStruct
   pool = of((4096, 32, 2, 8, 64, 128), jnp.bfloat16)
   kv = of((num_tokens, 8, 128), jnp.bfloat16)
   ids = of((num_tokens,), jnp.int32)
 
   def append(*args):
-    return append_kv(*args, implementation=name)
+    return append_kv(*args, implementation="xla")
 
   compiled = jax.jit(append, donate_argnums=0)
   compiled = compiled.lower(pool, of((), jnp.int32), kv, kv, ids, ids).compile()
@@ -103,13 +114,13 @@ def test_a_donated_pool_is_written_in_place(num_tokens, name):
   [
     ({"kv_pool": _pool()[0]}, r"kv_pool must be \[N, L, 2, K, P, D\]"),
     ({"layer": _L}, r"layer must be in \[0, 3\), .*; got 3"),
-    ({"k": _kv(3)[0][0]}, r"k must be \[T, K, D\]; got \[2, 16\]"),
-    ({"k": _kv(3)[0][:, :1]}, r"k must be \[T, K, D\] = \[3, 2, 16\]; got"),
-    ({"v": _kv(2)[1]}, r"v must be \[T, K, D\] = \[3, 2, 16\]; got"),
+    ({"k": _kv(3)[0][0]}, r"k must be \[T, K, D\]; got \[2, 64\]"),
+    ({"k": _kv(3)[0][:, :1]}, r"k must be \[T, K, D\] = \[3, 2, 64\]; got"),
+    ({"v": _kv(2)[1]}, r"v must be \[T, K, D\] = \[3, 2, 64\]; got"),
     ({"v": _kv(3)[1].astype(int)}, "v must be floating-point; got int32"),
     ({"block_ids": _ints(1)}, r"block_ids must be \[T\] = \[3\]; got \[1\]"),
     ({"offsets": jnp.zeros(3)}, "offsets must be int32; got float32"),
-    ({"implementation": "cuda"}, "one of xla; got 'cuda'"),
+    ({"implementation": "cuda"}, "one of mosaic_gpu, xla; got 'cuda'"),
   ],
 )
 def test_a_wrong_call_names_argument_rule_and_value(changes, message):
@@ -124,3 +135,14 @@ def test_a_wrong_call_names_argument_rule_and_value(changes, message):
   }
   with pytest.raises(ValueError, match=message):
     append_kv(**(arguments | changes))
+
+
+def test_the_kernel_names_what_it_does_not_cover():
+  k = jnp.ones((1, 2, 48))
+  pool = jnp.ones((2, 1, 2, 2, 8, 48))
+  with pytest.raises(NotImplementedError, match="K \\* D a multiple of 128"):
+    mosaic_gpu.append(pool, 0, k, k, _ints(1), _ints(0))
+  k = jnp.ones((1, 2, 64))
+  pool = jnp.ones((2, 1, 2, 2, 8, 64), jnp.float8_e4m3fn)
+  with pytest.raises(NotImplementedError, match="kv_pool: 16 or 32 bits"):
+    mosaic_gpu.append(pool, 0, k, k, _ints(1), _ints(0))

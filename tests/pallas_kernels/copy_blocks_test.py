@@ -1,21 +1,42 @@
 """pack_blocks and unpack_blocks carry whole rBlocks, and nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.copy_blocks.api import (
-  PACK_IMPLEMENTATIONS,
-  UNPACK_IMPLEMENTATIONS,
-  pack_blocks,
-  unpack_blocks,
-)
+from pallas_kernels.copy_blocks import mosaic_gpu
+from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
 from pallas_kernels.pool_layout import NULL_BLOCK_ID
 
-_N, _SHAPE = 7, (2, 2, 3, 8, 16)
-_each_pack = pytest.mark.parametrize("name", PACK_IMPLEMENTATIONS.names)
-_each_unpack = pytest.mark.parametrize("name", UNPACK_IMPLEMENTATIONS.names)
+_N, _SHAPE = 7, (2, 2, 3, 8, 32)
+
+
+def _each(call, interpreted):
+  """Every implementation, the kernel interpreted, and compiled on a GPU."""
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  return pytest.mark.parametrize(
+    "call",
+    [
+      pytest.param(functools.partial(call, implementation="xla"), id="xla"),
+      pytest.param(
+        functools.partial(interpreted, interpret=params),
+        id="mosaic_gpu_interpreted",
+      ),
+      pytest.param(
+        functools.partial(call, implementation="mosaic_gpu"),
+        id="mosaic_gpu",
+        marks=pytest.mark.gpu,
+      ),
+    ],
+  )
+
+
+_each_pack = _each(pack_blocks, mosaic_gpu.pack)
+_each_unpack = _each(unpack_blocks, mosaic_gpu.unpack)
 
 
 def _blocks(count: int, seed: int, dtype=jnp.float32) -> jax.Array:
@@ -29,46 +50,41 @@ def _ints(*values: int) -> jax.Array:
 
 @_each_pack
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_pack_takes_blocks_in_order(dtype, name):
+def test_pack_takes_blocks_in_order(dtype, call):
   pool = _blocks(_N, 0, dtype)
   ids = [5, 1, NULL_BLOCK_ID, 6, NULL_BLOCK_ID]
-  blocks = pack_blocks(pool, _ints(*ids), implementation=name)
+  blocks = call(pool, _ints(*ids))
   assert blocks.dtype == pool.dtype
   np.testing.assert_array_equal(blocks, np.asarray(pool)[ids])
 
 
 @_each_unpack
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_unpack_writes_valid_blocks_only(dtype, name):
+def test_unpack_writes_valid_blocks_only(dtype, call):
   pool, blocks = _blocks(_N, 0, dtype), _blocks(4, 1, dtype)
   valid = jnp.array([True, False, True, False])
-  result = unpack_blocks(
-    pool, blocks, _ints(5, 1, 2, 2), valid, implementation=name
-  )
+  result = call(pool, blocks, _ints(5, 1, 2, 2), valid)
   expected = np.array(pool)
   expected[5], expected[2] = blocks[0], blocks[2]
   np.testing.assert_array_equal(result, expected)
 
 
 @_each_unpack
-def test_ids_of_invalid_blocks_may_be_anything(name):
+def test_ids_of_invalid_blocks_may_be_anything(call):
   pool, blocks = _blocks(_N, 0), _blocks(4, 1)
-  result = unpack_blocks(
+  result = call(
     pool,
     blocks,
     _ints(-1, _N, 2**31 - 1, 3),
     jnp.zeros(4, bool),
-    implementation=name,
   )
   np.testing.assert_array_equal(result, pool)
 
 
 @_each_unpack
-def test_ids_outside_of_the_pool_are_dropped(name):
+def test_ids_outside_of_the_pool_are_dropped(call):
   pool, blocks = _blocks(_N, 0), _blocks(2, 1)
-  result = unpack_blocks(
-    pool, blocks, _ints(-1, _N), jnp.ones(2, bool), implementation=name
-  )
+  result = call(pool, blocks, _ints(-1, _N), jnp.ones(2, bool))
   np.testing.assert_array_equal(result, pool)
 
 
@@ -110,7 +126,7 @@ def test_moving_blocks_needs_the_staging_buffer_only():
     ({"block_ids": jnp.zeros(2)}, "block_ids must be int32; got float32"),
     ({"valid": jnp.ones(3, bool)}, r"valid must be \[Q\] = \[2\]; got \[3\]"),
     ({"valid": _ints(0, 1)}, "valid must be bool; got int32"),
-    ({"implementation": "cuda"}, "one of xla; got 'cuda'"),
+    ({"implementation": "cuda"}, "one of mosaic_gpu, xla; got 'cuda'"),
   ],
 )
 def test_a_wrong_call_names_argument_rule_and_value(changes, message):
@@ -122,3 +138,13 @@ def test_a_wrong_call_names_argument_rule_and_value(changes, message):
   }
   with pytest.raises(ValueError, match=message):
     unpack_blocks(**(arguments | changes))
+
+
+def test_the_kernel_names_what_it_does_not_cover():
+  pool = jnp.ones((2, 1, 2, 1, 8, 24))
+  for kernel, *arguments in (
+    (mosaic_gpu.pack, _ints(1)),
+    (mosaic_gpu.unpack, pool[:1], _ints(1), jnp.ones(1, bool)),
+  ):
+    with pytest.raises(NotImplementedError, match="kv_pool: rBlocks in mult"):
+      kernel(pool, *arguments)

@@ -55,12 +55,13 @@ class Sm90a:
     )
     self._sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
 
-  def compile(self, function, *args):
+  def compile(self, function, *args, donate_argnums=()):
     """Compiles a function of arrays, given by shape and dtype.
 
     Args:
       function: What to compile.
       *args: Pytrees of `jax.ShapeDtypeStruct`.
+      donate_argnums: As for `jax.jit`.
 
     Returns:
       The compiled program, and for each kernel in it the bytes spilled.
@@ -71,7 +72,7 @@ class Sm90a:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding),
       args,
     )
-    traced = jax.jit(function).trace(*args)
+    traced = jax.jit(function, donate_argnums=donate_argnums).trace(*args)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     said = "".join(self._capfd.readouterr())
     # A spill is told twice, once as a warning.
