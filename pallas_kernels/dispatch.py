@@ -10,6 +10,8 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 
+import jax
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -17,25 +19,56 @@ class OtherBackendError(NotImplementedError):
   """An implementation is for hardware that this process does not use."""
 
 
+def on_gpu[**Params, Result](
+  kernel: Callable[Params, Result],
+) -> Callable[Params, Result]:
+  """An implementation that runs a kernel where this process has a GPU.
+
+  Which implementation a trace takes is decided while tracing, for the backend
+  that the process would run on. Who compiles for another platform calls the
+  kernel itself.
+
+  Args:
+    kernel: The kernel.
+
+  Returns:
+    The kernel, or what raises `OtherBackendError` on other backends.
+  """
+
+  @functools.wraps(kernel)
+  def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+    backend = jax.default_backend()
+    if backend != "gpu":
+      raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
+    return kernel(*args, **kwargs)
+
+  return call
+
+
 class Implementations[**Params, Result]:
   """The implementations of one kernel, the most preferred first."""
 
   def __init__(
-    self, kernel: str, by_name: Mapping[str, Callable[Params, Result]]
+    self,
+    kernel: str,
+    by_name: Mapping[str, Callable[Params, Result]],
+    by_request: Mapping[str, Callable[Params, Result]] | None = None,
   ):
     """Freezes the implementations and their order.
 
     Args:
       kernel: Name of the kernel, for messages.
       by_name: Implementations in order of preference.
+      by_request: Those that only answer to their names.
     """
     self._kernel = kernel
     self._by_name = dict(by_name)
+    self._by_request = dict(by_request or {})
 
   @property
   def names(self) -> tuple[str, ...]:
     """Names of the implementations, the most preferred first."""
-    return tuple(self._by_name)
+    return (*self._by_name, *self._by_request)
 
   def call(
     self,
@@ -79,12 +112,12 @@ class Implementations[**Params, Result]:
     )
 
   def _find(self, name: str) -> Callable[Params, Result]:
-    if name not in self._by_name:
+    if name not in self.names:
       raise ValueError(
         f"implementation of {self._kernel} must be one of"
         f" {', '.join(self.names)}; got {name!r}."
       )
-    return self._by_name[name]
+    return (self._by_name | self._by_request)[name]
 
 
 @functools.cache

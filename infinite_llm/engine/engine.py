@@ -239,8 +239,9 @@ class Engine:
   def step(self) -> list[RequestOutput]:
     """Launches a step of every idle instance and waits for any to be over.
 
-    After an exception, also a `KeyboardInterrupt`, it can be called again: what
-    was not committed is computed once more, and gives the same tokens.
+    After an exception from a launch or a commit, and after a
+    `KeyboardInterrupt` while it waits, it can be called again: what was not
+    committed is fetched or computed once more, and gives the same tokens.
 
     Returns:
       Outputs of the requests that got a token or ended.
@@ -306,8 +307,9 @@ class Engine:
     # On every device one group program runs after the other. Rows that need
     # one are better off together in the next than in one of their own behind
     # the one under way.
-    has_group_rows = self.batchers[instance].has_spilled
-    return not (has_group_rows and self._in_flight.has_group)
+    return not (
+      self._in_flight.has_group and self.batchers[instance].has_spilled
+    )
 
   def _commit(self, flight: Flight) -> None:
     """Advances the rows of a flight. Blocks the host until they are there."""

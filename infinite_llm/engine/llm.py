@@ -43,6 +43,9 @@ class LLM:
   ):
     """Loads a checkpoint, allocates the pools, compiles all programs.
 
+    Without options it takes one device, the checkpoint's dtype, and pools as
+    large as memory allows.
+
     Args:
       model: Hugging Face folder (`config.json`, safetensors, tokenizer), or
         one that `models.checkpoint.save` wrote.

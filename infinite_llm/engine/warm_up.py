@@ -37,13 +37,7 @@ def warm_up(
     config: Sizes of everything.
     progress: Told how far this is.
   """
-  if config.num_program_kinds > MAX_PROGRAM_KINDS:
-    logging.warning(
-      "The buckets make %d kinds of programs; more than %d take long to compile"
-      " and much memory.",
-      config.num_program_kinds,
-      MAX_PROGRAM_KINDS,
-    )
+  warn_of_many_programs(config)
   jobs = list(_jobs(runner, config))
   for done, (name, job) in enumerate(jobs):
     if progress:
@@ -55,6 +49,17 @@ def warm_up(
     progress("ready", len(jobs), len(jobs))
   runner.launches.clear()
   runner.programs.close_warm_up()
+
+
+def warn_of_many_programs(config: EngineConfig) -> None:
+  """Logs a warning if the buckets make more programs than are sensible."""
+  if config.num_program_kinds > MAX_PROGRAM_KINDS:
+    logging.warning(
+      "The buckets make %d kinds of programs; more than %d take long to compile"
+      " and much memory.",
+      config.num_program_kinds,
+      MAX_PROGRAM_KINDS,
+    )
 
 
 def _jobs(

@@ -7,13 +7,10 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention_state import AttentionState, empty_state
-from pallas_kernels.micro_attention import (
-  mosaic_gpu_decode,
-  mosaic_gpu_prefill,
-  reference,
-  xla,
-)
+from pallas_kernels.micro_attention import reference, xla
 from pallas_kernels.micro_attention.block_tables import BlockTables
+from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
+from pallas_kernels.micro_attention.mosaic_gpu_prefill import prefill
 from pallas_kernels.pool_layout import (
   Layer,
   check_layer,
@@ -29,8 +26,8 @@ __all__ = ["IMPLEMENTATIONS", "BlockTables", "micro_attention"]
 IMPLEMENTATIONS = dispatch.Implementations(
   "micro_attention",
   {
-    "mosaic_gpu_decode": mosaic_gpu_decode.micro_attention,
-    "mosaic_gpu_prefill": mosaic_gpu_prefill.micro_attention,
+    "mosaic_gpu_decode": dispatch.on_gpu(decode),
+    "mosaic_gpu_prefill": dispatch.on_gpu(prefill),
     "xla": xla.micro_attention,
     "reference": reference.micro_attention,
   },

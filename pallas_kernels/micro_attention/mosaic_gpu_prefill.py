@@ -23,15 +23,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState, merge_many
-from pallas_kernels.dispatch import OtherBackendError
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_prefill_kernel import run
 from pallas_kernels.micro_attention.prefill_geometry import (
   NUM_SMS,
   ROWS,
-  TUNINGS,
   Geometry,
   Tuning,
+  default_tuning,
   heads_per_block,
 )
 from pallas_kernels.micro_attention.prefill_plan import PrefillPlan, make_plan
@@ -40,42 +39,6 @@ from pallas_kernels.pool_layout import Layer
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-
-
-def micro_attention(
-  q: jax.Array,
-  cu_seqlens: jax.Array,
-  q_positions: jax.Array,
-  kv_pool: jax.Array,
-  layer: Layer,
-  tables: BlockTables,
-  *,
-  scale: float,
-  max_query_tokens: int,
-  sliding_window: int | None = None,
-  logit_soft_cap: float | None = None,
-) -> AttentionState:
-  """Attends each query to the rBlocks of its sequence that are held here.
-
-  Args, results and errors are those of `api.micro_attention`.
-  """
-  # As for decode: which kernel a trace takes is decided while tracing, for the
-  # backend of this process. Compiling for another platform asks `prefill`.
-  backend = jax.default_backend()
-  if backend != "gpu":
-    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
-  return prefill(
-    q,
-    cu_seqlens,
-    q_positions,
-    kv_pool,
-    layer,
-    tables,
-    scale=scale,
-    max_query_tokens=max_query_tokens,
-    sliding_window=sliding_window,
-    logit_soft_cap=logit_soft_cap,
-  )
 
 
 def prefill(
@@ -90,11 +53,13 @@ def prefill(
   max_query_tokens: int,
   sliding_window: int | None = None,
   logit_soft_cap: float | None = None,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   tuning: Tuning | None = None,
   num_splits: int | None = None,
   interpret: Any = None,
 ) -> AttentionState:
-  """As `micro_attention`, on whatever platform the caller compiles for.
+  """Attends each query to the rBlocks of its sequence that are held here.
 
   Args:
     q: `[T, H, D]` bf16 or f16, as the pool.
@@ -107,6 +72,8 @@ def prefill(
     max_query_tokens: Not used: rows of any length share tiles.
     sliding_window: How many positions a query sees; None is all.
     logit_soft_cap: As for `api.micro_attention`.
+    k_scale: None: pools of 8 bits are not covered.
+    v_scale: None.
     tuning: How to cut the kernel; None is the shipped one.
     num_splits: Parts that each tile's KV is cut into; None fills the device.
     interpret: Parameters of interpret mode; None compiles.
@@ -118,6 +85,9 @@ def prefill(
     NotImplementedError: If the call is not covered; names the argument.
   """
   del max_query_tokens
+  for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if x is not None:
+      raise NotImplementedError(f"{name}: None; got an array.")
   num_tokens, num_q_heads, head_dim = q.shape
   num_kv_heads, block_size = kv_pool.shape[3:5]
   _require_covered("kv_pool", "dtype", kv_pool.dtype, DTYPES)
@@ -126,7 +96,7 @@ def prefill(
   _require_covered("kv_pool", "block size", block_size, BLOCK_SIZES)
   if not scale > 0:
     raise NotImplementedError(f"scale: covers positive ones; got {scale}.")
-  tuning = tuning or TUNINGS[head_dim]
+  tuning = tuning or default_tuning(head_dim, block_size)
   num_heads = heads_per_block(num_q_heads // num_kv_heads)
   num_q_tiles = -(-num_tokens * num_heads // (2 * ROWS))
   if num_splits is None:
@@ -261,6 +231,7 @@ def _launch(
     num_threads=3,
     thread_name="warpgroup",
     scratch_types=scratch,
+    kernel_name="micro_attention_prefill",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,

@@ -253,7 +253,8 @@ def _copy(block: _Block) -> None:
     pieces = block.pieces(segment, tile)
 
     def start(which: int, smem: Any, slot: jax.Array, barrier: Any) -> None:
-      for i, (block_id, first, _) in enumerate(pieces):
+      def start_piece(i: int) -> None:
+        block_id, first, _ = pieces[i]
         plgpu.copy_gmem_to_smem(
           block.kv_pool.at[
             block_id,
@@ -265,6 +266,8 @@ def _copy(block: _Block) -> None:
           smem.at[slot, pl.ds(i * shape.piece, shape.piece)],
           barrier,
         )
+
+      _in_turns(block, len(pieces), start_piece)
 
     wait_for_room(block.k_free, k_number)
     start(0, block.k_smem, k_slot, block.k_full.at[k_slot])
@@ -319,6 +322,23 @@ def _copy(block: _Block) -> None:
       plgpu.barrier_wait(free.at[lax.rem(number, stages)])
 
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+
+
+def _in_turns(block: _Block, count: int, start: Callable[[int], None]) -> None:
+  """Starts copies; where they are many, each warp starts some of them.
+
+  A warpgroup arrives with all its threads for each copy that it starts. A warp
+  arrives with fewer, but only pays if several have work.
+  """
+  if count <= 2 or block.shape.tuning.is_interpretable:
+    for i in range(count):
+      start(i)
+    return
+
+  @plgpu.warp_map
+  def _(warp: jax.Array) -> None:
+    for i in range(count):
+      pl.when(warp == i % 4)(functools.partial(start, i))
 
 
 def _patches(block: _Block) -> list[tuple[int, Any]]:

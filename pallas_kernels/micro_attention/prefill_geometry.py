@@ -37,12 +37,21 @@ class Tuning:
       raise ValueError(f"stages must be at least 2; got {self.stages}.")
 
 
-TUNINGS = {
-  64: Tuning(kv_tile=128, stages=2),
-  128: Tuning(kv_tile=128, stages=2),
-  256: Tuning(kv_tile=64, stages=2),
-}
-"""The shipped tuning of each head dim."""
+def default_tuning(head_dim: int, block_size: int) -> Tuning:
+  """The shipped tuning: as wide a KV tile as registers and rBlocks allow.
+
+  Args:
+    head_dim: `D`, of 64, 128 or 256.
+    block_size: `P`.
+
+  Returns:
+    The tuning.
+  """
+  kv_tile = {64: 192, 128: 128, 256: 64}[head_dim]
+  # A tile of part of an rBlock and a whole one could not be copied.
+  if kv_tile > block_size and kv_tile % block_size:
+    kv_tile = block_size
+  return Tuning(kv_tile=kv_tile, stages=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine import warm_up
 from infinite_llm.engine.engine import Engine
 from infinite_llm.errors import CapacityError, ModelError, RequestError
 from infinite_llm.models.hf_loader import load_hf
@@ -379,6 +380,19 @@ def test_slow_group_steps_get_smaller(checkpoint, oracle, monkeypatch):
   check(oracle, drain(engine)[name], sampling_of(2))
   # Two chunks of 64 at home, one to measure, and the rest.
   assert sizes == [64, 16, 16, 16, 10]
+
+
+@pytest.mark.parametrize("is_many", [False, True])
+def test_a_lot_of_buckets_is_warned_of(is_many, monkeypatch):
+  warnings = []
+  monkeypatch.setattr(
+    warm_up.logging, "warning", lambda text, *args: warnings.append(text % args)
+  )
+  warm_up.warn_of_many_programs(
+    engine_config(prefill_buckets=range(8, 8 * (20 if is_many else 5), 8))
+  )
+  expected = ["The buckets make 29 kinds of programs; more than 24 take long"]
+  assert [w[: len(expected[0])] for w in warnings] == expected * is_many
 
 
 class TestAbort:

@@ -2,9 +2,14 @@
 
 import logging
 
+import jax
 import pytest
 
-from pallas_kernels.dispatch import Implementations, OtherBackendError
+from pallas_kernels.dispatch import (
+  Implementations,
+  OtherBackendError,
+  on_gpu,
+)
 
 
 def _covers_small(x):
@@ -56,6 +61,28 @@ def test_one_for_another_backend_is_passed_over_silently(caplog):
   assert not caplog.records
   with pytest.raises(NotImplementedError, match="none of ours"):
     implementations.call("elsewhere", 5)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="Has a GPU.")
+def test_a_gpu_kernel_is_for_another_backend_than_the_cpu():
+  with pytest.raises(OtherBackendError, match="a GPU kernel; got cpu"):
+    on_gpu(_covers_small)(5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_kernel_answers_on_a_gpu():
+  assert on_gpu(_covers_small)(5) == "small"
+
+
+def test_one_that_answers_to_its_name_only_is_never_a_fallback(caplog):
+  implementations = Implementations(
+    "requested", {"small": _covers_small}, {"medium": _covers_medium}
+  )
+  assert implementations.names == ("small", "medium")
+  assert implementations.call("medium", 50) == "medium"
+  with pytest.raises(NotImplementedError, match=r"\(small: x: [^;]*; got 50"):
+    implementations.call(None, 50)
+  assert not caplog.records
 
 
 def test_one_asked_for_by_name_never_falls_back():

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.micro_attention import mosaic_gpu_prefill, reference
+from pallas_kernels.micro_attention import reference
 from pallas_kernels.micro_attention.cases import CASES, Case
 from pallas_kernels.micro_attention.mosaic_gpu_prefill import prefill
-from pallas_kernels.micro_attention.prefill_geometry import Tuning
+from pallas_kernels.micro_attention.prefill_geometry import (
+  Tuning,
+  default_tuning,
+)
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _BY_NAME = {case.name: case for case in CASES}
@@ -73,6 +76,7 @@ _ON_GPU = {"dtype": "bfloat16", "head_dim": 128, "num_q_heads": 8}
   [
     ("prefill_ragged", {}),
     ("prefill_ragged", {"dtype": "float16", "head_dim": 64}),
+    ("prefill_many_tiles", {"block_size": 64, "head_dim": 64}),
     ("prefill_many_tiles", {"block_size": 64}),
     ("prefill_many_tiles", {"block_size": 128, "head_dim": 256}),
     ("prefill_permuted", {"num_q_heads": 6}),
@@ -123,10 +127,20 @@ def test_a_scale_that_turns_the_order_around_is_not_covered():
     prefill(*_SMALL.make_inputs(), **options)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="Has a GPU.")
-def test_without_a_gpu_the_next_implementation_is_asked():
-  with pytest.raises(NotImplementedError, match="default backend: a GPU"):
-    mosaic_gpu_prefill.micro_attention(*_SMALL.make_inputs(), **_SMALL.options)
+def test_pools_of_8_bits_are_not_covered():
+  scale = jnp.ones(_SMALL.num_kv_heads, jnp.float32)
+  with pytest.raises(NotImplementedError, match="k_scale: None; got an array"):
+    prefill(
+      *_SMALL.make_inputs(), **_SMALL.options, k_scale=scale, v_scale=scale
+    )
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "block_size", "kv_tile"),
+  [(64, 64, 192), (64, 128, 128), (128, 16, 128), (256, 128, 64)],
+)
+def test_tiles_are_whole_rblocks_or_parts_of_one(head_dim, block_size, kv_tile):
+  assert default_tuning(head_dim, block_size).kv_tile == kv_tile
 
 
 @pytest.mark.parametrize(
