@@ -76,8 +76,9 @@ class LendingConfig:
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself.
-    exchange_blocks: rBlocks that one exchange program moves per pair of
-      instances.
+    exchange_blocks: rBlocks that may move per pair of instances between two
+      steps. A borrow of k of them takes about k / exchange_blocks steps, in
+      which other rows go on; each instance stages 2 * exchange_blocks rBlocks.
     resend_after_s: Seconds without an answer after which a message is sent
       again.
     heartbeat_every_s: Seconds between heartbeats.
