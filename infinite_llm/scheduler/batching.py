@@ -133,11 +133,6 @@ class Batcher:
     """Requests with rBlocks, by arrival."""
     return tuple(sorted(self._running.values(), key=lambda r: r.arrival))
 
-  @property
-  def has_work(self) -> bool:
-    """Whether any request has not ended."""
-    return bool(self._waiting or self._running)
-
   def add(self, request: Request) -> None:
     """Takes a request; it waits behind those that came before."""
     request.status = RequestStatus.WAITING
