@@ -134,8 +134,9 @@ class LendingConfig:
     group_chunk_s: Seconds that a group prefill step may take. A request's next
       chunk has as many tokens as its last one suggests, within the buckets:
       nobody waits for the whole group much longer than this.
-    exchange_blocks: rBlocks that one exchange program moves per pair of
-      instances.
+    exchange_blocks: rBlocks that may move per pair of instances between two
+      steps. A borrow of k of them takes about k / exchange_blocks steps, in
+      which other rows go on; each instance stages 2 * exchange_blocks rBlocks.
     resend_after_s: Seconds without an answer after which a message is sent
       again.
     heartbeat_every_s: Seconds between heartbeats.

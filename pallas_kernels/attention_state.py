@@ -85,28 +85,6 @@ def merge_many(states: AttentionState) -> AttentionState:
   )
 
 
-def merge_over_axis(state: AttentionState, axis_name: str) -> AttentionState:
-  """Combines attention over the parts that the devices of a mesh axis hold.
-
-  *Collective over axis* `axis_name`: one max of `[T, H]`, one sum of
-  `[T, H, D + 1]`. For use inside `jax.shard_map`.
-
-  Args:
-    state: `[T, H, D]`. The part of this device.
-    axis_name: The mesh axis.
-
-  Returns:
-    `[T, H, D]` state over all parts, the same on every device of the axis.
-  """
-  top = _finite(jax.lax.pmax(state.lse, axis_name))
-  weight = jnp.exp(state.lse - top)
-  out_and_weight = jnp.concatenate(
-    [_weigh(weight, state.out), weight[..., None]], axis=-1
-  )
-  total = jax.lax.psum(out_and_weight, axis_name)
-  return _normalise(total[..., :-1], total[..., -1], top)
-
-
 def _finite(lse: jax.Array) -> jax.Array:
   """Replaces -inf, so that `exp(-inf - top)` is 0 rather than NaN."""
   return jnp.where(lse == -jnp.inf, 0.0, lse)

@@ -42,7 +42,6 @@ _COLLECTIVES = frozenset(
   {
     "all_gather",
     "all_to_all",
-    "merge_over_axis",
     "pmax",
     "pmean",
     "pmin",

@@ -7,6 +7,7 @@ was given to somebody else (`DESIGN.md` section 5, rule 3). Nor can a repeated
 one spoil the copy that it made, once its source holds something else.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,11 +36,17 @@ class Payloads(NamedTuple):
   dst_tag: jax.Array
 
 
-def exchange(pool: PoolArrays, payloads: Payloads) -> PoolArrays:
+def exchange(
+  pool: PoolArrays, payloads: Payloads, in_use: jax.Array
+) -> PoolArrays:
   """Sends and receives rBlocks; runs inside `shard_map`.
 
   A block whose content is not what the books say does not arrive. Its place
   keeps tag 0, as granted, so that every later coverage check over it fails.
+
+  Payloads travel by shifts (i -> i + s), one after another, so that a shift's
+  buffers are free before the next one's are needed: 2 Q rBlocks in all. A shift
+  that nobody needs is left out by all alike.
 
   Collective over axis: "instance".
   Donates: `pool`, updated in place.
@@ -47,21 +54,45 @@ def exchange(pool: PoolArrays, payloads: Payloads) -> PoolArrays:
   Args:
     pool: This instance's pool.
     payloads: What this instance sends.
+    in_use: `[I]` bool. Entry s: some instance i sends to i + s. The same on all
+      instances, since it decides which collectives run.
 
   Returns:
     The pool with all accepted payloads written.
   """
-  proved = pool.tag[payloads.src_block] == payloads.src_tag
-  tag = jnp.where(proved, payloads.dst_tag, jnp.uint32(0))
-  shape = payloads.src_block.shape
-  blocks = pack_blocks(pool.kv, payloads.src_block.reshape(-1))
-  blocks = blocks.reshape(*shape, *blocks.shape[1:])
-  blocks, target, epoch, tag = jax.tree.map(
-    lambda x: jax.lax.all_to_all(x, INSTANCE_AXIS, 0, 0),
-    (blocks, payloads.dst_block, payloads.dst_epoch, tag),
-  )
-  blocks = blocks.reshape(-1, *blocks.shape[2:])
-  target, epoch, tag = (x.reshape(-1) for x in (target, epoch, tag))
+  num_instances = jax.lax.axis_size(INSTANCE_AXIS)
+  me = jax.lax.axis_index(INSTANCE_AXIS)
+
+  def through(shift: int) -> Callable[[PoolArrays], PoolArrays]:
+    forth = [(i, (i + shift) % num_instances) for i in range(num_instances)]
+
+    def send(pool: PoolArrays) -> PoolArrays:
+      to = (me + shift) % num_instances
+      mine = jax.tree.map(lambda x: x[to], payloads)
+      is_proved = pool.tag[mine.src_block] == mine.src_tag
+      sent = (
+        pack_blocks(pool.kv, mine.src_block),
+        mine.dst_block,
+        mine.dst_epoch,
+        jnp.where(is_proved, mine.dst_tag, jnp.uint32(0)),
+      )
+      return _receive(pool, *jax.lax.ppermute(sent, INSTANCE_AXIS, forth))
+
+    return send
+
+  for shift in range(1, num_instances):
+    pool = jax.lax.cond(in_use[shift], through(shift), lambda p: p, pool)
+  return pool
+
+
+def _receive(
+  pool: PoolArrays,
+  blocks: jax.Array,
+  target: jax.Array,
+  epoch: jax.Array,
+  tag: jax.Array,
+) -> PoolArrays:
+  """Writes the payloads that this instance's device still expects."""
   is_granted = (target != 0) & (epoch != 0) & (pool.epoch[target] == epoch)
   accepted = is_granted & (tag != 0)
   out_of_bounds = pool.tag.shape[0]

@@ -58,7 +58,6 @@ class RBlock:
     epoch: Epoch of the present reservation; `NO_EPOCH` when free.
     uid: Request whose KV it holds or will hold; None when free.
     owner: Instance that runs that request; None when free.
-    ref_count: Tables that name it.
     history: Its last changes, oldest first, for error messages.
   """
 
@@ -67,7 +66,6 @@ class RBlock:
   epoch: Epoch = NO_EPOCH
   uid: RequestUid | None = None
   owner: InstanceId | None = None
-  ref_count: int = 0
   history: collections.deque[tuple[BlockState, RequestUid | None]] = (
     dataclasses.field(
       default_factory=lambda: collections.deque(maxlen=_HISTORY_LENGTH)
@@ -79,7 +77,6 @@ class RBlock:
     self.owner = owner
     self.uid = uid
     self.epoch = epoch
-    self.ref_count = 1
     self.enter(BlockState.RESERVED)
 
   def release(self) -> None:
@@ -88,7 +85,6 @@ class RBlock:
     self.owner = None
     self.uid = None
     self.epoch = NO_EPOCH
-    self.ref_count = 0
 
   def enter(self, state: BlockState) -> None:
     """Changes the state and notes it in the history."""

@@ -102,7 +102,25 @@ def fill_payloads(
   return payloads, waiting
 
 
-def shifts_in_use(slots: Sequence[SpillSlots]) -> np.ndarray:
+def shifts_of_payloads(payloads: Sequence[Payloads]) -> np.ndarray:
+  """Which shifts s carry an rBlock from some instance i to i + s.
+
+  Args:
+    payloads: Payloads of every instance.
+
+  Returns:
+    `[I]` bool.
+  """
+  num_instances = len(payloads)
+  in_use = np.zeros(num_instances, bool)
+  for sender, sent in enumerate(payloads):
+    receivers = (sent.dst_block != NULL_BLOCK_ID).any(axis=1)
+    for receiver in np.flatnonzero(receivers):
+      in_use[(receiver - sender) % num_instances] = True
+  return in_use
+
+
+def shifts_of_slots(slots: Sequence[SpillSlots]) -> np.ndarray:
   """Which shifts s carry something from an owner i to a holder i + s.
 
   Args:

@@ -21,8 +21,8 @@ from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import RequestUid
 
-_MAX_QUIET_ROUNDS = 1000
-"""Rounds of messages that move no rBlock; more are an endless conversation."""
+_MAX_ROUNDS = 1000
+"""Rounds of messages between two programs; more are an endless conversation."""
 
 
 class LendingGroup:
@@ -75,7 +75,11 @@ class LendingGroup:
     self.num_unproved_moves = 0
 
   def settle(self, proved_tokens: Callable[[RequestUid], int]) -> bool:
-    """Exchanges messages, moves rBlocks and checks them until all is quiet.
+    """Lets managers talk; moves rBlocks and checks them, within a budget.
+
+    Between two steps at most one exchange runs, of `exchange_blocks` per pair
+    of instances, and at most one check, so that no step waits for a whole
+    borrow. What does not fit is moved by the next calls, in order.
 
     Args:
       proved_tokens: How many tokens of a request are computed and proved.
@@ -85,19 +89,14 @@ class LendingGroup:
     """
     for manager in self.managers:
       manager.tick()
-    has_moved = False
-    num_quiet_rounds = 0
-    while num_quiet_rounds < _MAX_QUIET_ROUNDS:
-      has_spoken = self._carry_messages()
-      has_spoken |= self._apply_effects()
-      moved = self._exchange() | self._verify(proved_tokens)
-      has_moved |= moved
-      if not (has_spoken or moved):
-        return has_moved
-      num_quiet_rounds = 0 if moved else num_quiet_rounds + 1
-    raise InvariantError(
-      f"The managers talked for {_MAX_QUIET_ROUNDS} rounds and moved nothing."
-    )
+    self._talk()
+    has_moved = self._exchange()
+    if has_moved:
+      self._talk()
+    has_verified = self._verify(proved_tokens)
+    if has_verified:
+      self._talk()
+    return has_moved or has_verified
 
   def slots(self, rows: Sequence[Mapping[RequestUid, int]]) -> list[SpillSlots]:
     """Names the spill slots of a group program.
@@ -136,6 +135,17 @@ class LendingGroup:
       for holder, version in spill.versions.items():
         slots.versions[spill.slot, holder] = version
     return slots
+
+  def _talk(self) -> None:
+    """Carries messages and applies effects until nobody has any."""
+    for _ in range(_MAX_ROUNDS):
+      has_spoken = self._carry_messages()
+      has_spoken |= self._apply_effects()
+      if not has_spoken:
+        return
+    raise InvariantError(
+      f"The managers talked for {_MAX_ROUNDS} rounds without an end."
+    )
 
   def _carry_messages(self) -> bool:
     for sender in (*self.managers, self._gmanager):

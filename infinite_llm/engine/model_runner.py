@@ -20,7 +20,7 @@ from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import row_mesh
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import shifts_in_use
+from infinite_llm.engine.group_inputs import shifts_of_payloads, shifts_of_slots
 from infinite_llm.engine.instance_tables import InstanceTables
 from infinite_llm.engine.program_cache import ProgramCache
 from infinite_llm.engine.programs import GroupInputs, StepKind, StepOutput
@@ -242,6 +242,7 @@ class ModelRunner:
       (
         self.pool.group(),
         place_rows(payloads, self._mesh, self.row_meshes),
+        self._replicate(shifts_of_payloads(payloads)),
       ),
     )
     self.pool.set_group(pool)
@@ -360,10 +361,12 @@ class ModelRunner:
         lambda *leaves: join_rows(leaves, self._mesh, spec), *self._hosted_rows
       ),
       slots=place_rows(slots, self._mesh, self.row_meshes),
-      holders=jax.device_put(
-        shifts_in_use(slots), NamedSharding(self._mesh, PartitionSpec())
-      ),
+      holders=self._replicate(shifts_of_slots(slots)),
     )
+
+  def _replicate(self, array: np.ndarray) -> jax.Array:
+    """The same on all devices of the mesh."""
+    return jax.device_put(array, NamedSharding(self._mesh, PartitionSpec()))
 
   def _upload_moved(self, instance: int) -> None:
     rows = self._tables[instance].take_moved()

@@ -237,17 +237,17 @@ def build_exchange(mesh: Mesh) -> Callable[..., PoolArrays]:
   """Builds the exchange of rBlocks between all pairs of instances.
 
   Returns:
-    Jitted `(pool, payloads) -> pool`. Donates `pool`.
+    Jitted `(pool, payloads, in_use [I]) -> pool`. Donates `pool`.
   """
 
-  def body(pool, payloads):
-    return movement.exchange(pool, _drop_leading_axis(payloads))
+  def body(pool, payloads, in_use):
+    return movement.exchange(pool, _drop_leading_axis(payloads), in_use)
 
   return jax.jit(
     jax.shard_map(
       body,
       mesh=mesh,
-      in_specs=(POOL_SPECS, _PER_INSTANCE),
+      in_specs=(POOL_SPECS, _PER_INSTANCE, _REPLICATED),
       out_specs=POOL_SPECS,
       check_vma=False,
     ),

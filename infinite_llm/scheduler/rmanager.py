@@ -191,10 +191,6 @@ class RManager:
     """What is under way with a request's rBlocks."""
     return self._debtor.account(uid).phase
 
-  def is_busy(self, uid: RequestUid) -> bool:
-    """Whether a borrow, a return or a sync of a request is under way."""
-    return self.phase(uid) is not Phase.IDLE
-
   def is_lost(self, uid: RequestUid) -> bool:
     """Whether rBlocks of a request are gone, so that it must recompute."""
     return self._debtor.account(uid).is_lost

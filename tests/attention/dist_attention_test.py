@@ -23,7 +23,7 @@ from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.group_inputs import (
   empty_slots,
   hosted_rows,
-  shifts_in_use,
+  shifts_of_slots,
 )
 from infinite_llm.scheduler.hosted_tables import HostedVersion
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
@@ -282,7 +282,7 @@ def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
     cluster.tables(1),
     cluster.hosted(1),
     stack(slots),
-    np.stack([shifts_in_use(slots)] * I),
+    np.stack([shifts_of_slots(slots)] * I),
   )
   for c in cluster.contexts:
     count = cu_seqlens[c.owner, 1]
@@ -408,4 +408,4 @@ def test_only_shifts_that_carry_something_are_run():
   slots[3].versions[0, [0, 2]] = 1
   slots[1].rows[1] = NO_ROW
   slots[1].versions[1, 2] = 1
-  assert shifts_in_use(slots).tolist() == [False, True, False, True]
+  assert shifts_of_slots(slots).tolist() == [False, True, False, True]

@@ -44,7 +44,7 @@ def make_tables_stale(rig, monkeypatch):
     calls.append(len(calls))
     if rows[OWNER] and len(calls) % 3 == 0:
       for instance, uploads in enumerate(rig.uploads):
-        rig.engine.runner.set_hosted(instance, uploads[0])
+        rig.engine.runner.upload_hosted(instance, uploads[0])
     return group_step(rows, slots, **options)
 
   monkeypatch.setattr(rig.engine.runner, "group_step", disturbed)

@@ -224,7 +224,7 @@ def raw_answer(rig, needle: Needle) -> tuple[int, bool]:
     table=group.managers[OWNER].table(request.uid),
   )
   nobody = [()] * (NUM_INSTANCES - 1)
-  group.upload_tables()
+  group.install_tables()
   slots = group.slots([{request.uid: 0}, *[{} for _ in nobody]])
   outputs = runner.group_step([[row], *nobody], slots, is_prefill=True)
   logits = np.asarray(outputs[OWNER].logits[0])

@@ -43,7 +43,7 @@ def _llm(tmp_path_factory):
 def _clean_llm(shared):
   """The one `LLM`; checks that a test leaves it as it was."""
   yield shared
-  assert not any(batcher.has_work for batcher in shared.engine.batchers)
+  assert not shared.engine.has_unfinished()
   assert pools_are_empty(shared.engine)
   assert shared.engine.runner.programs.num_late_compiles == 0
 
@@ -147,7 +147,7 @@ class TestGenerate:
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
       llm.generate([prompt_of(30, seed=n) for n in range(3)], greedy(50))
-    assert not any(batcher.has_work for batcher in llm.engine.batchers)
+    assert not llm.engine.has_unfinished()
 
   def test_a_context_larger_than_a_pool_is_served(self, llm, oracle):
     prompts = [prompt_of(800), prompt_of(10)]
@@ -177,7 +177,7 @@ class TestStream:
       if len(output.token_ids) == 3:
         break
     del output
-    assert not any(batcher.has_work for batcher in llm.engine.batchers)
+    assert not llm.engine.has_unfinished()
     assert pools_are_empty(llm.engine)
 
   def test_closing_ends_a_stream(self, llm):
@@ -191,7 +191,7 @@ class TestStream:
     stream = llm.stream([4, 5], greedy(50))
     del stream
     gc.collect()
-    assert not any(batcher.has_work for batcher in llm.engine.batchers)
+    assert not llm.engine.has_unfinished()
 
   def test_an_iterator_dropped_in_the_middle_of_a_step_ends_after_it(
     self, llm, monkeypatch

@@ -36,9 +36,9 @@ def abstract(tree, mesh, spec):
   )
 
 
-def abstract_pool(config, mesh) -> PoolArrays:
-  num_blocks = NUM_BLOCKS * mesh.shape["instance"]
-  num_entries = table_capacity(NUM_BLOCKS) * mesh.shape["instance"]
+def abstract_pool(config, mesh, num_blocks=NUM_BLOCKS) -> PoolArrays:
+  num_entries = table_capacity(num_blocks) * mesh.shape["instance"]
+  num_blocks *= mesh.shape["instance"]
   shape = (
     num_blocks,
     config.num_layers,
@@ -112,13 +112,14 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill):
   check_in_place(step.lower(*args).compile(), pool, mesh)
 
 
-def test_an_exchange_updates_the_pool_in_place():
-  mesh = make_mesh(2, 1)
+def test_an_exchange_stages_two_quotas_whatever_the_number_of_instances():
+  mesh = make_mesh(4, 1)
   config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
-  pool = abstract_pool(config, mesh)
-  payloads = abstract(empty_payloads(2, 16), mesh, PartitionSpec("instance"))
-  exchange = programs.build_exchange(mesh).lower(pool, payloads).compile()
-  check_in_place(exchange, pool, mesh)
+  pool = abstract_pool(config, mesh, num_blocks=4096)
+  payloads = abstract(empty_payloads(4, 16), mesh, PartitionSpec("instance"))
+  in_use = jax.ShapeDtypeStruct((4,), bool)
+  exchange = programs.build_exchange(mesh).lower(pool, payloads, in_use)
+  check_in_place(exchange.compile(), pool, mesh)
 
 
 def test_a_local_step_has_no_collective_over_instances():

@@ -6,14 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
 
 from pallas_kernels.attention_state import (
   AttentionState,
   empty_state,
   merge,
   merge_many,
-  merge_over_axis,
 )
 from tests.tolerances import lse_error, relative_error, tolerance
 
@@ -107,40 +105,6 @@ def test_merge_many_is_repeated_merge(a, b, c, d):
   _assert_close(_merge_many(_stack(a, b, c, d)), expected)
 
 
-@_property
-@hypothesis.given(a=_ANY, b=_ANY, c=_ANY, d=_ANY)
-def test_merge_over_axis_is_merge_many_on_every_device(a, b, c, d):
-  expected = _merge_many(_stack(a, b, c, d))
-  merged = _merge_on_devices(_stack(a, b, c, d))
-  for device in range(4):
-    _assert_close(_of_device(merged, device), expected)
-
-
-def _of_device(stacked: AttentionState, device: int) -> AttentionState:
-  return jax.tree.map(lambda leaf: leaf[device], stacked)
-
-
-@jax.jit
-def _merge_on_devices(stacked: AttentionState) -> AttentionState:
-  """Merges the parts of four devices; gives each device's result."""
-  mesh = jax.make_mesh(
-    (4,), ("instance",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-
-  def body(state):
-    state = jax.tree.map(lambda leaf: leaf[0], state)
-    merged = merge_over_axis(state, "instance")
-    varying = jax.tree.map(
-      lambda leaf: jax.lax.pcast(leaf, "instance", to="varying"), merged
-    )
-    return jax.tree.map(lambda leaf: leaf[None], varying)
-
-  by_device = PartitionSpec("instance")
-  return jax.shard_map(
-    body, mesh=mesh, in_specs=by_device, out_specs=by_device
-  )(stacked)
-
-
 def test_merging_parts_of_a_softmax_gives_the_whole():
   rng = np.random.default_rng(0)
   logits = 5 * rng.standard_normal((_T, _H, 30))
@@ -170,8 +134,6 @@ def test_merging_only_empty_states_gives_the_empty_state(count):
   )
   _assert_same(merge_many(stacked), empty)
   _assert_same(merge(empty, empty), empty)
-  on_devices = _merge_on_devices(_stack(*[empty] * 4))
-  _assert_same(_of_device(on_devices, 0), empty)
 
 
 def test_a_state_without_weight_may_hold_nan():

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
 
 from pallas_kernels.append_kv.api import append_kv
 from pallas_kernels.attention_state import (
   AttentionState,
   merge,
   merge_many,
-  merge_over_axis,
 )
 from pallas_kernels.micro_attention import reference
 from pallas_kernels.micro_attention.api import (
@@ -209,36 +207,6 @@ def test_any_split_over_holders_merges_to_the_whole(data, case_name, name):
   _assert_close(
     case, merge_many(jax.tree.map(lambda *x: jnp.stack(x), *states))
   )
-
-
-@pytest.mark.parametrize("name", _PORTABLE)
-def test_holders_on_a_mesh_axis_merge_to_the_whole(name):
-  case = _CASES["prefill_ragged"]
-  inputs = _inputs(case)
-  holders = np.arange(inputs.tables.block_ids.shape[0]) % 4
-  tables = [hold(inputs.tables, holders == holder) for holder in range(4)]
-  mesh = jax.make_mesh(
-    (4,), ("instance",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  everywhere, by_holder = PartitionSpec(), PartitionSpec("instance")
-
-  def attend(*args):
-    state = micro_attention(*args, implementation=name, **case.options)
-    return merge_over_axis(state, "instance")
-
-  state = jax.jit(
-    jax.shard_map(
-      attend,
-      mesh=mesh,
-      in_specs=(*[everywhere] * 5, by_holder),
-      out_specs=everywhere,
-    )
-  )(
-    *inputs._replace(
-      tables=jax.tree.map(lambda *x: jnp.concatenate(x), *tables)
-    )
-  )
-  _assert_close(case, state)
 
 
 # Memory.

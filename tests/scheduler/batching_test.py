@@ -39,7 +39,7 @@ class TestRows:
     batcher = engine.batchers[0]
 
     plans = []
-    for _ in until(lambda: not batcher.has_work):
+    for _ in until(lambda: not engine.has_work):
       plans.append(batcher.plan())
       for row in plans[-1].rows:
         engine.cluster.write(0, row.uid, row.start, row.end)
@@ -416,7 +416,7 @@ class TestEnds:
 
     assert waiting.status is running.status is RequestStatus.FINISHED_ABORTED
     assert (failing.status, failing.error) == (RequestStatus.FAILED, error)
-    assert not batcher.has_work
+    assert not engine.has_work
     engine.cluster.check_empty()
 
   def test_an_unknown_request_and_an_unfinished_status_are_bugs(self):

@@ -40,7 +40,7 @@ class FakeEngine:
 
   @property
   def has_work(self) -> bool:
-    return any(batcher.has_work for batcher in self.batchers)
+    return any(b.waiting or b.running for b in self.batchers)
 
   def step(self, seconds: float = 0.2) -> int:
     """One step of all instances; returns how many rows were proved."""

@@ -172,7 +172,7 @@ class TestBorrowing:
     cluster.open(0, UID, 4 * BLOCK_SIZE + 3)
     manager.borrow(UID, 2)
     phases = set()
-    for _ in until(lambda: not manager.is_busy(UID)):
+    for _ in until(lambda: manager.phase(UID) is Phase.IDLE):
       phases.add(manager.phase(UID))
       assert manager.is_readable(UID)
       assert cluster.covers(0, UID, cluster.proved[UID])
@@ -478,13 +478,13 @@ class TestMessages:
     cluster = _cluster(interceptor=spy)
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
-    assert cluster.managers[0].is_busy(UID)
+    assert cluster.managers[0].phase(UID) is not Phase.IDLE
 
     spy.copies.clear()
     cluster.tick()
     cluster.settle()
 
-    assert not cluster.managers[0].is_busy(UID)
+    assert cluster.managers[0].phase(UID) is Phase.IDLE
     assert cluster.managers[0].borrowed() == {1: 2}
     cluster.check_agreement()
     assert cluster.covers(0, UID, 4 * BLOCK_SIZE)
