@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
   # four, each has room for about a third of it.
   config.cache.num_blocks = placeholder(int)
   config.cache.kv_dtype = placeholder(str)
+  # Never used: this job's pools follow from its document, not from memory.
+  config.cache.memory_fraction = 0.92
 
   config.lending = ConfigDict()
   config.lending.policy = "borrow"

@@ -140,11 +140,8 @@ def _build_checkpoint(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> pathlib.Path:
   path = config.model.path or workdir / "checkpoint"
-  kv_heads = 1 if config.cluster.tensor_parallel == 1 else 2
   try:
-    return build_needle_checkpoint(
-      path, dtype=config.model.dtype, num_kv_heads=kv_heads
-    )
+    return build_needle_checkpoint(path, dtype=config.model.dtype)
   except ValueError as error:
     raise ConfigError(str(error)) from error
 

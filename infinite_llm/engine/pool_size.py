@@ -39,6 +39,19 @@ class DeviceMemory:
   in_use_bytes: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+  """What one device of an instance needs beside the weights.
+
+  Attributes:
+    temporary_bytes: For steps, the sampler's state included.
+    block_bytes: For an rBlock, and for what is kept of it in tables.
+  """
+
+  temporary_bytes: int
+  block_bytes: int
+
+
 def with_pool_size(
   model: LoadedModel, config: EngineConfig, *, attention: str | None = None
 ) -> EngineConfig:
@@ -68,39 +81,28 @@ def with_pool_size(
       UNMEASURED_NUM_BLOCKS,
     )
     return config.with_num_blocks(UNMEASURED_NUM_BLOCKS)
-  block_bytes = kv_block_bytes(model, config) + _ENTRY_BYTES
-  temporary_bytes = measure_temporaries(model, config, attention=attention)
+  needs = measure(model, config, attention=attention)
   num_blocks = min(
-    blocks_that_fit(
-      memory,
-      temporary_bytes=temporary_bytes,
-      block_bytes=block_bytes,
-      fraction=config.cache.memory_fraction,
-    )
+    blocks_that_fit(memory, needs, fraction=config.cache.memory_fraction)
     for memory in memories
   )
   logging.info(
     "Each instance gets %d rBlocks of %d bytes a device; steps need %d bytes.",
     num_blocks,
-    block_bytes,
-    temporary_bytes,
+    needs.block_bytes,
+    needs.temporary_bytes,
   )
   return config.with_num_blocks(num_blocks)
 
 
 def blocks_that_fit(
-  memory: DeviceMemory,
-  *,
-  temporary_bytes: int,
-  block_bytes: int,
-  fraction: float,
+  memory: DeviceMemory, needs: Needs, *, fraction: float
 ) -> int:
   """Divides what is free on a device.
 
   Args:
     memory: Its memory, with the weights in it.
-    temporary_bytes: What steps need beside weights and pool.
-    block_bytes: What an rBlock takes on this device.
+    needs: What it is to hold beside.
     fraction: Part of the limit to use. The rest is a margin for what nobody
       counts: workspaces of libraries, buffers of collectives, fragmentation.
 
@@ -111,16 +113,16 @@ def blocks_that_fit(
     ConfigError: If there are fewer than two.
   """
   usable_bytes = int(memory.limit_bytes * fraction)
-  free_bytes = usable_bytes - memory.in_use_bytes - temporary_bytes
-  num_blocks = free_bytes // block_bytes
+  free_bytes = usable_bytes - memory.in_use_bytes - needs.temporary_bytes
+  num_blocks = free_bytes // needs.block_bytes
   if num_blocks < 2:
     raise ConfigError(
       f"num_blocks must be at least 2, but {max(num_blocks, 0)} fit: of"
       f" {memory.limit_bytes} bytes memory_fraction = {fraction} allows"
-      f" {usable_bytes}; weights take {memory.in_use_bytes}, temporaries of the"
-      f" steps {temporary_bytes}, which leaves {free_bytes} for rBlocks of"
-      f" {block_bytes}. Use more devices (tensor_parallel) or smaller"
-      " prefill_buckets."
+      f" {usable_bytes}; weights take {memory.in_use_bytes}, temporaries of"
+      f" the steps {needs.temporary_bytes}, which leaves {free_bytes} for"
+      f" rBlocks of {needs.block_bytes}. Use more devices (tensor_parallel) or"
+      " smaller prefill_buckets."
     )
   return num_blocks
 
@@ -140,17 +142,9 @@ def device_memory(devices: Iterable[jax.Device]) -> list[DeviceMemory] | None:
   return memories
 
 
-def kv_block_bytes(model: LoadedModel, config: EngineConfig) -> int:
-  """Bytes of an rBlock's keys and values on one device of an instance."""
-  shape = model.config
-  dtype = jax.numpy.dtype(config.cache.kv_dtype or model.dtype)
-  vectors = shape.num_layers * 2 * shape.num_kv_heads * config.cache.block_size
-  return vectors * shape.head_dim * dtype.itemsize // config.tensor_parallel
-
-
-def measure_temporaries(
+def measure(
   model: LoadedModel, config: EngineConfig, *, attention: str | None = None
-) -> int:
+) -> Needs:
   """Compiles the largest programs against a tiny pool and adds their needs up.
 
   Programs of a device run one after the other, so the largest temporaries
@@ -163,7 +157,7 @@ def measure_temporaries(
     attention: Name of the micro-attention; None picks.
 
   Returns:
-    Bytes on one device, the sampler's state included.
+    What one device needs.
   """
   config = config.with_num_blocks(_PROBE_NUM_BLOCKS)
   runner = ModelRunner(model, config, attention=attention)
@@ -205,4 +199,8 @@ def measure_temporaries(
   )
   # Nothing of the probe may be left when the real pools are placed.
   jax.block_until_ready((runner.pool.group(), outputs))
-  return temporary_bytes + output_bytes + sampler.state_bytes
+  return Needs(
+    temporary_bytes=temporary_bytes + output_bytes + sampler.state_bytes,
+    block_bytes=runner.pool.block_bytes // config.tensor_parallel
+    + _ENTRY_BYTES,
+  )

@@ -6,7 +6,7 @@ from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine import pool_size
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.pool_size import DeviceMemory, blocks_that_fit
+from infinite_llm.engine.pool_size import DeviceMemory, Needs, blocks_that_fit
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
@@ -35,12 +35,8 @@ def options(**changes):
 class TestArithmetic:
   def fit(self, *, limit=100, in_use=40, temporary=12, block=4, fraction=0.9):
     memory = DeviceMemory(limit_bytes=limit, in_use_bytes=in_use)
-    return blocks_that_fit(
-      memory,
-      temporary_bytes=temporary,
-      block_bytes=block,
-      fraction=fraction,
-    )
+    needs = Needs(temporary_bytes=temporary, block_bytes=block)
+    return blocks_that_fit(memory, needs, fraction=fraction)
 
   def test_what_is_free_is_divided(self):
     assert self.fit() == (90 - 40 - 12) // 4 == 9
@@ -72,19 +68,26 @@ class TestArithmetic:
 
 
 class TestMeasuring:
-  def test_an_rblock_has_the_bytes_of_the_pool(self, model):
-    for changes in ({}, {"kv_dtype": "bfloat16"}, {"block_size": 32}):
-      config = engine_config(**options(num_blocks=7, **changes))
-      engine = Engine(model, config)
-      expected = engine.runner.pool.block_bytes
-      assert pool_size.kv_block_bytes(model, config) == expected
+  def test_an_rblock_has_the_bytes_of_its_vectors(self, model):
+    # One layer of two KV heads of 16 dimensions; a share of the tables.
+    assert model.config.num_kv_heads * model.config.head_dim == 32
+    for changes, kv_bytes in (
+      ({}, 2 * 16 * 32 * 4),
+      ({"kv_dtype": "bfloat16"}, 2 * 16 * 32 * 2),
+      ({"block_size": 32}, 2 * 32 * 32 * 4),
+    ):
+      config = engine_config(**options(policy="static", **changes))
+      assert pool_size.measure(model, config).block_bytes == kv_bytes + 128
 
   def test_larger_buckets_need_more(self, model):
     small = engine_config(**options(policy="static"))
     large = engine_config(**options(policy="static", prefill_buckets=(256,)))
-    needs = [pool_size.measure_temporaries(model, c) for c in (small, large)]
+    small, large = (
+      pool_size.measure(model, config).temporary_bytes
+      for config in (small, large)
+    )
     # The logits alone of four decode rows: 4 x 256 x 4 bytes.
-    assert 4096 < needs[0] < needs[1]
+    assert 4096 < small < large
 
   def test_devices_that_report_nothing_get_a_fixed_size(self, model):
     assert pool_size.device_memory(model.mesh.devices.flat) is None
@@ -99,10 +102,12 @@ class TestMeasuring:
 
   def test_an_engine_fills_the_smallest_device(self, model, monkeypatch):
     config = engine_config(**options(memory_fraction=0.5, headroom_blocks=0))
-    temporaries = pool_size.measure_temporaries(model, config)
-    block = pool_size.kv_block_bytes(model, config) + 128
+    needs = pool_size.measure(model, config)
     in_use = 10 * GIB
-    limits = [2 * (in_use + temporaries + n * block) + 2 for n in (300, 21)]
+    limits = [
+      2 * (in_use + needs.temporary_bytes + n * needs.block_bytes) + 2
+      for n in (300, 21)
+    ]
     monkeypatch.setattr(
       pool_size,
       "device_memory",
