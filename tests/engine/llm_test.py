@@ -132,7 +132,7 @@ class TestGenerate:
       patch.setattr(llm.engine.runner, "local_step", interrupted)
       with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt_of(30, seed=n) for n in range(3)], greedy(50))
-    assert not any(batcher.has_work for batcher in llm.engine.batchers)
+    assert not any(b.waiting or b.running for b in llm.engine.batchers)
     (output,) = llm.generate(prompt_of(30), greedy(5))
     check(oracle, output, greedy(5))
 
