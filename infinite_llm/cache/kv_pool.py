@@ -101,6 +101,12 @@ class KVPool:
     ]
     self._row_meshes = rows
 
+  @property
+  def block_bytes(self) -> int:
+    """Bytes of the KV of one rBlock over all tensor ranks."""
+    kv = self._rows[0].kv
+    return kv.nbytes // kv.shape[0]
+
   def row(self, index: int) -> PoolArrays:
     """The pool of the `index`-th instance of this process."""
     return self._rows[index]

@@ -21,9 +21,9 @@ _PROBE_NUM_BLOCKS = 8
 not depend on it."""
 
 _ENTRY_BYTES = 128
-"""Beside its KV an rBlock has a tag, an epoch, and 8 bytes in each table: that
-of every program of a step, both versions of what is hosted, and those that
-replace them."""
+"""Beside its KV an rBlock has a tag, an epoch and room for two and a half table
+entries, 28 bytes; the sums over all entries that prove coverage are temporaries
+that grow with the pool, a few times 10 bytes for each rBlock."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
