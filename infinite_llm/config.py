@@ -80,7 +80,9 @@ class LendingConfig:
       instances.
     resend_after_s: Seconds without an answer after which a message is sent
       again.
-    heartbeat_every_s: Seconds between heartbeats.
+    heartbeat_every_s: Seconds between heartbeats, and between renewals of
+      leases.
+    lease_s: Seconds of an owner's silence after which its leases end.
   """
 
   policy: str = "borrow"
@@ -90,6 +92,7 @@ class LendingConfig:
   exchange_blocks: int = 16
   resend_after_s: float = 0.5
   heartbeat_every_s: float = 0.1
+  lease_s: float = 10.0
 
   def __post_init__(self):
     _require(
@@ -111,8 +114,17 @@ class LendingConfig:
       "not negative",
       self.headroom_blocks,
     )
-    for name in ("resend_after_s", "heartbeat_every_s"):
+    for name in ("resend_after_s", "heartbeat_every_s", "lease_s"):
       _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+    # One lost renewal, or one lost answer, must not end a lease.
+    for name in ("resend_after_s", "heartbeat_every_s"):
+      _require(
+        self.lease_s > 2 * getattr(self, name),
+        "lease_s",
+        f"more than twice {name} ({getattr(self, name)!r}), so that one lost"
+        " message ends no lease",
+        self.lease_s,
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ class Phase(enum.Enum):
 
   A borrow goes ASKING, RESERVING, MOVING, COMMITTING, SWITCHED, and from there
   to the next candidate or to IDLE; if it fails after the reservation, RETURNING
-  gives the grants back first.
+  gives the grants back first. A recall goes FETCHING, SWITCHED, RETURNING; if
+  it fails, it ends at once and a sync follows.
   """
 
   IDLE = "idle"
@@ -25,6 +26,7 @@ class Phase(enum.Enum):
   MOVING = "awaiting the exchange"
   COMMITTING = "awaiting the creditor's new table"
   SWITCHED = "awaiting the proof of the moved copies"
+  FETCHING = "awaiting payloads from a creditor"
   RETURNING = "awaiting the end of returned leases"
   SYNCING = "awaiting that creditors install their tables anew"
 
@@ -35,8 +37,8 @@ class PendingMove:
 
   Attributes:
     move: What the data plane is asked to send.
-    old: The copy at home.
-    new: The copy at the creditor.
+    old: The copy to be given up once the other is proved.
+    new: The other copy.
   """
 
   move: Move
@@ -54,6 +56,8 @@ class Borrow:
     creditor: The one being dealt with.
     moves: What moves to it.
     unsent: Those of them whose payload was not exchanged yet.
+    is_planned: The gManager named the creditor, so a refusal of this one says
+      nothing about the others.
     num_moved: rBlocks that moved and were proved, over all creditors.
   """
 
@@ -66,7 +70,21 @@ class Borrow:
     default_factory=list[PendingMove]
   )
   unsent: set[Move] = dataclasses.field(default_factory=set[Move])
+  is_planned: bool = False
   num_moved: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall:
+  """One recall.
+
+  Attributes:
+    creditor: Who sends the rBlocks.
+    moves: What comes home from it.
+  """
+
+  creditor: InstanceId
+  moves: list[PendingMove]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -82,6 +100,7 @@ class Account:
     versions: Version of each creditor's hosted table that steps are to name.
     phase: What is under way.
     borrow: The borrow that is under way, if one is.
+    recall: The recall that is under way, if one is.
     unsynced: Creditors that have not answered a sync.
     must_sync: A sync is due once nothing else is under way.
     has_synced: One was made since a step last succeeded.
@@ -103,6 +122,7 @@ class Account:
   )
   phase: Phase = Phase.IDLE
   borrow: Borrow | None = None
+  recall: Recall | None = None
   unsynced: set[InstanceId] = dataclasses.field(default_factory=set[InstanceId])
   must_sync: bool = False
   has_synced: bool = False
@@ -126,6 +146,14 @@ class Account:
       )
     return self.borrow
 
+  def current_recall(self) -> Recall:
+    """The recall, in a phase that implies one."""
+    if self.recall is None:
+      raise InvariantError(
+        f"Request {self.table.uid} is {self.phase.value} without a recall."
+      )
+    return self.recall
+
   def movable(self) -> tuple[int, ...]:
     """Logical numbers of the rBlocks that may move away, oldest first.
 
@@ -136,15 +164,17 @@ class Account:
     count = int(logical_ids.searchsorted(num_full))
     return tuple(logical_ids[:count].tolist())
 
-  def is_readable(self) -> bool:
+  def is_settled(self) -> bool:
     """Whether the versions that a step would name are surely installed."""
-    if self.must_sync or self.phase is Phase.SYNCING:
+    if self.is_lost or self.must_sync or self.phase is Phase.SYNCING:
       return False
-    # A release replaces the version that the table was rolled back to.
-    return not (
-      self.phase is Phase.RETURNING
-      and self.current_borrow().creditor in self.table.creditors()
+    if self.phase is not Phase.RETURNING:
+      return True
+    # The release replaces the version that a step would name.
+    creditor = (
+      self.recall.creditor if self.recall else self.current_borrow().creditor
     )
+    return creditor not in self.table.creditors()
 
   def add_leases(self, creditor: InstanceId, grants: tuple[Grant, ...]) -> None:
     """Notes grants of a creditor."""

@@ -135,6 +135,13 @@ class HostedTables:
     left = {b: n for b, n in table.current.items() if b not in removed}
     return self._install(owner, slot, left, None)
 
+  def drop(self, owner: InstanceId) -> None:
+    """Forgets all tables of an owner whose leases have ended."""
+    dropped = [key for key in self._tables if key[0] == owner]
+    for key in dropped:
+      del self._tables[key]
+    self.generation += bool(dropped)
+
   def _install(
     self,
     owner: InstanceId,

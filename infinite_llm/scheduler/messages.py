@@ -1,9 +1,9 @@
 """What managers say to each other.
 
-A *request* (`Reserve`, `Commit`, `Release`, `Sync`, `CandidatesRequest`) is
-sent again until its answer arrives; its receiver executes it once and answers
-repetitions with the same answer. A heartbeat is sent once; a later one replaces
-it.
+A *request* (`Reserve`, `Commit`, `Release`, `Sync`, `Fetch`,
+`CandidatesRequest`) is sent again until its answer arrives; its receiver
+executes it once and answers repetitions with the same answer. A heartbeat and a
+renewal are sent once; a later one replaces it.
 """
 
 import dataclasses
@@ -230,11 +230,86 @@ class SyncReply:
   missing: tuple[int, ...]
 
 
-type LeaseRequest = Reserve | Commit | Release | Sync
-type LeaseReply = ReserveReply | CommitReply | ReleaseReply | SyncReply
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FetchedEntry:
+  """An rBlock that is to come home.
+
+  Attributes:
+    logical_id: Its number in its request.
+    grant: Where it lies at the creditor.
+    home: Where it is to lie at the owner, and under which epoch.
+  """
+
+  logical_id: int
+  grant: Grant
+  home: Grant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fetch:
+  """A debtor asks its creditor to send rBlocks back. The leases stay.
+
+  Attributes:
+    uid: The request.
+    slot: Its spill slot.
+    entries: What to send, and where to.
+  """
+
+  uid: RequestUid
+  slot: SlotName
+  entries: tuple[FetchedEntry, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FetchReply:
+  """How a fetch ended; given once the payloads are exchanged.
+
+  Attributes:
+    is_sent: Whether they were; if not, a lease is unknown and nothing was sent.
+  """
+
+  is_sent: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renew:
+  """A debtor lives; so do all its leases at the receiver.
+
+  Attributes:
+    sent_s: When this was sent, by the debtor's clock.
+  """
+
+  sent_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renewed:
+  """A creditor has heard a renewal.
+
+  Attributes:
+    sent_s: That of the renewal.
+  """
+
+  sent_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Introduction:
+  """A request was not meant for this incarnation, and was not executed.
+
+  The envelope says which incarnation answers, so the sender may ask again.
+  """
+
+
+type LeaseRequest = Reserve | Commit | Release | Sync | Fetch
+type LeaseReply = (
+  ReserveReply | CommitReply | ReleaseReply | SyncReply | FetchReply
+)
 type Request = LeaseRequest | CandidatesRequest
 type Reply = LeaseReply | Candidates
-type Body = Request | Reply | Heartbeat | ClusterStatus
+type Body = (
+  Request | Reply | Renew | Renewed | Introduction | Heartbeat | ClusterStatus
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,6 +325,9 @@ class Envelope:
     body: What it says.
     settled: The sender needs no answer any more from this receiver to requests
       with smaller numbers; 0 in answers.
+    meant_for: The receiver's incarnation that a debtor's message is for; 0 if
+      the sender has not heard of any, and in other messages.
+    responder: In a creditor's answer, its own incarnation; else 0.
   """
 
   sender: Address
@@ -258,3 +336,5 @@ class Envelope:
   seq: int
   body: Body
   settled: int = 0
+  meant_for: int = 0
+  responder: int = 0

@@ -1,5 +1,6 @@
 """The rManager of an instance: its rBlocks, at home and elsewhere."""
 
+import collections
 from collections.abc import Callable, Iterable
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -11,25 +12,15 @@ from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor, Reconcile, SpillInfo
 from infinite_llm.scheduler.effects import Effect, GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.mailbox import Inbox, Outbox
+from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   BlocksOf,
-  Candidates,
-  CandidatesRequest,
-  ClusterStatus,
-  Commit,
-  CommitReply,
   Envelope,
   Heartbeat,
-  Release,
-  ReleaseReply,
-  Reserve,
-  ReserveReply,
-  Sync,
-  SyncReply,
 )
 from infinite_llm.scheduler.policies import get_policy
+from infinite_llm.scheduler.reception import Reception
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
 __all__ = [
@@ -86,15 +77,26 @@ class RManager:
       )
     self.instance = instance
     self.pool = pool
+    self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
     self._clock = clock
-    self._inbox = Inbox()
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
-    self._creditor = Creditor(pool, lending)
-    self._debtor = Debtor(pool, block_size, lending.spill_slots, self._outbox)
+    self._creditor = Creditor(pool, block_size, lending, clock)
+    self._debtor = Debtor(pool, block_size, lending, clock, self._outbox)
+    self._reception = Reception(
+      instance,
+      incarnation,
+      num_instances,
+      lending.spill_slots,
+      clock,
+      self._creditor,
+      self._debtor,
+      self._outbox,
+    )
+    self._frozen_until_s = clock()
     self._lendable: dict[InstanceId, int] = {}
     self._heartbeat_s: float | None = None
 
@@ -102,6 +104,11 @@ class RManager:
   def hosted(self) -> HostedTables:
     """Tables of what this instance hosts for others."""
     return self._creditor.hosted
+
+  @property
+  def refused(self) -> collections.Counter[str]:
+    """Messages that no sane sender would send, by the name of their kind."""
+    return self._reception.refused
 
   @property
   def num_free_slots(self) -> int:
@@ -179,13 +186,18 @@ class RManager:
     """
     return self._debtor.spill(uid)
 
+  def slot(self, uid: RequestUid) -> int:
+    """Spill slot of a request that has one: also once all of it came home."""
+    return self._debtor.account(uid).current_slot().slot
+
   def is_readable(self, uid: RequestUid) -> bool:
     """Whether a step may read a request's rBlocks now.
 
     While creditors install a table anew the version in force is not known, and
-    a step would fail to no purpose.
+    leases of a creditor that has not answered for long may have ended; a step
+    would fail to no purpose.
     """
-    return self._debtor.account(uid).is_readable()
+    return self._debtor.is_readable(uid)
 
   def phase(self, uid: RequestUid) -> Phase:
     """What is under way with a request's rBlocks."""
@@ -254,9 +266,63 @@ class RManager:
     """
     return self._debtor.borrow(uid, num_blocks)
 
+  def move_kvcache(
+    self, uid: RequestUid, num_blocks: int, dst: InstanceId
+  ) -> bool:
+    """Starts to move a request's oldest rBlocks to one other instance.
+
+    As `borrow`, but the creditor is named: nobody is asked for candidates, and
+    a refusal (`Creditor.try_move_kvcache`) ends it.
+
+    Args:
+      uid: An open request.
+      num_blocks: At most how many.
+      dst: Another instance of the group.
+
+    Returns:
+      Whether it was started. False if the request is busy, has nothing to move
+      or cannot get a spill slot, and while the instance is frozen.
+    """
+    self._check_peer("dst", dst)
+    return self._debtor.move_kvcache(uid, num_blocks, dst)
+
+  def recall_kvcache(
+    self, uid: RequestUid, num_blocks: int, src: InstanceId
+  ) -> bool:
+    """Starts to move a request's newest rBlocks at a creditor home.
+
+    Args:
+      uid: An open request.
+      num_blocks: At most how many.
+      src: The creditor.
+
+    Returns:
+      Whether it was started. False if the request is busy or cannot be read,
+      has nothing there, or no rBlock is free at home.
+    """
+    self._check_peer("src", src)
+    return self._debtor.recall_kvcache(uid, num_blocks, src)
+
+  def freeze(self, duration_s: float) -> None:
+    """Gives no rBlocks to anybody for a while, but to recalls.
+
+    Circular debt is dissolved meanwhile (DGFM): what becomes free is to bring
+    rBlocks home.
+
+    Args:
+      duration_s: Seconds after which this ends by itself; 0 ends it now.
+    """
+    self._frozen_until_s = self._clock() + duration_s
+    self._thaw_if_due()
+
+  @property
+  def is_frozen(self) -> bool:
+    """Whether requests get no rBlocks for now, here or elsewhere."""
+    return self._debtor.is_frozen
+
   def on_exchanged(self, moves: Iterable[Move]) -> None:
     """Notes that payloads of this instance were sent."""
-    self._debtor.on_exchanged(moves)
+    self._reception.on_exchanged(tuple(moves))
 
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests that read moved rBlocks which no step has proved yet."""
@@ -269,44 +335,27 @@ class RManager:
   # Messages and effects.
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message, perhaps late or repeated."""
-    match envelope.body:
-      case Reserve() | Commit() | Release() | Sync() as request:
-        owner = envelope.sender
-        if owner == GMANAGER:
-          raise InvariantError(f"Only instances borrow; got {envelope}.")
-        reply = self._inbox.answer(
-          envelope, lambda: self._creditor.execute(owner, request)
-        )
-        if reply is not None:
-          self._outbox.reply(envelope, reply)
-      case (
-        Candidates()
-        | ReserveReply()
-        | CommitReply()
-        | ReleaseReply()
-        | SyncReply() as reply
-      ):
-        pending = self._outbox.take_answered(envelope)
-        if pending is not None:
-          self._debtor.on_reply(pending, reply)
-      case ClusterStatus(lendable=lendable):
-        self._on_status(lendable)
-      case Heartbeat() | CandidatesRequest() as body:
-        raise InvariantError(
-          f"{type(body).__name__} is for the gManager, not for instance"
-          f" {self.instance}."
-        )
+    """Takes a message, perhaps late or repeated; a nonsensical one is refused.
+
+    Refused messages change nothing and are counted in `refused`.
+    """
+    status = self._reception.on_message(envelope)
+    if status is not None:
+      self._on_status(status.lendable)
 
   def tick(self) -> None:
-    """Sends what is due: unanswered requests again, and heartbeats."""
-    self._outbox.resend()
+    """Does what is due: ends and renews leases, asks again, reports."""
     now = self._clock()
+    self._thaw_if_due()
+    self._creditor.end_expired()
+    self._debtor.tick()
+    self._outbox.resend()
     if (
       self._heartbeat_s is None
       or now - self._heartbeat_s >= self._lending.heartbeat_every_s
     ):
       self._heartbeat_s = now
+      self._debtor.renew()
       self._outbox.tell(GMANAGER, self._heartbeat())
 
   def drain_messages(self) -> list[Envelope]:
@@ -316,6 +365,17 @@ class RManager:
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
     return self._creditor.drain_effects() + self._debtor.drain_effects()
+
+  def _check_peer(self, name: str, peer: InstanceId) -> None:
+    if peer == self.instance or not 0 <= peer < self._num_instances:
+      raise InvariantError(
+        f"{name} must be another instance in [0, {self._num_instances}); got"
+        f" {peer} on instance {self.instance}."
+      )
+
+  def _thaw_if_due(self) -> None:
+    is_frozen = self._clock() < self._frozen_until_s
+    self._debtor.is_frozen = self._creditor.is_frozen = is_frozen
 
   def _heartbeat(self) -> Heartbeat:
     return Heartbeat(
@@ -329,6 +389,6 @@ class RManager:
     self._lendable = {
       instance: count
       for instance, count in lendable
-      if instance != self.instance
+      if instance != self.instance and 0 <= instance < self._num_instances
     }
     self._debtor.on_status(self.lendable_elsewhere() > 0)

@@ -7,6 +7,7 @@ same refusals and the same coverage as a real group.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -19,8 +20,9 @@ from infinite_llm.distributed.transport.in_process import (
 )
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
-from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.messages import GMANAGER, Envelope, Renew
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
+from infinite_llm.types import NO_EPOCH
 
 BLOCK_SIZE = 8
 
@@ -56,21 +58,12 @@ class FakeCluster:
     self.now_s = 0.0
     self.lending = LendingConfig(**lending)
     self.num_blocks = num_blocks
+    self.incarnations = [1] * num_instances
     self.managers = [
-      RManager(
-        instance=instance,
-        num_instances=num_instances,
-        pool=BlockPool(instance, num_blocks),
-        block_size=BLOCK_SIZE,
-        lending=self.lending,
-        clock=lambda: self.now_s,
-      )
+      self._manager(instance, num_instances)
       for instance in range(num_instances)
     ]
-    self.devices = [
-      FakeDevice([0] * num_blocks, [0] * num_blocks)
-      for _ in range(num_instances)
-    ]
+    self.devices = [self._device() for _ in range(num_instances)]
     self.gmanager = GManager(self.lending.policy)
     self.transport = InProcessTransport(interceptor)
     for instance, manager in enumerate(self.managers):
@@ -79,6 +72,33 @@ class FakeCluster:
     self.moves: collections.deque[Move] = collections.deque()
     self.refused_payloads = 0
     self.proved: dict[int, int] = {}
+
+  def _manager(self, instance: int, num_instances: int) -> RManager:
+    incarnation = self.incarnations[instance]
+    return RManager(
+      instance=instance,
+      num_instances=num_instances,
+      pool=BlockPool(
+        instance, self.num_blocks, last_epoch=100 * incarnation - 100
+      ),
+      block_size=BLOCK_SIZE,
+      lending=self.lending,
+      clock=lambda: self.now_s,
+      incarnation=incarnation,
+    )
+
+  def _device(self) -> FakeDevice:
+    return FakeDevice([0] * self.num_blocks, [0] * self.num_blocks)
+
+  def restart(self, instance: int) -> None:
+    """An instance loses all that it had, and begins anew."""
+    self.incarnations[instance] += 1
+    self.managers[instance] = self._manager(instance, len(self.managers))
+    self.devices[instance] = self._device()
+    self.transport.register(instance, self.managers[instance].on_message)
+    self.moves = collections.deque(
+      move for move in self.moves if move.src_instance != instance
+    )
 
   # Control plane.
 
@@ -95,7 +115,8 @@ class FakeCluster:
           case GrantEpochs(block_ids=block_ids, epochs=epochs):
             for block_id, epoch in zip(block_ids, epochs, strict=True):
               device.epoch[block_id] = epoch
-              device.tag[block_id] = 0
+              if epoch != NO_EPOCH:
+                device.tag[block_id] = 0
           case MoveBlocks(moves=moves):
             self.moves.extend(moves)
     return happened
@@ -147,6 +168,23 @@ class FakeCluster:
       if not happened:
         return
     raise AssertionError("The managers did not come to rest.")
+
+  def introduce(self) -> None:
+    """Everybody has heard of everybody, as after some time together."""
+    for sender, receiver in itertools.permutations(
+      range(len(self.managers)), 2
+    ):
+      self.managers[receiver].on_message(
+        Envelope(
+          sender=sender,
+          receiver=receiver,
+          incarnation=self.incarnations[sender],
+          seq=1,
+          body=Renew(sent_s=self.now_s),
+          meant_for=self.incarnations[receiver],
+        )
+      )
+    self.settle()
 
   def heartbeat(self) -> None:
     """Everybody knows of everybody's room, and nothing is under way."""

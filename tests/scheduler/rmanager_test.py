@@ -33,6 +33,7 @@ UID = 7
 def _cluster(num_instances=2, num_blocks=9, **kwargs):
   """A cluster that knows itself; 8 rBlocks of 8 tokens per instance."""
   cluster = FakeCluster(num_instances, num_blocks, **kwargs)
+  cluster.introduce()
   cluster.heartbeat()
   return cluster
 
@@ -587,7 +588,7 @@ class TestMessages:
 
   def test_heartbeats_are_periodic_and_say_who_owes_whom(self):
     spy = Spy()
-    cluster = _cluster(interceptor=spy, heartbeat_every_s=10.0)
+    cluster = _cluster(interceptor=spy, heartbeat_every_s=10.0, lease_s=30.0)
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
     spy.seen.clear()
