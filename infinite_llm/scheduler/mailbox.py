@@ -4,7 +4,9 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+from infinite_llm.errors import MessageError, Refusal
 from infinite_llm.scheduler.messages import (
+  ANSWER_TO,
   Address,
   Body,
   Envelope,
@@ -95,6 +97,9 @@ class Outbox[Context]:
 
     Returns:
       The request; None if it was answered or given up before.
+
+    Raises:
+      MessageError: If it is an answer to something else than was asked.
     """
     pending = self._pending.get(reply.seq)
     if (
@@ -103,6 +108,13 @@ class Outbox[Context]:
       or pending.receiver != reply.sender
     ):
       return None
+    wanted = ANSWER_TO[type(pending.body)]
+    if type(reply.body) is not wanted:
+      raise MessageError(
+        Refusal.MISDIRECTED,
+        f"The answer to request {reply.seq} must be a {wanted.__name__}; got"
+        f" {type(reply.body).__name__}.",
+      )
     return self._pending.pop(reply.seq)
 
   def give_up(self, unwanted: Callable[[Pending[Context]], bool]) -> None:

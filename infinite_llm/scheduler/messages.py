@@ -7,6 +7,7 @@ it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from infinite_llm.types import (
@@ -235,6 +236,15 @@ type LeaseReply = ReserveReply | CommitReply | ReleaseReply | SyncReply
 type Request = LeaseRequest | CandidatesRequest
 type Reply = LeaseReply | Candidates
 type Body = Request | Reply | Heartbeat | ClusterStatus
+
+ANSWER_TO: Final[Mapping[type[Request], type[Reply]]] = {
+  CandidatesRequest: Candidates,
+  Reserve: ReserveReply,
+  Commit: CommitReply,
+  Release: ReleaseReply,
+  Sync: SyncReply,
+}
+"""Which kind of answer each kind of request gets."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
-from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.errors import ConfigError, MessageError, Refusal
 from infinite_llm.scheduler.account import Account, Phase
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor, Reconcile, SpillInfo
@@ -14,6 +14,7 @@ from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.mailbox import Inbox, Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
+  Address,
   BlocksOf,
   Candidates,
   CandidatesRequest,
@@ -22,6 +23,7 @@ from infinite_llm.scheduler.messages import (
   CommitReply,
   Envelope,
   Heartbeat,
+  LeaseRequest,
   Release,
   ReleaseReply,
   Reserve,
@@ -86,6 +88,7 @@ class RManager:
       )
     self.instance = instance
     self.pool = pool
+    self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
     self._clock = clock
@@ -269,12 +272,14 @@ class RManager:
   # Messages and effects.
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message, perhaps late or repeated."""
+    """Takes a message, perhaps late or repeated.
+
+    Raises:
+      MessageError: If it is none for an rManager; nothing has changed then.
+    """
     match envelope.body:
       case Reserve() | Commit() | Release() | Sync() as request:
-        owner = envelope.sender
-        if owner == GMANAGER:
-          raise InvariantError(f"Only instances borrow; got {envelope}.")
+        owner = self._debtor_of(envelope.sender, request)
         reply = self._inbox.answer(
           envelope, lambda: self._creditor.execute(owner, request)
         )
@@ -287,15 +292,18 @@ class RManager:
         | ReleaseReply()
         | SyncReply() as reply
       ):
+        if isinstance(reply, Candidates):
+          self._check_creditors(reply)
         pending = self._outbox.take_answered(envelope)
         if pending is not None:
           self._debtor.on_reply(pending, reply)
       case ClusterStatus(lendable=lendable):
         self._on_status(lendable)
       case Heartbeat() | CandidatesRequest() as body:
-        raise InvariantError(
+        raise MessageError(
+          Refusal.MISDIRECTED,
           f"{type(body).__name__} is for the gManager, not for instance"
-          f" {self.instance}."
+          f" {self.instance}.",
         )
 
   def tick(self) -> None:
@@ -316,6 +324,31 @@ class RManager:
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
     return self._creditor.drain_effects() + self._debtor.drain_effects()
+
+  def _debtor_of(self, sender: Address, request: LeaseRequest) -> InstanceId:
+    """The instance that asks, if it is one that this one could lend to."""
+    if sender == GMANAGER or sender >= self._num_instances:
+      raise MessageError(
+        Refusal.MISDIRECTED,
+        f"sender must be an instance below {self._num_instances}; got"
+        f" {sender!r}.",
+      )
+    if request.slot.slot >= self._lending.spill_slots:
+      raise MessageError(
+        Refusal.MALFORMED,
+        f"slot must be below {self._lending.spill_slots}; got"
+        f" {request.slot.slot}.",
+      )
+    return sender
+
+  def _check_creditors(self, reply: Candidates) -> None:
+    for instance in reply.instances:
+      if instance >= self._num_instances or instance == self.instance:
+        raise MessageError(
+          Refusal.MALFORMED,
+          f"candidates must be other instances below {self._num_instances};"
+          f" got {instance}.",
+        )
 
   def _heartbeat(self) -> Heartbeat:
     return Heartbeat(

@@ -2,15 +2,20 @@ import dataclasses
 
 import pytest
 
+from infinite_llm.errors import MessageError
 from infinite_llm.scheduler.mailbox import Inbox, Outbox
 from infinite_llm.scheduler.messages import (
+  ANSWER_TO,
   Candidates,
   CandidatesRequest,
+  Reply,
+  Request,
   ReserveReply,
 )
+from tests.scheduler.any_message import kinds
 
 _ASK = CandidatesRequest(num_blocks=1)
-_ANSWER = ReserveReply(grants=())
+_ANSWER = Candidates(instances=())
 
 
 class _Clock:
@@ -85,6 +90,22 @@ def test_an_answer_to_something_else_is_ignored(outbox, change):
 
   assert outbox.take_answered(dataclasses.replace(answer, **change)) is None
   assert outbox.awaits("a")
+
+
+def test_an_answer_of_another_kind_is_refused(outbox):
+  outbox.ask(1, _ASK, "a")
+  answer = dataclasses.replace(
+    _answer_to(*outbox.drain()), body=ReserveReply(grants=())
+  )
+
+  with pytest.raises(MessageError, match=r"must be a Candidates; got Reserve"):
+    outbox.take_answered(answer)
+  assert outbox.awaits("a")
+
+
+def test_every_kind_of_request_has_a_kind_of_answer():
+  assert set(ANSWER_TO) == set(kinds(Request))
+  assert set(ANSWER_TO.values()) == set(kinds(Reply))
 
 
 def test_a_request_given_up_is_not_sent_again(outbox, clock):

@@ -1,15 +1,5 @@
 import dataclasses
 import json
-import types
-from typing import (
-  Annotated,
-  Literal,
-  TypeAliasType,
-  Union,
-  get_args,
-  get_origin,
-  get_type_hints,
-)
 
 import hypothesis
 import pytest
@@ -29,51 +19,16 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.wire import MAX_BYTES, VERSION, WireCodec
 from infinite_llm.types import PoolCounts
+from tests.scheduler.any_message import ENVELOPES, kinds, values
 
+_REPEATABLE = hypothesis.settings(deadline=None, derandomize=True)
+_FUZZ = hypothesis.settings(_REPEATABLE, max_examples=300)
 _SECRET = b"sixteen bytes or"
 _HEADER_BYTES = 7
 _CODEC = WireCodec()
 _SEALED = WireCodec(secret=_SECRET)
 
 
-def _values(annotation):
-  """Values of an annotation, as its author means it."""
-  if isinstance(annotation, TypeAliasType):
-    return _values(annotation.__value__)
-  origin, arguments = get_origin(annotation), get_args(annotation)
-  if origin is Annotated:
-    allowed = arguments[1]
-    return st.integers(allowed.low, allowed.high)
-  if origin is Literal:
-    return st.sampled_from(arguments)
-  if origin in (Union, types.UnionType):
-    return st.one_of([_values(argument) for argument in arguments])
-  if origin is tuple and arguments[-1] is Ellipsis:
-    return st.lists(_values(arguments[0]), max_size=3).map(tuple)
-  if origin is tuple:
-    return st.tuples(*map(_values, arguments))
-  if dataclasses.is_dataclass(annotation):
-    hints = get_type_hints(annotation, include_extras=True)
-    fields = {name: _values(hint) for name, hint in hints.items()}
-    if annotation is Grant:
-      hints = {"block_id": st.integers(1, 9), "epoch": st.integers(1, 9)}
-      return st.builds(Grant, **hints)
-    return st.builds(annotation, **fields)
-  if annotation is int:
-    return st.integers(0, 2**63 - 1)
-  return st.from_type(annotation)
-
-
-def _kinds(annotation):
-  """Dataclasses of a union, those of unions inside it included."""
-  if isinstance(annotation, TypeAliasType):
-    return _kinds(annotation.__value__)
-  if get_origin(annotation) in (Union, types.UnionType):
-    return [kind for part in get_args(annotation) for kind in _kinds(part)]
-  return [annotation]
-
-
-_ENVELOPES = st.deferred(lambda: _values(Envelope))
 _JSON = st.recursive(
   st.none()
   | st.booleans()
@@ -154,12 +109,12 @@ class TestFrames:
       b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1}'
     )
 
-  @pytest.mark.parametrize("kind", _kinds(Body), ids=lambda kind: kind.__name__)
-  @hypothesis.settings(max_examples=20)
+  @pytest.mark.parametrize("kind", kinds(Body), ids=lambda kind: kind.__name__)
+  @hypothesis.settings(_REPEATABLE, max_examples=20)
   @hypothesis.given(data=st.data())
   def test_every_kind_of_message_arrives_as_it_was(self, kind, data):
     envelope = dataclasses.replace(
-      data.draw(_ENVELOPES), body=data.draw(_values(kind))
+      data.draw(ENVELOPES), body=data.draw(values(kind))
     )
 
     assert _CODEC.decode(_CODEC.encode(envelope)) == envelope
@@ -276,21 +231,25 @@ class TestRefusals:
 class TestHostileBytes:
   """Whatever arrives, the reader raises `MessageError` or nothing."""
 
+  @_FUZZ
   @hypothesis.given(st.binary(max_size=200))
   def test_noise_is_refused(self, noise):
     _refusal(noise)
     _refusal(_frame(noise))
 
+  @_FUZZ
   @hypothesis.given(_JSON)
   def test_a_document_of_something_else_is_refused(self, document):
     assert _refusal(_frame(document))[0] is Refusal.MALFORMED
 
-  @hypothesis.given(_ENVELOPES, st.data())
+  @_FUZZ
+  @hypothesis.given(ENVELOPES, st.data())
   def test_a_truncated_message_is_refused(self, envelope, data):
     frame = _CODEC.encode(envelope)
     _refusal(frame[: data.draw(st.integers(0, len(frame) - 1))])
 
-  @hypothesis.given(_ENVELOPES, st.data())
+  @_FUZZ
+  @hypothesis.given(ENVELOPES, st.data())
   def test_flipped_bits_do_no_harm(self, envelope, data):
     frame = bytearray(_CODEC.encode(envelope))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -298,20 +257,23 @@ class TestHostileBytes:
       frame[bit // 8] ^= 1 << bit % 8
     _is_refused_or_sound(bytes(frame))
 
-  @hypothesis.given(_ENVELOPES, st.data())
+  @_FUZZ
+  @hypothesis.given(ENVELOPES, st.data())
   def test_no_bit_can_be_flipped_without_the_secret(self, envelope, data):
     frame = bytearray(_SEALED.encode(envelope))
     bit = data.draw(st.integers(0, 8 * len(frame) - 1))
     frame[bit // 8] ^= 1 << bit % 8
     _refusal(bytes(frame), _SEALED)
 
-  @hypothesis.given(_ENVELOPES, _JSON, st.data())
+  @_FUZZ
+  @hypothesis.given(ENVELOPES, _JSON, st.data())
   def test_a_value_of_another_type_does_no_harm(self, envelope, value, data):
     document = _document(envelope)
     place = data.draw(st.sampled_from(list(_places(document))))
     _is_refused_or_sound(_frame(_replaced(document, place, value)))
 
-  @hypothesis.given(_ENVELOPES, _ENVELOPES)
+  @_FUZZ
+  @hypothesis.given(ENVELOPES, ENVELOPES)
   def test_a_body_under_another_name_does_no_harm(self, one, other):
     ((name, _),) = _document(one)["body"].items()
     ((_, body),) = _document(other)["body"].items()
