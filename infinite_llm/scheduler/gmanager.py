@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from infinite_llm.errors import InvariantError
+from infinite_llm.errors import MessageError, Refusal
 from infinite_llm.scheduler.ledger import ClusterView, Ledger
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -42,11 +42,16 @@ class GManager:
     return self._ledger.view()
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message of an rManager."""
+    """Takes a message of an rManager.
+
+    Raises:
+      MessageError: If it is none for a gManager; nothing has changed then.
+    """
     sender = envelope.sender
     if sender == GMANAGER:
-      raise InvariantError(
-        f"The gManager got a message of its own: {envelope}."
+      raise MessageError(
+        Refusal.MISDIRECTED,
+        f"sender must be an instance; got {sender!r}.",
       )
     match envelope.body:
       case Heartbeat() as heartbeat:
@@ -61,8 +66,10 @@ class GManager:
         instances = self._policy.rank_creditors(self.view(), sender)
         self._send(envelope, sender, Candidates(instances=instances))
       case body:
-        raise InvariantError(
-          f"{type(body).__name__} of instance {sender} is not for the gManager."
+        raise MessageError(
+          Refusal.MISDIRECTED,
+          f"{type(body).__name__} of instance {sender} is not for the"
+          " gManager.",
         )
 
   def drain_messages(self) -> list[Envelope]:

@@ -7,6 +7,7 @@ renewal are sent once; a later one replaces it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from infinite_llm.types import (
@@ -310,6 +311,16 @@ type Reply = LeaseReply | Candidates
 type Body = (
   Request | Reply | Renew | Renewed | Introduction | Heartbeat | ClusterStatus
 )
+
+ANSWER_TO: Final[Mapping[type[Request], type[Reply]]] = {
+  CandidatesRequest: Candidates,
+  Reserve: ReserveReply,
+  Commit: CommitReply,
+  Release: ReleaseReply,
+  Sync: SyncReply,
+  Fetch: FetchReply,
+}
+"""Which kind of answer each kind of request gets."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

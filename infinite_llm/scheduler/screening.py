@@ -7,10 +7,10 @@ whether the numbers can mean anything. A late or repeated message is no fault.
 from collections.abc import Sequence
 
 from infinite_llm.scheduler.messages import (
+  ANSWER_TO,
   GMANAGER,
   Body,
   Candidates,
-  CandidatesRequest,
   ClusterStatus,
   Commit,
   CommitReply,
@@ -43,14 +43,6 @@ _ANSWERS = (
 )
 _FROM_DEBTOR = (Reserve, Commit, Release, Sync, Fetch, Renew)
 _FROM_GMANAGER = (Candidates, ClusterStatus)
-_REPLY_TO: dict[type, type] = {
-  CandidatesRequest: Candidates,
-  Reserve: ReserveReply,
-  Commit: CommitReply,
-  Release: ReleaseReply,
-  Sync: SyncReply,
-  Fetch: FetchReply,
-}
 
 
 def fault_in(
@@ -113,7 +105,7 @@ def fault_in_answer(request: Request, reply: Reply) -> str | None:
   Returns:
     What is wrong with it; None if nothing is.
   """
-  expected = _REPLY_TO[type(request)]
+  expected = ANSWER_TO[type(request)]
   if not isinstance(reply, expected):
     return (
       f"the answer to a {_kind(request)} must be a {expected.__name__}; got a"

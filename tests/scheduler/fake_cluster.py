@@ -14,6 +14,7 @@ from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import add_coverage, mix_tag
 from infinite_llm.config import LendingConfig
+from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.distributed.transport.in_process import (
   InProcessTransport,
   Interceptor,
@@ -53,6 +54,7 @@ class FakeCluster:
     num_blocks: int,
     *,
     interceptor: Interceptor | None = None,
+    transport: Transport | None = None,
     **lending,
   ):
     self.now_s = 0.0
@@ -65,7 +67,7 @@ class FakeCluster:
     ]
     self.devices = [self._device() for _ in range(num_instances)]
     self.gmanager = GManager(self.lending.policy)
-    self.transport = InProcessTransport(interceptor)
+    self.transport = transport or InProcessTransport(interceptor)
     for instance, manager in enumerate(self.managers):
       self.transport.register(instance, manager.on_message)
     self.transport.register(GMANAGER, self.gmanager.on_message)

@@ -1,6 +1,6 @@
 import pytest
 
-from infinite_llm.errors import InvariantError
+from infinite_llm.errors import MessageError
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.ledger import LedgerLine
 from infinite_llm.scheduler.messages import (
@@ -104,6 +104,6 @@ def test_the_static_policy_proposes_nobody():
 
 def test_what_creditors_say_to_debtors_is_not_for_the_gmanager():
   with pytest.raises(
-    InvariantError, match=r"ReserveReply of instance 0 is not for the gManager"
+    MessageError, match=r"ReserveReply of instance 0 is not for the gManager"
   ):
     GManager("borrow").on_message(_envelope(0, 1, ReserveReply(grants=())))

@@ -4,13 +4,16 @@ import pytest
 
 from infinite_llm.scheduler.mailbox import Inbox, Outbox
 from infinite_llm.scheduler.messages import (
+  ANSWER_TO,
   Candidates,
   CandidatesRequest,
-  ReserveReply,
+  Reply,
+  Request,
 )
+from tests.scheduler.any_message import kinds
 
 _ASK = CandidatesRequest(num_blocks=1)
-_ANSWER = ReserveReply(grants=())
+_ANSWER = Candidates(instances=())
 
 
 class _Clock:
@@ -87,6 +90,11 @@ def test_an_answer_to_something_else_is_ignored(outbox, change):
 
   assert outbox.find(dataclasses.replace(answer, **change)) is None
   assert outbox.awaits("a")
+
+
+def test_every_kind_of_request_has_a_kind_of_answer():
+  assert set(ANSWER_TO) == set(kinds(Request))
+  assert set(ANSWER_TO.values()) == set(kinds(Reply))
 
 
 def test_a_request_given_up_is_not_sent_again(outbox, clock):
