@@ -63,10 +63,14 @@ class _Fetching:
 
   Attributes:
     envelope: What to answer.
+    owner: Who asked.
+    request: What for.
     unsent: Payloads not yet exchanged.
   """
 
   envelope: Envelope
+  owner: Owner
+  request: Fetch
   unsent: set[Move]
 
 
@@ -206,7 +210,7 @@ class Creditor:
         slot=request.slot,
         epoch=grant.epoch,
       )
-      self._num_lent[owner.instance] += 1
+    self._count_lent(owner.instance, len(grants))
     self._set_epochs({grant.block_id: grant.epoch for grant in grants})
     return ReserveReply(grants=grants)
 
@@ -225,7 +229,7 @@ class Creditor:
         continue
       fetching.unsent.remove(move)
       if not fetching.unsent:
-        done.append((fetching.envelope, FetchReply(is_sent=True)))
+        done.append((fetching.envelope, self._end_fetch(fetching)))
     return done
 
   def drain_effects(self) -> list[Effect]:
@@ -278,7 +282,7 @@ class Creditor:
     self, owner: Owner, envelope: Envelope, request: Fetch
   ) -> FetchReply | None:
     if not all(self._is_hosted(owner, request, e) for e in request.entries):
-      return FetchReply(is_sent=False)
+      return FetchReply(table_version=None)
     moves = tuple(
       full_block_move(
         request.uid,
@@ -289,20 +293,31 @@ class Creditor:
       )
       for entry in request.entries
     )
-    fetching = _Fetching(envelope=envelope, unsent=set(moves))
+    fetching = _Fetching(
+      envelope=envelope, owner=owner, request=request, unsent=set(moves)
+    )
     self._fetching.update(dict.fromkeys(moves, fetching))
     self._effects.append(MoveBlocks(moves=moves))
     return None
+
+  def _end_fetch(self, fetching: _Fetching) -> FetchReply:
+    """Lets the owner read its copies in place of ours."""
+    owner, request = fetching.owner, fetching.request
+    if not all(self._is_hosted(owner, request, e) for e in request.entries):
+      return FetchReply(table_version=None)  # Given back meanwhile.
+    version = self.hosted.retire(
+      owner.instance,
+      request.slot,
+      [entry.grant.block_id for entry in request.entries],
+    )
+    return FetchReply(table_version=version)
 
   def _end(self, block_ids: list[BlockId]) -> None:
     """Ends leases: the rBlocks are free, and late payloads are refused."""
     for block_id in block_ids:
       lease = self._leases.pop(block_id)
       self._pool.release_hosted(block_id, lease.epoch)
-      debtor = lease.owner.instance
-      self._num_lent[debtor] -= 1
-      if not self._num_lent[debtor]:
-        del self._num_lent[debtor]
+      self._count_lent(lease.owner.instance, -1)
     self._set_epochs(dict.fromkeys(block_ids, NO_EPOCH))
 
   def _is_hosted(
@@ -330,6 +345,11 @@ class Creditor:
       lease.slot,
       lease.epoch,
     )
+
+  def _count_lent(self, owner: InstanceId, change: int) -> None:
+    self._num_lent[owner] += change
+    if not self._num_lent[owner]:
+      del self._num_lent[owner]
 
   def _set_epochs(self, epochs: dict[BlockId, Epoch]) -> None:
     if epochs:

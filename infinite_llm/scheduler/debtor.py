@@ -206,7 +206,7 @@ class Debtor:
     account = self.account(uid)
     is_idle = account.phase is Phase.IDLE and not account.is_lost
     has_slot = account.slot is not None or self._slots.num_free > 0
-    return len(account.movable()) if is_idle and has_slot else 0
+    return account.num_movable() if is_idle and has_slot else 0
 
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""

@@ -266,10 +266,12 @@ class FetchReply:
   """How a fetch ended; given once the payloads are exchanged.
 
   Attributes:
-    is_sent: Whether they were; if not, a lease is unknown and nothing was sent.
+    table_version: Version of the slot's hosted table without the rBlocks that
+      were sent, whose leases go on; None if a lease is unknown, in which case
+      the table is as it was.
   """
 
-  is_sent: bool
+  table_version: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

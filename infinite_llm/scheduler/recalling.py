@@ -1,8 +1,8 @@
 """How rBlocks of one request come home from a creditor, step by step.
 
-Reserve places at home, have the creditor send the payloads there, switch the
-table, wait for the proof, give the leases back. Every step waits for the
-acknowledgement of the last; `Phase` says for which.
+Reserve places at home, have the creditor send the payloads there and install a
+table without them, switch, wait for the proof, give the leases back. Every step
+waits for the acknowledgement of the last; `Phase` says for which.
 """
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -91,10 +91,12 @@ class Recalling:
 
   def on_fetched(self, account: Account, reply: FetchReply) -> None:
     """Switches to the copies at home; the creditor's stay until the proof."""
-    if not reply.is_sent:
+    if reply.table_version is None:
       self._drop_copies(account)
       return
-    for pending in account.current_recall().moves:
+    recall = account.current_recall()
+    account.versions[recall.creditor] = reply.table_version
+    for pending in recall.moves:
       account.table.switch(pending.move.logical_id, pending.new)
     account.phase = Phase.SWITCHED
 

@@ -178,6 +178,7 @@ def _fault_in_body(body: Body, spill_slots: int) -> str | None:
       CommitReply(table_version=version)
       | ReleaseReply(table_version=version)
       | SyncReply(table_version=version)
+      | FetchReply(table_version=version)
     ):
       if version is not None and version < 0:
         return f"table_version must not be negative; got {version}."
