@@ -27,6 +27,7 @@ from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import NO_EPOCH
 
 BLOCK_SIZE = 8
+EPOCHS_PER_INCARNATION = 1000
 
 
 def until(done: Callable[[], bool], most: int = 200) -> Iterator[None]:
@@ -82,7 +83,7 @@ class FakeCluster:
       instance=instance,
       num_instances=num_instances,
       pool=BlockPool(
-        instance, self.num_blocks, last_epoch=100 * incarnation - 100
+        instance, self.num_blocks, (incarnation - 1) * EPOCHS_PER_INCARNATION
       ),
       block_size=BLOCK_SIZE,
       lending=self.lending,
@@ -210,7 +211,7 @@ class FakeCluster:
     start = self.proved[uid]
     end = start + num_tokens
     missing = -(-end // BLOCK_SIZE) - manager.table(uid).num_blocks
-    assert manager.allocate(uid, missing)
+    assert missing <= 0 or manager.allocate(uid, missing)
     self.write(instance, uid, start, end)
     assert self.covers(instance, uid, end)
     manager.confirm(uid, end)

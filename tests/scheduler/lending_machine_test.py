@@ -1,4 +1,7 @@
-"""Borrowing over a network that loses, repeats and reorders every message."""
+"""Lending over a network that loses, repeats and reorders every message.
+
+Instances sleep, and begin anew with nothing of what they had.
+"""
 
 import collections
 
@@ -6,11 +9,17 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from infinite_llm.cache.rblock import BlockState
 from infinite_llm.scheduler.messages import GMANAGER
-from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
+from tests.scheduler.fake_cluster import (
+  BLOCK_SIZE,
+  EPOCHS_PER_INCARNATION,
+  FakeCluster,
+)
 
 _INSTANCES = 3
 _BLOCKS = 9
+_LEASE_S = 5.0
 
 
 class LendingMachine(stateful.RuleBasedStateMachine):
@@ -26,6 +35,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       spill_slots=2,
       max_lent_blocks=6,
       headroom_blocks=1,
+      lease_s=_LEASE_S,
     )
     self.last_uid = 0
     self.owner = {}
@@ -69,7 +79,8 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     room = (
       manager.pool.num_free + manager.table(uid).num_blocks
     ) * BLOCK_SIZE - self.cluster.proved[uid]
-    if manager.is_readable(uid) and num_tokens <= room:
+    is_possible = manager.is_readable(uid) and not manager.is_frozen
+    if is_possible and num_tokens <= room and not self._is_orphan(uid):
       self.cluster.compute(instance, uid, num_tokens)
 
   @stateful.precondition(lambda self: self.owner)
@@ -77,6 +88,31 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def borrow_blocks(self, data, num_blocks):
     uid = data.draw(st.sampled_from(sorted(self.owner)))
     self.cluster.managers[self.owner[uid]].borrow(uid, num_blocks)
+
+  @stateful.precondition(lambda self: self.owner)
+  @stateful.rule(
+    data=st.data(), num_blocks=st.integers(1, 4), to=st.integers(1, 2)
+  )
+  def move_blocks(self, data, num_blocks, to):
+    uid = data.draw(st.sampled_from(sorted(self.owner)))
+    instance = self.owner[uid]
+    self.cluster.managers[instance].move_kvcache(
+      uid, num_blocks, (instance + to) % _INSTANCES
+    )
+
+  @stateful.precondition(lambda self: self.owner)
+  @stateful.rule(data=st.data(), num_blocks=st.integers(1, 4))
+  def recall_blocks(self, data, num_blocks):
+    uid = data.draw(st.sampled_from(sorted(self.owner)))
+    manager = self.cluster.managers[self.owner[uid]]
+    for creditor in manager.table(uid).creditors():
+      manager.recall_kvcache(uid, num_blocks, creditor)
+
+  @stateful.rule(
+    instance=st.integers(0, _INSTANCES - 1), seconds=st.sampled_from((0.0, 1.0))
+  )
+  def freeze_an_instance(self, instance, seconds):
+    self.cluster.managers[instance].freeze(seconds)
 
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(data=st.data())
@@ -90,16 +126,41 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(data=st.data(), is_preempted=st.booleans())
   def close_request(self, data, is_preempted):
     uid = data.draw(st.sampled_from(sorted(self.owner)))
-    self.cluster.managers[self.owner[uid]].close(uid)
+    manager = self.cluster.managers[self.owner[uid]]
+    manager.close(uid)
     if is_preempted:  # The same uid begins anew while its leases still end.
-      room = self.cluster.managers[self.owner[uid]].pool.num_free
+      room = 0 if manager.is_frozen else manager.pool.num_free
       self.cluster.open(self.owner[uid], uid, room // 2 * BLOCK_SIZE)
     else:
       del self.owner[uid]
 
+  @stateful.rule(seconds=st.sampled_from((0.2, 1.0, 2.0)))
+  def let_time_pass(self, seconds):
+    self.cluster.tick(seconds)
+
+  @stateful.rule(
+    sleeper=st.integers(0, _INSTANCES - 1),
+    seconds=st.sampled_from((1.0, 2.0, _LEASE_S)),
+  )
+  def let_an_instance_sleep(self, sleeper, seconds):
+    self.cluster.now_s += seconds
+    for instance, manager in enumerate(self.cluster.managers):
+      if instance != sleeper:
+        manager.tick()
+
+  @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
+  def restart_an_instance(self, instance):
+    self.cluster.restart(instance)
+    for uid in [uid for uid, home in self.owner.items() if home == instance]:
+      del self.owner[uid]
+
   @stateful.rule()
-  def let_time_pass(self):
-    self.cluster.tick()
+  def recompute_what_is_lost(self):
+    for uid, instance in self.owner.items():
+      manager = self.cluster.managers[instance]
+      if manager.is_lost(uid):
+        manager.close(uid)
+        self.cluster.open(instance, uid, 0)
 
   @stateful.precondition(lambda self: self.wire)
   @stateful.rule(data=st.data(), is_kept=st.booleans())
@@ -149,8 +210,34 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     self.cluster.check()
     self._check_that_nothing_is_shared()
     for uid, instance in self.owner.items():
-      if self.cluster.managers[instance].is_readable(uid):
+      manager = self.cluster.managers[instance]
+      if manager.is_readable(uid) and not self._is_orphan(uid):
         assert self.cluster.covers(instance, uid, self.cluster.proved[uid])
+        self._check_that_its_leases_live(instance, uid)
+
+  def _is_orphan(self, uid):
+    """Whether a request names rBlocks of an instance that began anew.
+
+    Its owner learns of that by the first message; until then its steps fail.
+    """
+    table = self.cluster.managers[self.owner[uid]].table(uid)
+    return any(
+      location.epoch // EPOCHS_PER_INCARNATION + 1
+      != self.cluster.incarnations[location.instance]
+      for location in map(table.location, range(table.num_blocks))
+    )
+
+  def _check_that_its_leases_live(self, instance, uid):
+    table = self.cluster.managers[instance].table(uid)
+    for creditor in table.creditors():
+      pool = self.cluster.managers[creditor].pool
+      for _, location in table.hosted_entries(creditor):
+        block = pool.block(location.block_id)
+        assert (block.owner, block.uid) == (instance, uid)
+        assert (block.epoch, block.state) == (
+          location.epoch,
+          BlockState.HOSTED,
+        )
 
   def _check_that_nothing_is_shared(self):
     named = collections.Counter()
@@ -164,7 +251,9 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def teardown(self):
     for uid, instance in self.owner.items():
       self.cluster.managers[instance].close(uid)
-    for _ in range(6):  # A reservation may still be asked for, then returned.
+    # A reservation may still be asked for, then returned; and leases of those
+    # who are gone must end.
+    for _ in range(12):
       self.cluster.tick()
       self.cluster.carry()
       self.deliver_all_messages()
