@@ -11,6 +11,7 @@ import itertools
 from infinite_llm.errors import ConfigError
 
 KV_DTYPES = ("float32", "bfloat16")
+POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -72,7 +73,9 @@ class LendingConfig:
   """How instances of one lending group share their pools.
 
   Attributes:
-    policy: Name of the borrowing policy: "borrow" or "static" (no sharing).
+    policy: Name of the policy, out of `POLICIES`: "borrow" on demand, "greedy"
+      moves for throughput, and to compare with, "static" (no sharing), "swap"
+      (own host memory) and "migrate" (whole requests).
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself.
@@ -81,6 +84,15 @@ class LendingConfig:
     resend_after_s: Seconds without an answer after which a message is sent
       again.
     heartbeat_every_s: Seconds between heartbeats.
+    full_heartbeat_every: Every so many heartbeats one says everything; the
+      others say what changed.
+    expire_after_s: Seconds of silence after which the gManager forgets an
+      instance.
+    leader_lease_s: Seconds of silence of the leading gManager after which the
+      standby takes over.
+    plan_every_s: Seconds between plans of the gManager.
+    freeze_s: Seconds for which the instances of a circle of debts neither lend
+      nor borrow, so that they can take their rBlocks home.
   """
 
   policy: str = "borrow"
@@ -90,15 +102,22 @@ class LendingConfig:
   exchange_blocks: int = 16
   resend_after_s: float = 0.5
   heartbeat_every_s: float = 0.1
+  full_heartbeat_every: int = 10
+  expire_after_s: float = 5.0
+  leader_lease_s: float = 1.0
+  plan_every_s: float = 1.0
+  freeze_s: float = 1.0
 
   def __post_init__(self):
     _require(
-      self.policy in ("borrow", "static"),
+      self.policy in POLICIES,
       "policy",
-      "'borrow' or 'static'",
+      f"one of {', '.join(POLICIES)}",
       self.policy,
     )
-    _require_positive(self, "spill_slots", "exchange_blocks")
+    _require_positive(
+      self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
+    )
     _require(
       self.max_lent_blocks is None or self.max_lent_blocks >= 0,
       "max_lent_blocks",
@@ -111,8 +130,21 @@ class LendingConfig:
       "not negative",
       self.headroom_blocks,
     )
-    for name in ("resend_after_s", "heartbeat_every_s"):
+    for name in (
+      "resend_after_s",
+      "heartbeat_every_s",
+      "plan_every_s",
+      "freeze_s",
+    ):
       _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+    for name in ("expire_after_s", "leader_lease_s"):
+      _require(
+        getattr(self, name) > 2 * self.heartbeat_every_s,
+        name,
+        f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so"
+        " that one lost heartbeat is no death",
+        getattr(self, name),
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

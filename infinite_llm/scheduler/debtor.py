@@ -17,7 +17,6 @@ from infinite_llm.scheduler.borrowing import Borrowing
 from infinite_llm.scheduler.effects import Effect, Move
 from infinite_llm.scheduler.mailbox import Outbox, Pending
 from infinite_llm.scheduler.messages import (
-  GMANAGER,
   Candidates,
   CommitReply,
   Grant,
@@ -25,6 +24,7 @@ from infinite_llm.scheduler.messages import (
   Release,
   ReleaseReply,
   Reply,
+  RequestBlocks,
   Reserve,
   ReserveReply,
   Sync,
@@ -89,6 +89,11 @@ class Debtor:
   def num_free_slots(self) -> int:
     """Spill slots that no request has."""
     return self._slots.num_free
+
+  @property
+  def num_open(self) -> int:
+    """Open requests."""
+    return len(self._accounts)
 
   def open(self, uid: RequestUid) -> BlockTable:
     """Starts the account of a request."""
@@ -248,6 +253,23 @@ class Debtor:
         total[creditor] += len(held)
     return dict(total)
 
+  def requests(self) -> tuple[RequestBlocks, ...]:
+    """Where the rBlocks of open requests are, of those that have any."""
+    found: list[RequestBlocks] = []
+    for uid, account in self._accounts.items():
+      holders = {c: len(held) for c, held in account.leases.items() if held}
+      num_local = len(account.table.local_entries()[0])
+      if num_local:
+        holders[self._pool.instance] = num_local
+      if holders:
+        blocks = RequestBlocks(
+          uid=uid,
+          holders=tuple(sorted(holders.items())),
+          movable=self.movable_blocks(uid),
+        )
+        found.append(blocks)
+    return tuple(found)
+
   def on_reply(self, pending: Pending[Account], reply: Reply) -> None:
     """Goes on with the account that awaited an answer.
 
@@ -258,7 +280,7 @@ class Debtor:
     account = pending.context
     if isinstance(reply, Candidates):
       self._borrowing.on_candidates(account, reply)
-    elif pending.receiver != GMANAGER:
+    elif isinstance(pending.receiver, int):
       self._on_creditor(account, pending.receiver, pending, reply)
     self._settle(account)
 

@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from infinite_llm.errors import MessageError, Refusal
 from infinite_llm.scheduler.messages import (
   ANSWER_TO,
+  GMANAGER,
   Address,
   Body,
   Envelope,
+  GManagerAddress,
   Reply,
   Request,
 )
@@ -55,6 +57,7 @@ class Outbox[Context]:
     self._clock = clock
     self._resend_after_s = resend_after_s
     self._last_seq = 0
+    self._leader: GManagerAddress = GMANAGER
     self._pending: dict[int, Pending[Context]] = {}
     self._outgoing: list[Envelope] = []
 
@@ -62,7 +65,7 @@ class Outbox[Context]:
     """Sends a request, again and again until it is answered.
 
     Args:
-      receiver: Who is to answer.
+      receiver: Who is to answer; `GMANAGER` is whichever gManager leads.
       body: What is asked.
       context: Given back with the answer.
     """
@@ -71,12 +74,31 @@ class Outbox[Context]:
       receiver=receiver, body=body, context=context, sent_s=self._clock()
     )
     self._pending[self._last_seq] = pending
-    self._send(self._last_seq, receiver, body)
+    self._send(self._last_seq, self._route(receiver), body)
 
   def tell(self, receiver: Address, body: Body) -> None:
     """Sends a message once and awaits nothing."""
+    self.tell_all((receiver,), body)
+
+  def tell_all(self, receivers: Sequence[Address], body: Body) -> int:
+    """Sends a message once to each receiver and awaits nothing.
+
+    Returns:
+      Its number, the same for all.
+    """
     self._last_seq += 1
-    self._send(self._last_seq, receiver, body)
+    for receiver in receivers:
+      self._send(self._last_seq, receiver, body)
+    return self._last_seq
+
+  def ask_leader(self, leader: GManagerAddress) -> None:
+    """Asks another gManager from now on, also what has no answer yet."""
+    self._leader = leader
+    now = self._clock()
+    for seq, pending in self._pending.items():
+      if pending.receiver == GMANAGER:
+        pending.sent_s = now
+        self._send(seq, self._route(GMANAGER), pending.body)
 
   def reply(self, request: Envelope, body: Reply) -> None:
     """Answers a request."""
@@ -105,7 +127,7 @@ class Outbox[Context]:
     if (
       reply.incarnation != self._incarnation
       or pending is None
-      or pending.receiver != reply.sender
+      or self._route(pending.receiver) != reply.sender
     ):
       return None
     wanted = ANSWER_TO[type(pending.body)]
@@ -135,15 +157,22 @@ class Outbox[Context]:
     for seq, pending in self._pending.items():
       if now - pending.sent_s >= self._resend_after_s:
         pending.sent_s = now
-        self._send(seq, pending.receiver, pending.body)
+        self._send(seq, self._route(pending.receiver), pending.body)
 
   def drain(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
     outgoing, self._outgoing = self._outgoing, []
     return outgoing
 
+  def _route(self, receiver: Address) -> Address:
+    return self._leader if receiver == GMANAGER else receiver
+
   def _send(self, seq: int, receiver: Address, body: Body) -> None:
-    awaited = (n for n, p in self._pending.items() if p.receiver == receiver)
+    awaited = (
+      n
+      for n, pending in self._pending.items()
+      if self._route(pending.receiver) == receiver
+    )
     envelope = Envelope(
       sender=self._sender,
       receiver=receiver,

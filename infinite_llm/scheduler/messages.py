@@ -2,8 +2,8 @@
 
 A *request* (`Reserve`, `Commit`, `Release`, `Sync`, `CandidatesRequest`) is
 sent again until its answer arrives; its receiver executes it once and answers
-repetitions with the same answer. A heartbeat is sent once; a later one replaces
-it.
+repetitions with the same answer. All others are sent once. A heartbeat says
+what changed since the last one; if that was lost, the gManager asks for all.
 """
 
 import dataclasses
@@ -23,7 +23,11 @@ from infinite_llm.types import (
 GMANAGER: Final = "gmanager"
 """Address of the gManager; an rManager's is the number of its instance."""
 
-type Address = InstanceId | Literal["gmanager"]
+STANDBY: Final = "standby"
+"""Address of a second gManager, which takes over when the first one falls."""
+
+type GManagerAddress = Literal["gmanager", "standby"]
+type Address = InstanceId | GManagerAddress
 
 type BlocksOf = tuple[tuple[InstanceId, int], ...]
 """`(instance, number of rBlocks)`, by rising instance."""
@@ -74,32 +78,112 @@ class HostedEntry:
   grant: Grant
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Heartbeat:
-  """An rManager's full report to the gManager.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestBlocks:
+  """Where the rBlocks of one running request are.
 
   Attributes:
-    counts: Use of its rBlocks.
-    lendable: rBlocks that it would lend now.
-    lent: What it holds for each debtor, promised ones included.
-    borrowed: What each creditor holds for it, promised ones included.
+    uid: The request.
+    holders: rBlocks with each holder, its owner included, promised ones too; no
+      holder at all says that the request has ended.
+    movable: rBlocks at home that could move to another instance now.
   """
 
+  uid: RequestUid
+  holders: BlocksOf
+  movable: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+  """An rManager's report to the gManager.
+
+  Attributes:
+    base: Number of the heartbeat that this one is a change of; None if it says
+      everything.
+    counts: Use of its rBlocks.
+    lendable: rBlocks that it would lend now.
+    host_free: rBlocks of its HOST pool that nobody holds.
+    num_running: Requests that run.
+    num_waiting: Requests that wait.
+    next_blocks: rBlocks that the first of those needs; 0 if none waits.
+    lent: What it holds for each debtor, promised ones included. Of a change:
+      where that is different now, 0 where there is nothing left.
+    requests: Running requests with rBlocks; of a change, those that differ.
+    leader_epoch: Newest epoch of a leading gManager that it has heard of.
+  """
+
+  base: int | None = None
   counts: PoolCounts
   lendable: int
-  lent: BlocksOf
-  borrowed: BlocksOf
+  host_free: int = 0
+  num_running: int = 0
+  num_waiting: int = 0
+  next_blocks: int = 0
+  lent: BlocksOf = ()
+  requests: tuple[RequestBlocks, ...] = ()
+  leader_epoch: Epoch = NO_EPOCH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullHeartbeatRequest:
+  """The gManager missed a heartbeat and asks for everything."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterStatus:
-  """The gManager's view, sent back for a heartbeat.
+  """The leading gManager's view, sent back for a heartbeat.
 
   Attributes:
-    lendable: rBlocks that each instance would lend, as of its last heartbeat.
+    lendable: rBlocks that all other instances together would lend, as of their
+      last heartbeats.
   """
 
-  lendable: BlocksOf
+  lendable: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leadership:
+  """The leading gManager tells the other one that it lives."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoveKvcache:
+  """A plan of the gManager: an owner is to move rBlocks to a creditor.
+
+  An owner that cannot, or whose creditor refuses, waits for the next plan.
+
+  Attributes:
+    uid: The owner's request.
+    num_blocks: How many of its rBlocks, oldest first.
+    dst: The creditor.
+    with_request: Whether the request itself moves too, and runs there then.
+  """
+
+  uid: RequestUid
+  num_blocks: int
+  dst: InstanceId
+  with_request: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallKvcache:
+  """A plan of the gManager: an owner is to take rBlocks home.
+
+  The owner is on a circle of debts. All on it are to get room from what the
+  others take home, so meanwhile nobody on it lends or borrows.
+
+  Attributes:
+    uid: The owner's request.
+    num_blocks: How many of its rBlocks.
+    src: The creditor that holds them.
+    freeze_s: Seconds for which the owner lends and borrows nothing.
+  """
+
+  uid: RequestUid
+  num_blocks: int
+  src: InstanceId
+  freeze_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +319,16 @@ type LeaseRequest = Reserve | Commit | Release | Sync
 type LeaseReply = ReserveReply | CommitReply | ReleaseReply | SyncReply
 type Request = LeaseRequest | CandidatesRequest
 type Reply = LeaseReply | Candidates
-type Body = Request | Reply | Heartbeat | ClusterStatus
+type Plan = MoveKvcache | RecallKvcache
+type Body = (
+  Request
+  | Reply
+  | Heartbeat
+  | FullHeartbeatRequest
+  | ClusterStatus
+  | Leadership
+  | Plan
+)
 
 ANSWER_TO: Final[Mapping[type[Request], type[Reply]]] = {
   CandidatesRequest: Candidates,
@@ -260,6 +353,8 @@ class Envelope:
     body: What it says.
     settled: The sender needs no answer any more from this receiver to requests
       with smaller numbers; 0 in answers.
+    leader_epoch: In a message of a leading gManager, the epoch of its
+      leadership; else 0.
   """
 
   sender: Address
@@ -268,3 +363,4 @@ class Envelope:
   seq: int
   body: Body
   settled: int = 0
+  leader_epoch: Epoch = NO_EPOCH

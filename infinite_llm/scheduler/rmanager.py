@@ -1,6 +1,6 @@
 """The rManager of an instance: its rBlocks, at home and elsewhere."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
@@ -15,15 +15,19 @@ from infinite_llm.scheduler.mailbox import Inbox, Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   Address,
-  BlocksOf,
   Candidates,
   CandidatesRequest,
   ClusterStatus,
   Commit,
   CommitReply,
   Envelope,
+  FullHeartbeatRequest,
+  GManagerAddress,
   Heartbeat,
+  Leadership,
   LeaseRequest,
+  MoveKvcache,
+  RecallKvcache,
   Release,
   ReleaseReply,
   Reserve,
@@ -32,6 +36,7 @@ from infinite_llm.scheduler.messages import (
   SyncReply,
 )
 from infinite_llm.scheduler.policies import get_policy
+from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
 __all__ = [
@@ -56,6 +61,7 @@ class RManager:
     instance: The instance.
     pool: Books of its rBlocks.
     hosted: Tables of what it hosts for others.
+    num_plans_declined: Plans of the gManager that were not followed.
   """
 
   def __init__(
@@ -67,6 +73,7 @@ class RManager:
     lending: LendingConfig,
     clock: Callable[[], float],
     incarnation: int = 1,
+    gmanagers: Sequence[GManagerAddress] = (GMANAGER,),
   ):
     """Makes the manager of an instance without requests.
 
@@ -78,16 +85,25 @@ class RManager:
       lending: How the group shares its pools.
       clock: Monotonic seconds.
       incarnation: Rises each time this manager starts anew.
+      gmanagers: Those that it reports to; it listens to the one that leads.
 
     Raises:
-      ConfigError: If `instance` is not one of the group.
+      ConfigError: If `instance` is not one of the group, or it may lend more
+        than it has.
     """
     if not 0 <= instance < num_instances:
       raise ConfigError(
         f"instance must be in [0, {num_instances}); got {instance}."
       )
+    most, total = lending.max_lent_blocks, pool.counts().total
+    if most is not None and most > total:
+      raise ConfigError(
+        f"max_lent_blocks must be at most the pool's {total} rBlocks; got"
+        f" {most}."
+      )
     self.instance = instance
     self.pool = pool
+    self.num_plans_declined = 0
     self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
@@ -98,8 +114,9 @@ class RManager:
     )
     self._creditor = Creditor(pool, lending)
     self._debtor = Debtor(pool, block_size, lending.spill_slots, self._outbox)
-    self._lendable: dict[InstanceId, int] = {}
-    self._heartbeat_s: float | None = None
+    self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
+    self._lendable_elsewhere = 0
+    self._waiting = (0, 0)
 
   @property
   def hosted(self) -> HostedTables:
@@ -125,7 +142,16 @@ class RManager:
 
   def lendable_elsewhere(self) -> int:
     """rBlocks that all others would lend, as far as is known."""
-    return sum(self._lendable.values())
+    return self._lendable_elsewhere
+
+  def note_waiting(self, num_requests: int, next_blocks: int) -> None:
+    """Takes down, for the gManager, what waits on this instance.
+
+    Args:
+      num_requests: Requests that wait to run.
+      next_blocks: rBlocks that the first of them needs; 0 if there is none.
+    """
+    self._waiting = (num_requests, next_blocks)
 
   # Own requests.
 
@@ -286,36 +312,25 @@ class RManager:
         if reply is not None:
           self._outbox.reply(envelope, reply)
       case (
-        Candidates()
-        | ReserveReply()
-        | CommitReply()
-        | ReleaseReply()
-        | SyncReply() as reply
+        ReserveReply() | CommitReply() | ReleaseReply() | SyncReply() as reply
       ):
-        if isinstance(reply, Candidates):
-          self._check_creditors(reply)
         pending = self._outbox.take_answered(envelope)
         if pending is not None:
           self._debtor.on_reply(pending, reply)
-      case ClusterStatus(lendable=lendable):
-        self._on_status(lendable)
-      case Heartbeat() | CandidatesRequest() as body:
+      case Heartbeat() | CandidatesRequest() | Leadership() as body:
         raise MessageError(
           Refusal.MISDIRECTED,
           f"{type(body).__name__} is for the gManager, not for instance"
           f" {self.instance}.",
         )
+      case _:
+        self._on_gmanager(envelope)
 
   def tick(self) -> None:
     """Sends what is due: unanswered requests again, and heartbeats."""
     self._outbox.resend()
-    now = self._clock()
-    if (
-      self._heartbeat_s is None
-      or now - self._heartbeat_s >= self._lending.heartbeat_every_s
-    ):
-      self._heartbeat_s = now
-      self._outbox.tell(GMANAGER, self._heartbeat())
+    if self._reporter.is_due():
+      self._reporter.tell(self._heartbeat())
 
   def drain_messages(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
@@ -327,7 +342,7 @@ class RManager:
 
   def _debtor_of(self, sender: Address, request: LeaseRequest) -> InstanceId:
     """The instance that asks, if it is one that this one could lend to."""
-    if sender == GMANAGER or sender >= self._num_instances:
+    if not isinstance(sender, int) or sender >= self._num_instances:
       raise MessageError(
         Refusal.MISDIRECTED,
         f"sender must be an instance below {self._num_instances}; got"
@@ -350,18 +365,34 @@ class RManager:
           f" got {instance}.",
         )
 
+  def _on_gmanager(self, envelope: Envelope) -> None:
+    body = envelope.body
+    if isinstance(body, Candidates):
+      self._check_creditors(body)
+    if not self._reporter.follow(envelope):
+      return
+    if isinstance(body, Candidates):
+      pending = self._outbox.take_answered(envelope)
+      if pending is not None:
+        self._debtor.on_reply(pending, body)
+    elif isinstance(body, ClusterStatus):
+      self._lendable_elsewhere = body.lendable
+      self._debtor.on_status(body.lendable > 0)
+    elif isinstance(body, FullHeartbeatRequest):
+      self._reporter.tell(self._heartbeat(), is_full=True)
+    elif isinstance(body, MoveKvcache | RecallKvcache):
+      # A plan is advice: who does not follow it waits for the next.
+      self.num_plans_declined += 1
+
   def _heartbeat(self) -> Heartbeat:
+    num_waiting, next_blocks = self._waiting
     return Heartbeat(
       counts=self.counts(),
       lendable=self._creditor.lendable,
+      num_running=self._debtor.num_open,
+      num_waiting=num_waiting,
+      next_blocks=next_blocks,
       lent=tuple(sorted(self.lent().items())),
-      borrowed=tuple(sorted(self.borrowed().items())),
+      requests=self._debtor.requests(),
+      leader_epoch=self._reporter.leader_epoch,
     )
-
-  def _on_status(self, lendable: BlocksOf) -> None:
-    self._lendable = {
-      instance: count
-      for instance, count in lendable
-      if instance != self.instance
-    }
-    self._debtor.on_status(self.lendable_elsewhere() > 0)

@@ -46,7 +46,7 @@ def _message(seq, receiver=1, sender=0):
 
 
 def _status(seq, receiver=1):
-  body = ClusterStatus(lendable=((1, seq),))
+  body = ClusterStatus(lendable=seq)
   return dataclasses.replace(_message(seq, receiver), body=body)
 
 

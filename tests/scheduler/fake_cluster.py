@@ -20,7 +20,7 @@ from infinite_llm.distributed.transport.in_process import (
 )
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
-from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 
 BLOCK_SIZE = 8
@@ -53,11 +53,13 @@ class FakeCluster:
     *,
     interceptor: Interceptor | None = None,
     transport: Transport | None = None,
+    has_standby: bool = False,
     **lending,
   ):
     self.now_s = 0.0
     self.lending = LendingConfig(**lending)
     self.num_blocks = num_blocks
+    addresses = (GMANAGER, STANDBY) if has_standby else (GMANAGER,)
     self.managers = [
       RManager(
         instance=instance,
@@ -66,6 +68,7 @@ class FakeCluster:
         block_size=BLOCK_SIZE,
         lending=self.lending,
         clock=lambda: self.now_s,
+        gmanagers=addresses,
       )
       for instance in range(num_instances)
     ]
@@ -73,20 +76,40 @@ class FakeCluster:
       FakeDevice([0] * num_blocks, [0] * num_blocks)
       for _ in range(num_instances)
     ]
-    self.gmanager = GManager(self.lending.policy)
+    # Those that live, by address; messages to others are lost.
+    self.gmanagers = {
+      address: GManager(
+        self.lending,
+        lambda: self.now_s,
+        address=address,
+        peers=[other for other in addresses if other != address],
+        is_leader=address == GMANAGER,
+      )
+      for address in addresses
+    }
     self.transport = transport or InProcessTransport(interceptor)
     for instance, manager in enumerate(self.managers):
       self.transport.register(instance, manager.on_message)
-    self.transport.register(GMANAGER, self.gmanager.on_message)
+    for address in addresses:
+      self.transport.register(address, self._to_gmanager)
     self.moves: collections.deque[Move] = collections.deque()
     self.refused_payloads = 0
     self.proved: dict[int, int] = {}
 
   # Control plane.
 
+  @property
+  def gmanager(self) -> GManager:
+    """The first gManager."""
+    return self.gmanagers[GMANAGER]
+
+  def _to_gmanager(self, envelope: Envelope) -> None:
+    if envelope.receiver in self.gmanagers:
+      self.gmanagers[envelope.receiver].on_message(envelope)
+
   def carry(self) -> bool:
     """Sends what managers have to say, once, and applies their effects."""
-    for manager in (*self.managers, self.gmanager):
+    for manager in (*self.managers, *self.gmanagers.values()):
       for envelope in manager.drain_messages():
         self.transport.send(envelope)
     happened = self.transport.deliver() > 0
@@ -105,7 +128,7 @@ class FakeCluster:
   def tick(self, seconds: float = 1.0) -> None:
     """Lets time pass: heartbeats and resends become due."""
     self.now_s += seconds
-    for manager in self.managers:
+    for manager in (*self.managers, *self.gmanagers.values()):
       manager.tick()
 
   def exchange(self, quota: int = 1000) -> bool:

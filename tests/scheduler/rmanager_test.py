@@ -17,6 +17,7 @@ from infinite_llm.scheduler.messages import (
   HostedEntry,
   Release,
   ReleaseReply,
+  RequestBlocks,
   Reserve,
   ReserveReply,
   SlotName,
@@ -587,7 +588,12 @@ class TestMessages:
 
   def test_heartbeats_are_periodic_and_say_who_owes_whom(self):
     spy = Spy()
-    cluster = _cluster(interceptor=spy, heartbeat_every_s=10.0)
+    cluster = _cluster(
+      interceptor=spy,
+      heartbeat_every_s=10.0,
+      expire_after_s=30.0,
+      leader_lease_s=30.0,
+    )
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
     spy.seen.clear()
@@ -599,8 +605,11 @@ class TestMessages:
     cluster.settle()
 
     debtor, creditor = (m.body for m in spy.seen if m.receiver == GMANAGER)
-    assert (debtor.lent, debtor.borrowed) == ((), ((1, 2),))
-    assert (creditor.lent, creditor.borrowed) == (((0, 2),), ())
+    assert debtor.lent == creditor.requests == ()
+    assert debtor.requests == (
+      RequestBlocks(uid=UID, holders=((0, 2), (1, 2)), movable=2),
+    )
+    assert creditor.lent == ((0, 2),)
     assert creditor.counts.hosted == 2
     assert creditor.lendable == 6
     assert cluster.gmanager.view().lines[1].debts == ((0, 2),)

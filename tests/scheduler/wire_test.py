@@ -106,7 +106,8 @@ class TestFrames:
   def test_a_message_travels_as_these_bytes(self):
     assert _CODEC.encode(_ask()) == (
       b'ILLM\0\1\0{"sender":1,"receiver":"gmanager","incarnation":2,"seq":3,'
-      b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1}'
+      b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1,'
+      b'"leader_epoch":0}'
     )
 
   @pytest.mark.parametrize("kind", kinds(Body), ids=lambda kind: kind.__name__)
@@ -184,7 +185,10 @@ class TestRefusals:
   @pytest.mark.parametrize(
     ("changes", "text"),
     [
-      ({"sender": "gmanger"}, r"sender must be .*'gmanager'; got 'gmanger'\."),
+      (
+        {"sender": "gmanger"},
+        r"sender must be .*'gmanager', 'standby'; got 'gmanger'\.",
+      ),
       ({"sender": -1}, r"sender must be an integer in \[0, \d+\] or"),
       ({"receiver": None}, "receiver must be"),
       ({"incarnation": -1}, "incarnation must be an integer"),
@@ -284,6 +288,6 @@ def test_a_heartbeat_of_a_thousand_debts_is_short():
   """What is sent most often: ten bytes a debt."""
   counts = PoolCounts(used=0, free=0, hosted=1000, reserved=0, total=1000)
   lent = tuple((instance, 999) for instance in range(1000))
-  heartbeat = Heartbeat(counts=counts, lendable=0, lent=lent, borrowed=())
+  heartbeat = Heartbeat(counts=counts, lendable=0, lent=lent)
 
   assert len(_CODEC.encode(_ask(body=heartbeat))) < 11_000
