@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from infinite_llm.attention.dist_attention import HostedTables, SpillSlots
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import EngineConfig
-from infinite_llm.distributed.transport.in_process import InProcessTransport
+from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.errors import ConfigError, InvariantError
@@ -43,7 +43,7 @@ class LendingGroup:
     config: EngineConfig,
     runner: ModelRunner,
     clock: Callable[[], float],
-    transport: InProcessTransport,
+    transport: Transport,
   ):
     """Registers all managers with the transport.
 

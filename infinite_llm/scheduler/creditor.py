@@ -73,7 +73,7 @@ class Creditor:
     """rBlocks that it would grant now."""
     if self._lending.policy == "static":
       return 0
-    spare = self._pool.num_free - self._lending.headroom_blocks
+    spare = self._pool.num_free - (self._lending.headroom_blocks or 0)
     if self._lending.max_lent_blocks is not None:
       spare = min(spare, self._lending.max_lent_blocks - self._pool.num_lent)
     return max(spare, 0)
