@@ -162,6 +162,8 @@ class Debtor:
   def spill(self, uid: RequestUid) -> SpillInfo | None:
     """How to name a request in a group program; None if it is all at home."""
     account = self.account(uid)
+    if account.slot is None:
+      return None
     creditors = account.table.creditors()
     if not creditors:
       return None
@@ -195,6 +197,12 @@ class Debtor:
     is_idle = account.phase is Phase.IDLE and not account.is_lost
     has_slot = account.slot is not None or self._slots.num_free > 0
     return len(account.movable()) if is_idle and has_slot else 0
+
+  def lost(self) -> tuple[RequestUid, ...]:
+    """Open requests with rBlocks that are gone."""
+    return tuple(
+      uid for uid, account in self._accounts.items() if account.is_lost
+    )
 
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""

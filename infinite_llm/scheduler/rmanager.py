@@ -224,9 +224,9 @@ class RManager:
     """Whether a borrow, a return or a sync of a request is under way."""
     return self.phase(uid) is not Phase.IDLE
 
-  def is_lost(self, uid: RequestUid) -> bool:
-    """Whether rBlocks of a request are gone, so that it must recompute."""
-    return self._debtor.account(uid).is_lost
+  def lost(self) -> tuple[RequestUid, ...]:
+    """Open requests with rBlocks that are gone, so that they must recompute."""
+    return self._debtor.lost()
 
   def reconcile(self, uid: RequestUid) -> Reconcile:
     """Reacts to a step of a request that could not be proved.

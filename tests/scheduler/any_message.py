@@ -42,6 +42,8 @@ def values(annotation):
     return st.builds(annotation, **fields)
   if annotation is int:
     return st.integers(0, 2**63 - 1)
+  if annotation is float:
+    return st.floats(allow_nan=False, allow_infinity=False)
   return st.from_type(annotation)
 
 

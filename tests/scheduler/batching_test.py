@@ -151,6 +151,17 @@ class TestAdmission:
     assert [r.uid for r in batcher.waiting] == [2, 3]
     assert batcher.running[0].status is RequestStatus.RUNNING
 
+  def test_the_gmanager_hears_who_waits_and_for_how_much(self):
+    engine = _engine()
+    for uid, num_tokens in ((1, 90), (2, 60), (3, 8)):  # 12 + 8 > 16 rBlocks
+      engine.add(0, make_request(uid, num_tokens))
+
+    engine.step()
+    engine.cluster.heartbeat()
+
+    (line,) = engine.cluster.gmanager.view().lines
+    assert (line.num_running, line.num_waiting, line.next_blocks) == (1, 2, 8)
+
   def test_blocks_that_running_prompts_still_need_are_not_given_away(self):
     engine = _engine()
     engine.add(0, make_request(1, 100))
