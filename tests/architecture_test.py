@@ -29,6 +29,7 @@ _RANK = {name: rank for rank, layer in enumerate(_LAYERS) for name in layer}
 # Control plane: it runs in the simulator too, by the hundred.
 _WITHOUT_JAX = (
   "infinite_llm.scheduler",
+  "infinite_llm.cache.block_entries",
   "infinite_llm.cache.rblock",
   "infinite_llm.cache.block_pool",
   "infinite_llm.cache.block_table",

@@ -3,9 +3,7 @@
 import collections
 from collections.abc import Iterable
 
-import numpy as np
-from numpy.typing import NDArray
-
+from infinite_llm.cache.block_entries import BlockEntries, EntrySpan
 from infinite_llm.cache.content_tag import add_coverage, content_tag, mix_tag
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
@@ -43,7 +41,11 @@ class BlockTable:
     self._full_coverage: list[int] = []
     self._num_summed = 0
     self._sum = 0
-    self._local: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+    # The rBlocks at home: what a log has from `_local_begin` on. Appending and
+    # moving the oldest one away leave the log as it is; after any other change
+    # it is None until somebody asks.
+    self._local: BlockEntries | None = BlockEntries()
+    self._local_begin = 0
 
   @property
   def num_blocks(self) -> int:
@@ -52,12 +54,14 @@ class BlockTable:
 
   def append(self, locations: Iterable[Location]) -> None:
     """Adds rBlocks after the last one."""
-    for location in locations:
-      logical_id = self.num_blocks
-      self._locations.append(location)
-      self._num_at[location.instance] += 1
+    first = self.num_blocks
+    self._locations += locations
+    added = range(first, self.num_blocks)
+    for logical_id in added:
+      self._num_at[self._locations[logical_id].instance] += 1
       self._full_coverage.append(self._coverage_of(logical_id, self.block_size))
-    self._local = None
+    if self._local is not None:
+      self._log_local(self._local, added)
 
   def location(self, logical_id: int) -> Location:
     """Where a logical rBlock lies.
@@ -91,28 +95,21 @@ class BlockTable:
     self._full_coverage[logical_id] = after
     if logical_id < self._num_summed:
       self._sum = add_coverage(self._sum, after - before)
-    self._local = None
+    if self.home in (old.instance, new.instance):
+      self._follow_switch(logical_id, new)
     return old
 
-  def local_entries(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The rBlocks at home.
+  def local_entries(self) -> EntrySpan:
+    """The rBlocks at home, by rising logical number.
 
-    Returns:
-      `(block_ids, logical_ids)`, both `[num_local]` int32, by rising logical
-      number. Not to be written to: they are kept until the table changes.
+    In O(1), except after a change other than an append and the move of the
+    oldest one away.
     """
     if self._local is None:
-      logical_ids = [
-        logical_id
-        for logical_id, location in enumerate(self._locations)
-        if location.instance == self.home
-      ]
-      block_ids = [self._locations[i].block_id for i in logical_ids]
-      self._local = (
-        np.asarray(block_ids, np.int32),
-        np.asarray(logical_ids, np.int32),
-      )
-    return self._local
+      self._local = BlockEntries()
+      self._local_begin = 0
+      self._log_local(self._local, range(self.num_blocks))
+    return EntrySpan(self._local, self._local_begin, len(self._local))
 
   def hosted_entries(
     self, instance: InstanceId
@@ -178,6 +175,21 @@ class BlockTable:
     if not rest:
       return self._sum
     return add_coverage(self._sum, self._coverage_of(num_full, rest))
+
+  def _log_local(self, log: BlockEntries, logical_ids: Iterable[int]) -> None:
+    """Appends those of some rBlocks that are at home."""
+    local = [i for i in logical_ids if self._locations[i].instance == self.home]
+    log.append([self._locations[i].block_id for i in local], local)
+
+  def _follow_switch(self, logical_id: int, new: Location) -> None:
+    """Keeps the log where an rBlock left home that was the first of it."""
+    if self._local is None:
+      return
+    local = self.local_entries()
+    if new.instance != self.home and local.logical_ids[0] == logical_id:
+      self._local_begin += 1
+    else:
+      self._local = None
 
   def _coverage_of(self, logical_id: int, filled: int) -> int:
     return mix_tag(self.tag(logical_id, filled), logical_id)

@@ -11,6 +11,7 @@ from infinite_llm.attention.dist_attention import (
 )
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.scheduler.effects import Move
+from infinite_llm.scheduler.hosted_tables import HostedVersion
 from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID
 
 
@@ -33,6 +34,36 @@ def empty_hosted(num_rows: int, capacity: int) -> HostedTables:
     version=np.full((2, num_rows), -1, np.int32),
     epoch=np.zeros(num_rows, np.uint32),
   )
+
+
+def hosted_tables(
+  versions: Iterable[HostedVersion],
+  num_instances: int,
+  num_slots: int,
+  capacity: int,
+) -> HostedTables:
+  """Lays out what an instance hosts.
+
+  Args:
+    versions: All versions that an owner may name.
+    num_instances: I.
+    num_slots: S.
+    capacity: E, most entries of each parity.
+  """
+  tables = empty_hosted(num_instances * num_slots, capacity)
+  ends = [0, 0]
+  for hosted in versions:
+    row = hosted.owner * num_slots + hosted.slot
+    parity = hosted.version % 2
+    start, end = ends[parity], ends[parity] + len(hosted.entries)
+    tables.block_ids[parity, start:end] = hosted.entries.block_ids
+    tables.logical_ids[parity, start:end] = hosted.entries.logical_ids
+    tables.starts[parity, row] = start
+    tables.counts[parity, row] = len(hosted.entries)
+    tables.version[parity, row] = hosted.version
+    tables.epoch[row] = hosted.slot_epoch
+    ends[parity] = end
+  return tables
 
 
 def empty_payloads(num_instances: int, quota: int) -> Payloads:

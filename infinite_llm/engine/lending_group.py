@@ -7,11 +7,15 @@ effects into programs, and tells them what the devices proved.
 import collections
 from collections.abc import Callable, Mapping, Sequence
 
-from infinite_llm.attention.dist_attention import HostedTables, SpillSlots
+from infinite_llm.attention.dist_attention import SpillSlots
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.transport.base import Transport
-from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
+from infinite_llm.engine.group_inputs import (
+  empty_slots,
+  fill_payloads,
+  hosted_tables,
+)
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
@@ -130,12 +134,13 @@ class LendingGroup:
     for instance, manager in enumerate(self.managers):
       if self._uploaded[instance] != manager.hosted.generation:
         self._uploaded[instance] = manager.hosted.generation
-        arrays = manager.hosted.arrays(
+        tables = hosted_tables(
+          manager.hosted.versions(),
           self._config.num_instances,
           self._config.lending.spill_slots,
           self._config.cache.num_blocks,
         )
-        self._runner.set_hosted(instance, HostedTables(**arrays))
+        self._runner.set_hosted(instance, tables)
 
   def _slots(
     self, manager: RManager, rows: Mapping[RequestUid, int]

@@ -145,13 +145,12 @@ def _add_table(
   arrays: BlockTables, row: int, entry: int, table: BlockTable, num_blocks: int
 ) -> int:
   """Writes a row's entries below `num_blocks`; returns where the next start."""
-  block_ids, logical_ids = table.local_entries()
-  count = int(np.searchsorted(logical_ids, num_blocks))
-  end = entry + count
-  arrays.block_ids[entry:end] = block_ids[:count]
-  arrays.logical_ids[entry:end] = logical_ids[:count]
+  entries = table.local_entries().below(num_blocks)
+  end = entry + len(entries)
+  arrays.block_ids[entry:end] = entries.block_ids
+  arrays.logical_ids[entry:end] = entries.logical_ids
   arrays.starts[row] = entry
-  arrays.counts[row] = count
+  arrays.counts[row] = len(entries)
   return end
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 
+from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
@@ -126,15 +127,18 @@ class Account:
       )
     return self.borrow
 
-  def movable(self) -> tuple[int, ...]:
-    """Logical numbers of the rBlocks that may move away, oldest first.
+  def num_movable(self) -> int:
+    """How many rBlocks may move away: those full, proved and at home."""
+    return len(self._movable_entries())
 
-    Those are full, proved and at home.
+  def movable(self, limit: int) -> tuple[int, ...]:
+    """Logical numbers of rBlocks that may move away, oldest first.
+
+    Args:
+      limit: How many at most.
     """
-    num_full = self.num_proved_tokens // self.table.block_size
-    _, logical_ids = self.table.local_entries()
-    count = int(logical_ids.searchsorted(num_full))
-    return tuple(logical_ids[:count].tolist())
+    entries = self._movable_entries()
+    return tuple(entries.logical_ids[:limit].tolist())
 
   def is_readable(self) -> bool:
     """Whether the versions that a step would name are surely installed."""
@@ -167,3 +171,7 @@ class Account:
       Grant(block_id=block_id, epoch=epoch)
       for block_id, epoch in self.leases.get(creditor, {}).items()
     )
+
+  def _movable_entries(self) -> EntrySpan:
+    num_full = self.num_proved_tokens // self.table.block_size
+    return self.table.local_entries().below(num_full)

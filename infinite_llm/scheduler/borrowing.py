@@ -73,7 +73,7 @@ class Borrowing:
     borrow.moves = [
       self._begin_move(account, logical_id, creditor, grant)
       for logical_id, grant in zip(
-        account.movable(), reply.grants, strict=False
+        account.movable(len(reply.grants)), reply.grants, strict=False
       )
     ]
     borrow.unsent = {pending.move for pending in borrow.moves}
@@ -146,7 +146,7 @@ class Borrowing:
 
   def _try_next(self, account: Account) -> None:
     borrow = account.current_borrow()
-    wanted = min(borrow.wanted, len(account.movable()))
+    wanted = min(borrow.wanted, account.num_movable())
     is_over = wanted == 0 or account.must_sync or account.is_lost
     if is_over or not borrow.candidates:
       if not is_over and borrow.num_moved == 0:

@@ -66,6 +66,7 @@ class Creditor:
     self._pool = pool
     self._lending = lending
     self._leases: dict[BlockId, _Lease] = {}
+    self._num_lent: collections.Counter[InstanceId] = collections.Counter()
     self._effects: list[Effect] = []
 
   @property
@@ -80,9 +81,7 @@ class Creditor:
 
   def lent(self) -> dict[InstanceId, int]:
     """rBlocks kept for each debtor, promised ones included."""
-    return dict(
-      collections.Counter(lease.owner for lease in self._leases.values())
-    )
+    return dict(self._num_lent)
 
   def execute(self, owner: InstanceId, request: LeaseRequest) -> LeaseReply:
     """Does what a debtor asks; the caller sees to it that this happens once.
@@ -120,6 +119,7 @@ class Creditor:
       self._leases[grant.block_id] = _Lease(
         owner=owner, uid=request.uid, slot=request.slot, epoch=grant.epoch
       )
+    self._count_lent(owner, len(grants))
     self._set_epochs({grant.block_id: grant.epoch for grant in grants})
     return ReserveReply(grants=grants)
 
@@ -147,6 +147,7 @@ class Creditor:
         self._pool.release_hosted(grant.block_id, grant.epoch)
         del self._leases[grant.block_id]
         ended.append(grant.block_id)
+    self._count_lent(owner, -len(ended))
     self._set_epochs(dict.fromkeys(ended, NO_EPOCH))
     version = self.hosted.remove(owner, request.slot, ended)
     return ReleaseReply(table_version=version)
@@ -174,6 +175,11 @@ class Creditor:
       lease.slot,
       lease.epoch,
     )
+
+  def _count_lent(self, owner: InstanceId, change: int) -> None:
+    self._num_lent[owner] += change
+    if not self._num_lent[owner]:
+      del self._num_lent[owner]
 
   def _set_epochs(self, epochs: dict[BlockId, Epoch]) -> None:
     if epochs:

@@ -196,7 +196,7 @@ class Debtor:
     account = self.account(uid)
     is_idle = account.phase is Phase.IDLE and not account.is_lost
     has_slot = account.slot is not None or self._slots.num_free > 0
-    return len(account.movable()) if is_idle and has_slot else 0
+    return account.num_movable() if is_idle and has_slot else 0
 
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone."""
@@ -266,7 +266,7 @@ class Debtor:
     found: list[RequestBlocks] = []
     for uid, account in self._accounts.items():
       holders = {c: len(held) for c, held in account.leases.items() if held}
-      num_local = len(account.table.local_entries()[0])
+      num_local = len(account.table.local_entries())
       if num_local:
         holders[self._pool.instance] = num_local
       if holders:

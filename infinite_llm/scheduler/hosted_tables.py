@@ -1,23 +1,11 @@
 """What one instance hosts for the others, as the devices are to see it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from infinite_llm.errors import InvariantError
+from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.scheduler.messages import SlotName
-from infinite_llm.types import NULL_BLOCK_ID, BlockId, Epoch, InstanceId
-
-NO_VERSION = -1
-"""Version of a table that is not installed."""
-
-type Entries = Mapping[BlockId, int]
-"""rBlock of this pool to its logical number in its request."""
-
-_NOTHING: Entries = MappingProxyType({})
+from infinite_llm.types import BlockId, Epoch, InstanceId
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +18,33 @@ class HostedTable:
     current: The newest entries.
     previous: Those of `version - 1`, for owners that still name it; None if
       nobody may.
+    logical_ids: `current` by rBlock; grows with the log that `current` is of.
   """
 
   slot_epoch: Epoch
   version: int
-  current: Entries
-  previous: Entries | None
+  current: EntrySpan
+  previous: EntrySpan | None
+  logical_ids: dict[BlockId, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HostedVersion:
+  """One version of a hosted table, as the devices are to answer with it.
+
+  Attributes:
+    owner: Whose slot it is.
+    slot: Which one.
+    slot_epoch: Epoch under which the request has the slot.
+    version: Its version.
+    entries: rBlocks of this instance's pool.
+  """
+
+  owner: InstanceId
+  slot: int
+  slot_epoch: Epoch
+  version: int
+  entries: EntrySpan
 
 
 class HostedTables:
@@ -66,7 +75,7 @@ class HostedTables:
     return (
       table is not None
       and table.slot_epoch != slot.epoch
-      and bool(table.current)
+      and len(table.current) > 0
     )
 
   def add(
@@ -85,9 +94,22 @@ class HostedTables:
     Returns:
       The new version.
     """
+    added = dict(entries)
     table = self.table(owner, slot)
-    current = table.current if table else _NOTHING
-    return self._install(owner, slot, {**current, **dict(entries)}, current)
+    if table is None:
+      return self._install(owner, slot, added, None)
+    current, logical_ids = table.current, table.logical_ids
+    is_behind = not (len(current) and added) or min(added.values()) >= int(
+      current.logical_ids[-1]
+    )
+    if not (is_behind and logical_ids.keys().isdisjoint(added)):
+      return self._install(owner, slot, logical_ids | added, current)
+    current.log.append(*_ascending(added))
+    logical_ids |= added
+    longer = dataclasses.replace(current, end=len(current.log))
+    return self._put(
+      owner, slot, longer, previous=current, logical_ids=logical_ids
+    )
 
   def replace(
     self,
@@ -106,8 +128,8 @@ class HostedTables:
       The new version.
     """
     table = self.table(owner, slot)
-    current = table.current if table else _NOTHING
-    return self._install(owner, slot, dict(entries), current)
+    previous = table.current if table else None
+    return self._install(owner, slot, dict(entries), previous)
 
   def remove(
     self, owner: InstanceId, slot: SlotName, block_ids: Iterable[BlockId]
@@ -130,81 +152,66 @@ class HostedTables:
     if table is None:
       return None
     removed = set(block_ids)
-    if removed.isdisjoint({*table.current, *(table.previous or ())}):
+    previous = table.previous.block_ids.tolist() if table.previous else ()
+    if removed.isdisjoint(table.logical_ids) and removed.isdisjoint(previous):
       return table.version
-    left = {b: n for b, n in table.current.items() if b not in removed}
+    left = {b: n for b, n in table.logical_ids.items() if b not in removed}
     return self._install(owner, slot, left, None)
+
+  def versions(self) -> tuple[HostedVersion, ...]:
+    """All versions that an owner may name, by owner and slot, newest first."""
+    return tuple(
+      HostedVersion(
+        owner=owner,
+        slot=slot,
+        slot_epoch=table.slot_epoch,
+        version=version,
+        entries=entries,
+      )
+      for (owner, slot), table in sorted(self._tables.items())
+      for version, entries in (
+        (table.version, table.current),
+        (table.version - 1, table.previous),
+      )
+      if entries is not None
+    )
 
   def _install(
     self,
     owner: InstanceId,
     slot: SlotName,
-    current: Entries,
-    previous: Entries | None,
+    entries: dict[BlockId, int],
+    previous: EntrySpan | None,
+  ) -> int:
+    """Installs a next version made of a log of its own."""
+    current = EntrySpan.of(*_ascending(entries))
+    return self._put(
+      owner, slot, current, previous=previous, logical_ids=entries
+    )
+
+  def _put(
+    self,
+    owner: InstanceId,
+    slot: SlotName,
+    current: EntrySpan,
+    *,
+    previous: EntrySpan | None,
+    logical_ids: dict[BlockId, int],
   ) -> int:
     table = self.table(owner, slot)
     installed = HostedTable(
       slot_epoch=slot.epoch,
       version=table.version + 1 if table else 0,
       current=current,
-      previous=previous if table else None,
+      previous=previous,
+      logical_ids=logical_ids,
     )
     self._tables[owner, slot.slot] = installed
     self.generation += 1
     return installed.version
 
-  def arrays(
-    self, num_instances: int, spill_slots: int, capacity: int
-  ) -> dict[str, NDArray[np.int32] | NDArray[np.uint32]]:
-    """The tables as the devices take them.
 
-    Row `r = owner * spill_slots + slot`; the first axis is a version's parity.
-
-    Args:
-      num_instances: I.
-      spill_slots: S.
-      capacity: E, most entries of each parity.
-
-    Returns:
-      `block_ids [2, E]`, `logical_ids [2, E]`, `starts [2, I*S]`,
-      `counts [2, I*S]`, `version [2, I*S]`, all int32, and `epoch [I*S]`
-      uint32.
-    """
-    num_rows = num_instances * spill_slots
-    block_ids = np.full((2, capacity), NULL_BLOCK_ID, np.int32)
-    logical_ids = np.zeros((2, capacity), np.int32)
-    starts = np.zeros((2, num_rows), np.int32)
-    counts = np.zeros((2, num_rows), np.int32)
-    version = np.full((2, num_rows), NO_VERSION, np.int32)
-    epoch = np.zeros(num_rows, np.uint32)
-    end = [0, 0]
-    for (owner, slot), table in sorted(self._tables.items()):
-      row = owner * spill_slots + slot
-      epoch[row] = table.slot_epoch
-      for number, entries in (
-        (table.version, table.current),
-        (table.version - 1, table.previous),
-      ):
-        if entries is None:
-          continue
-        parity = number % 2
-        start, stop = end[parity], end[parity] + len(entries)
-        if stop > capacity:
-          raise InvariantError(
-            f"Hosted tables must have at most {capacity} entries; got {stop}."
-          )
-        ordered = sorted(entries.items(), key=lambda entry: entry[1])
-        block_ids[parity, start:stop] = [b for b, _ in ordered]
-        logical_ids[parity, start:stop] = [n for _, n in ordered]
-        starts[parity, row] = start
-        counts[parity, row] = stop - start
-        version[parity, row] = number
-        end[parity] = stop
-    return {
-      "block_ids": block_ids,
-      "logical_ids": logical_ids,
-      "starts": starts,
-      "counts": counts,
-      "version": version,
-      "epoch": epoch,
-    }
+def _ascending(entries: dict[BlockId, int]) -> tuple[list[BlockId], list[int]]:
+  """`block_ids` and `logical_ids`, by rising logical number."""
+  block_ids = sorted(entries, key=entries.__getitem__)
+  return block_ids, [entries[block_id] for block_id in block_ids]

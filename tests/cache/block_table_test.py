@@ -1,5 +1,4 @@
 import hypothesis
-import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -39,11 +38,10 @@ def _demand(table, num_tokens):
 def test_local_entries_are_those_at_home_in_order():
   table = _table(_at(0, 5), _at(2, 1), _at(0, 3))
 
-  block_ids, logical_ids = table.local_entries()
+  local = table.local_entries()
 
-  assert block_ids.dtype == logical_ids.dtype == np.int32
-  assert block_ids.tolist() == [5, 3]
-  assert logical_ids.tolist() == [0, 2]
+  assert local.block_ids.tolist() == [5, 3]
+  assert local.logical_ids.tolist() == [0, 2]
 
 
 def test_entries_elsewhere_are_found_by_creditor():
@@ -60,7 +58,7 @@ def test_a_switch_names_the_new_copy_and_returns_the_old_one():
   assert table.switch(0, _at(1, 9)) == _at(0, 5)
 
   assert table.location(0) == _at(1, 9)
-  assert table.local_entries()[0].tolist() == [6]
+  assert table.local_entries().block_ids.tolist() == [6]
   assert table.creditors() == (1,)
   assert table.switch(0, _at(0, 5)) == _at(1, 9)
   assert table.creditors() == ()
@@ -68,11 +66,70 @@ def test_a_switch_names_the_new_copy_and_returns_the_old_one():
 
 def test_entries_follow_appends():
   table = _table(_at(0, 5))
-  assert table.local_entries()[0].tolist() == [5]
+  assert table.local_entries().block_ids.tolist() == [5]
 
   table.append([_at(0, 6)])
 
-  assert table.local_entries()[0].tolist() == [5, 6]
+  assert table.local_entries().block_ids.tolist() == [5, 6]
+
+
+def test_appends_and_moves_of_the_oldest_keep_the_log():
+  table = _table(_at(0, 5), _at(0, 6), _at(0, 7))
+  before = table.local_entries()
+
+  table.switch(0, _at(1, 9))
+  table.append([_at(1, 2), _at(0, 8)])
+  table.switch(1, _at(2, 9))
+  table.switch(0, _at(2, 1))  # Between others: no matter at home.
+
+  after = table.local_entries()
+  assert after.log is before.log
+  assert (before.begin, after.begin) == (0, 2)
+  assert after.block_ids.tolist() == [7, 8]
+  assert after.logical_ids.tolist() == [2, 4]
+  assert before.block_ids.tolist() == [5, 6, 7]
+
+
+def test_any_other_change_makes_a_new_log_and_leaves_the_old_one():
+  table = _table(_at(0, 5), _at(0, 6), _at(0, 7))
+  before = table.local_entries()
+
+  table.switch(1, _at(1, 9))
+  middle = table.local_entries()
+  table.switch(1, _at(0, 4))
+  after = table.local_entries()
+
+  assert len({id(span.log) for span in (before, middle, after)}) == 3
+  assert before.block_ids.tolist() == [5, 6, 7]
+  assert middle.block_ids.tolist() == [5, 7]
+  assert after.block_ids.tolist() == [5, 4, 7]
+
+
+@hypothesis.given(
+  events=st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 2**16)), max_size=30
+  )
+)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_local_entries_are_the_locations_at_home_whatever_came_before(events):
+  table = _table(_at(0, 1))
+  for instance, number in events:
+    if number % 3 == 0:
+      table.append([_at(instance, number % 50)])
+    else:
+      table.switch(number % table.num_blocks, _at(instance, number % 50))
+    if number % 5:
+      local = table.local_entries()
+      lies = [table.location(n) for n in range(table.num_blocks)]
+      want = [
+        (where.block_id, n)
+        for n, where in enumerate(lies)
+        if not where.instance
+      ]
+      got = zip(
+        local.block_ids.tolist(), local.logical_ids.tolist(), strict=True
+      )
+      assert list(got) == want
 
 
 @hypothesis.given(

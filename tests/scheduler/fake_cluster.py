@@ -7,8 +7,9 @@ same refusals and the same coverage as a real group.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
+from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import add_coverage, mix_tag
@@ -146,11 +147,11 @@ class FakeCluster:
     """Writes one payload to its destination, or refuses it."""
     source = self.devices[move.src_instance]
     target = self.devices[move.dst_instance]
-    if target.epoch[move.dst_block] != move.dst_epoch:
+    is_granted = target.epoch[move.dst_block] == move.dst_epoch
+    if not is_granted or source.tag[move.src_block] != move.src_tag:
       self.refused_payloads += 1
       return
-    is_proved = source.tag[move.src_block] == move.src_tag
-    target.tag[move.dst_block] = move.dst_tag if is_proved else 0
+    target.tag[move.dst_block] = move.dst_tag
 
   def verify(self) -> bool:
     """Proves or refutes moved rBlocks."""
@@ -212,15 +213,8 @@ class FakeCluster:
     """Whether a step over a request would be proved."""
     manager = self.managers[instance]
     table = manager.table(uid)
-    block_ids, logical_ids = table.local_entries()
-    entries = [
-      (block_id, logical_id)
-      for block_id, logical_id in zip(
-        block_ids.tolist(), logical_ids.tolist(), strict=True
-      )
-      if logical_id * BLOCK_SIZE < num_tokens
-    ]
-    total = self._coverage(instance, entries)
+    local = table.local_entries().below(-(-num_tokens // BLOCK_SIZE))
+    total = self._coverage(instance, local)
     spill = manager.spill(uid)
     if spill is not None:
       for holder in range(len(self.managers)):
@@ -228,36 +222,24 @@ class FakeCluster:
         total = add_coverage(total, self._coverage(holder, answer))
     return total == table.demand(num_tokens)
 
-  def _answer(
-    self, owner: int, holder: int, spill: SpillInfo
-  ) -> list[tuple[int, int]]:
+  def _answer(self, owner: int, holder: int, spill: SpillInfo) -> EntrySpan:
     """Entries of the table that a creditor answers with, as its device."""
-    slots = self.lending.spill_slots
-    arrays = self.managers[holder].hosted.arrays(
-      len(self.managers), slots, self.num_blocks
-    )
-    version = spill.versions.get(holder, -1)
-    row = owner * slots + spill.slot
-    parity = version % 2
-    if (
-      version < 0
-      or arrays["version"][parity, row] != version
-      or arrays["epoch"][row] != spill.slot_epoch
-    ):
-      return []
-    start = arrays["starts"][parity, row]
-    span = slice(start, start + arrays["counts"][parity, row])
-    return list(
-      zip(
-        arrays["block_ids"][parity, span].tolist(),
-        arrays["logical_ids"][parity, span].tolist(),
-        strict=True,
-      )
-    )
+    named = (owner, spill.slot, spill.slot_epoch, spill.versions.get(holder))
+    for hosted in self.managers[holder].hosted.versions():
+      if named == (
+        hosted.owner,
+        hosted.slot,
+        hosted.slot_epoch,
+        hosted.version,
+      ):
+        return hosted.entries
+    return EntrySpan.of()
 
-  def _coverage(self, instance: int, entries: Iterable[tuple[int, int]]) -> int:
+  def _coverage(self, instance: int, entries: EntrySpan) -> int:
     total = 0
-    for block_id, logical_id in entries:
+    for block_id, logical_id in zip(
+      entries.block_ids.tolist(), entries.logical_ids.tolist(), strict=True
+    ):
       tag = self.devices[instance].tag[block_id]
       total = add_coverage(total, mix_tag(tag, logical_id))
     return total
@@ -290,7 +272,4 @@ class FakeCluster:
       assert manager.lent() == manager.borrowed() == {}
       assert manager.num_free_slots == self.lending.spill_slots
       assert not any(device.epoch)
-      arrays = manager.hosted.arrays(
-        len(self.managers), self.lending.spill_slots, self.num_blocks
-      )
-      assert not arrays["counts"].any()
+      assert not any(len(v.entries) for v in manager.hosted.versions())

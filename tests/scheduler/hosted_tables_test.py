@@ -1,77 +1,90 @@
-import numpy as np
-import pytest
-
-from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.messages import SlotName
 
 _SLOT = SlotName(slot=1, epoch=4)
 
-# Two instances with two slots each: row = owner * 2 + slot.
-_ROW = 0 * 2 + 1
 
-
-def _rows(tables, capacity=8):
-  """`{(row, version): [(block_id, logical_id), ...]}` as the devices see it."""
-  arrays = tables.arrays(2, 2, capacity)
-  rows = {}
-  for parity in (0, 1):
-    for row, version in enumerate(arrays["version"][parity].tolist()):
-      if version >= 0:
-        assert version % 2 == parity
-        start = arrays["starts"][parity, row]
-        span = slice(start, start + arrays["counts"][parity, row])
-        rows[row, version] = list(
-          zip(
-            arrays["block_ids"][parity, span].tolist(),
-            arrays["logical_ids"][parity, span].tolist(),
-            strict=True,
-          )
-        )
-  return rows
-
-
-def test_nothing_hosted_is_nothing_installed():
-  arrays = HostedTables().arrays(2, 2, 3)
-
-  assert {name: (x.shape, x.dtype) for name, x in arrays.items()} == {
-    "block_ids": ((2, 3), np.int32),
-    "logical_ids": ((2, 3), np.int32),
-    "starts": ((2, 4), np.int32),
-    "counts": ((2, 4), np.int32),
-    "version": ((2, 4), np.int32),
-    "epoch": ((4,), np.uint32),
+def _versions(tables):
+  """`{(owner, slot, version): [(block_id, logical_id), ...]}`, in order."""
+  return {
+    (v.owner, v.slot, v.version): list(
+      zip(
+        v.entries.block_ids.tolist(),
+        v.entries.logical_ids.tolist(),
+        strict=True,
+      )
+    )
+    for v in tables.versions()
   }
-  assert (arrays["version"] == -1).all()
-  assert not arrays["epoch"].any()
+
+
+def _logs(tables):
+  """The log of each version, newest first."""
+  return [v.entries.log for v in tables.versions()]
+
+
+def test_nothing_hosted_is_nothing_to_answer_with():
+  assert HostedTables().versions() == ()
 
 
 def test_the_previous_version_stays_beside_the_next():
   tables = HostedTables()
 
   assert tables.add(0, _SLOT, [(5, 1), (3, 0)]) == 0
-  assert _rows(tables) == {(_ROW, 0): [(3, 0), (5, 1)]}
+  assert _versions(tables) == {(0, 1, 0): [(3, 0), (5, 1)]}
   assert tables.add(0, _SLOT, [(2, 2)]) == 1
-  assert _rows(tables) == {
-    (_ROW, 0): [(3, 0), (5, 1)],
-    (_ROW, 1): [(3, 0), (5, 1), (2, 2)],
+  assert _versions(tables) == {
+    (0, 1, 0): [(3, 0), (5, 1)],
+    (0, 1, 1): [(3, 0), (5, 1), (2, 2)],
   }
   assert tables.add(0, _SLOT, [(4, 3)]) == 2
-  assert sorted(_rows(tables)) == [(_ROW, 1), (_ROW, 2)]
-  assert tables.arrays(2, 2, 8)["epoch"].tolist() == [0, 4, 0, 0]
+  assert sorted(_versions(tables)) == [(0, 1, 1), (0, 1, 2)]
+  assert {v.slot_epoch for v in tables.versions()} == {4}
 
 
-def test_rows_lie_one_after_another():
+def test_versions_that_grow_at_the_end_share_a_log():
+  tables = HostedTables()
+  tables.add(0, _SLOT, [(5, 1), (3, 0)])
+  tables.add(0, _SLOT, [(2, 4), (7, 2)])
+
+  new, old = _logs(tables)
+  assert new is old
+  assert _versions(tables)[0, 1, 1] == [(3, 0), (5, 1), (7, 2), (2, 4)]
+
+
+def test_an_entry_before_the_last_makes_a_new_log():
+  tables = HostedTables()
+  tables.add(0, _SLOT, [(5, 1), (3, 4)])
+  tables.add(0, _SLOT, [(2, 2)])
+
+  new, old = _logs(tables)
+  assert new is not old
+  assert _versions(tables) == {
+    (0, 1, 1): [(5, 1), (2, 2), (3, 4)],
+    (0, 1, 0): [(5, 1), (3, 4)],
+  }
+
+
+def test_an_rblock_that_is_added_again_is_named_once():
+  tables = HostedTables()
+  tables.add(0, _SLOT, [(5, 1), (3, 2)])
+
+  tables.add(0, _SLOT, [(3, 7)])
+
+  assert _versions(tables)[0, 1, 1] == [(5, 1), (3, 7)]
+
+
+def test_versions_come_by_owner_and_slot():
   tables = HostedTables()
   tables.add(1, SlotName(slot=0, epoch=1), [(1, 7)])
   tables.add(0, _SLOT, [(5, 1), (3, 0)])
   tables.add(0, SlotName(slot=0, epoch=2), [(6, 0)])
 
-  assert _rows(tables) == {
-    (0, 0): [(6, 0)],
-    (1, 0): [(3, 0), (5, 1)],
-    (2, 0): [(1, 7)],
-  }
+  assert list(_versions(tables).items()) == [
+    ((0, 0, 0), [(6, 0)]),
+    ((0, 1, 0), [(3, 0), (5, 1)]),
+    ((1, 0, 0), [(1, 7)]),
+  ]
 
 
 def test_no_version_names_a_removed_block():
@@ -80,7 +93,7 @@ def test_no_version_names_a_removed_block():
   tables.add(0, _SLOT, [(5, 1)])
 
   assert tables.remove(0, _SLOT, [5]) == 2
-  assert _rows(tables) == {(_ROW, 2): [(3, 0)]}
+  assert _versions(tables) == {(0, 1, 2): [(3, 0)]}
 
 
 def test_a_block_that_only_the_previous_version_names_is_removed_too():
@@ -89,7 +102,7 @@ def test_a_block_that_only_the_previous_version_names_is_removed_too():
   tables.replace(0, _SLOT, [(3, 0)])
 
   assert tables.remove(0, _SLOT, [5]) == 2
-  assert _rows(tables) == {(_ROW, 2): [(3, 0)]}
+  assert _versions(tables) == {(0, 1, 2): [(3, 0)]}
 
 
 def test_removing_unknown_blocks_changes_nothing():
@@ -107,7 +120,7 @@ def test_replacing_installs_the_same_entries_under_a_new_version():
   tables.add(0, _SLOT, [(3, 0), (5, 1)])
 
   assert tables.replace(0, _SLOT, [(3, 0), (5, 1)]) == 1
-  assert _rows(tables)[_ROW, 1] == [(3, 0), (5, 1)]
+  assert _versions(tables)[0, 1, 1] == [(3, 0), (5, 1)]
 
 
 def test_the_next_holder_of_a_slot_starts_without_a_past():
@@ -119,7 +132,7 @@ def test_the_next_holder_of_a_slot_starts_without_a_past():
   assert not tables.is_taken(0, later)
 
   assert tables.add(0, later, [(4, 0)]) == 0
-  assert _rows(tables) == {(_ROW, 0): [(4, 0)]}
+  assert _versions(tables) == {(0, 1, 0): [(4, 0)]}
   assert tables.remove(0, _SLOT, [4]) is None
 
 
@@ -134,11 +147,3 @@ def test_every_change_is_a_new_generation():
   seen.append(tables.generation)
 
   assert seen == sorted(set(seen))
-
-
-def test_more_entries_than_the_devices_take_are_a_bug():
-  tables = HostedTables()
-  tables.add(0, _SLOT, [(3, 0), (5, 1)])
-
-  with pytest.raises(InvariantError, match=r"at most 1 entries; got 2"):
-    tables.arrays(2, 2, 1)

@@ -86,7 +86,7 @@ class TestBorrowing:
     _borrow(cluster, 3)
 
     # Instance 0: logical 0, 1, 2 went from its blocks 1, 2, 3.
-    assert table.local_entries()[0].tolist() == [4, 5, 6, 7, 8]
+    assert table.local_entries().block_ids.tolist() == [4, 5, 6, 7, 8]
     assert table.hosted_entries(1) == tuple(
       (n, Location(instance=1, block_id=n + 1, epoch=n + 1)) for n in range(3)
     )
