@@ -99,8 +99,7 @@ class GrpcTransport:
   def connect(self, address: Address, target: str) -> None:
     """Says where an address is served; connects on the first message to it.
 
-    Messages from addresses that are neither registered nor connected are
-    refused.
+    Messages from addresses that were never connected are refused.
 
     Args:
       address: A manager of another process.
