@@ -22,6 +22,9 @@ MAX_PROGRAM_KINDS = 24
 DTYPES = ("float32", "bfloat16")
 """What weights, activations, keys and values can be."""
 
+POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
+"""Names of the policies; `scheduler/policies/` has them."""
+
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
 small pool would lend nothing otherwise."""
@@ -122,7 +125,9 @@ class LendingConfig:
   """How instances of one lending group share their pools.
 
   Attributes:
-    policy: Name of the borrowing policy: "borrow" or "static" (no sharing).
+    policy: Name of the policy, out of `POLICIES`: "borrow" on demand, "greedy"
+      moves for throughput, and to compare with, "static" (no sharing), "swap"
+      (own host memory) and "migrate" (whole requests).
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself. None has an
@@ -139,7 +144,18 @@ class LendingConfig:
       which other rows go on; each instance stages 2 * exchange_blocks rBlocks.
     resend_after_s: Seconds without an answer after which a message is sent
       again.
-    heartbeat_every_s: Seconds between heartbeats.
+    heartbeat_every_s: Seconds between heartbeats, and between renewals of
+      leases.
+    lease_s: Seconds of an owner's silence after which its leases end.
+    full_heartbeat_every: Every so many heartbeats one says everything; the
+      others say what changed.
+    expire_after_s: Seconds of silence after which the gManager forgets an
+      instance.
+    leader_lease_s: Seconds of silence of the leading gManager after which the
+      standby takes over.
+    plan_every_s: Seconds between plans of the gManager.
+    freeze_s: Seconds for which the instances of a circle of debts neither lend
+      nor borrow, so that they can take their rBlocks home.
   """
 
   policy: str = "borrow"
@@ -151,15 +167,23 @@ class LendingConfig:
   exchange_blocks: int = 16
   resend_after_s: float = 0.5
   heartbeat_every_s: float = 0.1
+  lease_s: float = 10.0
+  full_heartbeat_every: int = 10
+  expire_after_s: float = 5.0
+  leader_lease_s: float = 1.0
+  plan_every_s: float = 1.0
+  freeze_s: float = 1.0
 
   def __post_init__(self):
     _require(
-      self.policy in ("borrow", "static"),
+      self.policy in POLICIES,
       "policy",
-      "'borrow' or 'static'",
+      f"one of {', '.join(POLICIES)}",
       self.policy,
     )
-    _require_positive(self, "spill_slots", "exchange_blocks")
+    _require_positive(
+      self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
+    )
     _require_buckets(self, "group_prefill_buckets")
     _require(
       self.group_prefill_buckets[-1] <= MAX_GROUP_CHUNK_TOKENS,
@@ -172,8 +196,32 @@ class LendingConfig:
       if value is not None:
         _require_integer(name, value)
         _require(value >= 0, name, "None or not negative", value)
-    for name in ("group_chunk_s", "resend_after_s", "heartbeat_every_s"):
+    for name in (
+      "group_chunk_s",
+      "resend_after_s",
+      "heartbeat_every_s",
+      "lease_s",
+      "plan_every_s",
+      "freeze_s",
+    ):
       _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+    # One lost renewal, or one lost answer, must not end a lease.
+    for name in ("resend_after_s", "heartbeat_every_s"):
+      _require(
+        self.lease_s > 2 * getattr(self, name),
+        "lease_s",
+        f"more than twice {name} ({getattr(self, name)!r}), so that one lost"
+        " message ends no lease",
+        self.lease_s,
+      )
+    for name in ("expire_after_s", "leader_lease_s"):
+      _require(
+        getattr(self, name) > 2 * self.heartbeat_every_s,
+        name,
+        f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so"
+        " that one lost heartbeat is no death",
+        getattr(self, name),
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 Every message names the argument or object, the rule and the value.
 """
 
+import enum
+
 
 class ConfigError(ValueError):
   """A configuration that cannot work, found before anything was started."""
@@ -30,3 +32,25 @@ class ModelError(RuntimeError):
 
 class InvariantError(RuntimeError):
   """A broken invariant of the books: a bug, never a shortage."""
+
+
+class Refusal(enum.Enum):
+  """Why a message from elsewhere is refused."""
+
+  MALFORMED = "malformed"
+  OVERSIZED = "oversized"
+  UNVERSIONED = "unversioned"
+  UNAUTHENTICATED = "unauthenticated"
+  MISDIRECTED = "misdirected"
+
+
+class MessageError(ValueError):
+  """A message that is refused; it changed nothing.
+
+  Attributes:
+    refusal: What kind of refusal it is, for counting.
+  """
+
+  def __init__(self, refusal: Refusal, text: str):
+    super().__init__(text)
+    self.refusal = refusal

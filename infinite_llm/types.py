@@ -2,11 +2,34 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from typing import Annotated
 
-InstanceId = int  # Position of an instance on the mesh axis "instance".
-RequestUid = int  # Non-zero uint32, never used twice in a lending group.
-BlockId = int  # Index of an rBlock in its instance's pool.
-Epoch = int  # Reservation epoch of an rBlock: non-zero uint32.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+  """Integers that a type allows; messages from elsewhere are held to it.
+
+  Attributes:
+    low: The smallest.
+    high: The largest.
+  """
+
+  low: int
+  high: int
+
+
+# Position of an instance on the mesh axis "instance".
+InstanceId = Annotated[int, Range(low=0, high=2**31 - 1)]
+# Non-zero uint32, never used twice in a lending group.
+RequestUid = Annotated[int, Range(low=1, high=2**32 - 1)]
+# Index of an rBlock in its instance's pool.
+BlockId = Annotated[int, Range(low=0, high=2**31 - 1)]
+# Reservation epoch of an rBlock: uint32; that of a grant is not zero.
+Epoch = Annotated[int, Range(low=0, high=2**32 - 1)]
+
+type FaultPoint = Callable[[str], bool]
+"""Asked at a named point whether a simulation has something go wrong there."""
 
 INSTANCE_AXIS = "instance"
 """Mesh axis over instances: one row of the mesh is one model replica."""

@@ -35,6 +35,8 @@ _WITHOUT_JAX = (
   "infinite_llm.cache.block_table",
   "infinite_llm.cache.content_tag",
   "infinite_llm.cache.table_store",
+  "infinite_llm.distributed.transport",
+  "infinite_llm.simulator",
 )
 _JAX = ("jax", "jaxlib", "flax", "pallas_kernels")
 

@@ -14,12 +14,15 @@ from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.step_batch import CheckRow
-from infinite_llm.errors import InvariantError
+from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import RequestUid
+
+_POLICIES = ("borrow", "static")
+"""Policies that the engine carries out; the others plan what it cannot do."""
 
 _MAX_ROUNDS = 1000
 """Rounds of messages between two programs; more are an endless conversation."""
@@ -50,7 +53,15 @@ class LendingGroup:
       runner: The devices.
       clock: Monotonic seconds, for resends and heartbeats.
       transport: Carries messages; nobody else uses it.
+
+    Raises:
+      ConfigError: If the policy is one for the simulator only.
     """
+    if config.lending.policy not in _POLICIES:
+      raise ConfigError(
+        f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
+        f" {config.lending.policy!r}."
+      )
     self._config = config
     self._runner = runner
     self.transport = transport
@@ -65,7 +76,7 @@ class LendingGroup:
       )
       for instance in range(config.num_instances)
     ]
-    self._gmanager = GManager(config.lending.policy)
+    self._gmanager = GManager(config.lending, clock)
     for instance, manager in enumerate(self.managers):
       transport.register(instance, manager.on_message)
     transport.register(GMANAGER, self._gmanager.on_message)
@@ -89,6 +100,7 @@ class LendingGroup:
     """
     for manager in self.managers:
       manager.tick()
+    self._gmanager.tick()
     self._talk()
     has_moved = self._exchange()
     if has_moved:
@@ -200,7 +212,7 @@ class LendingGroup:
       mine_checked = []
       rows = {}
       for uid in mine:
-        slot = _slot(manager, uid)
+        slot = manager.slot(uid)
         rows[uid] = slot
         # Full rBlocks only: a step that failed may have filled the last one
         # further than the books say.
@@ -212,14 +224,7 @@ class LendingGroup:
     for instance, mine in enumerate(uids):
       manager = self.managers[instance]
       for uid in mine:
-        is_proved = bool(proved[instance, _slot(manager, uid)])
+        is_proved = bool(proved[instance, manager.slot(uid)])
         self.num_unproved_moves += not is_proved
         manager.on_verified(uid, is_proved)
     return True
-
-
-def _slot(manager: RManager, uid: RequestUid) -> int:
-  spill = manager.spill(uid)
-  if spill is None:
-    raise InvariantError(f"Request {uid} has moved rBlocks but no spill slot.")
-  return spill.slot

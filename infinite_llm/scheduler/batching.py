@@ -124,6 +124,7 @@ class Batcher:
     """
     self._recompute_lost()
     self._admit()
+    self._note_waiting()
     draft = Draft()
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
@@ -175,8 +176,9 @@ class Batcher:
     )
 
   def _recompute_lost(self) -> None:
-    for request in self.running:
-      if self._rmanager.is_lost(request.uid) and self._count_failure(request):
+    for uid in self._rmanager.lost():
+      request = self._running[uid]
+      if self._count_failure(request):
         self._recompute(request)
 
   def _count_failure(self, request: Request) -> bool:
@@ -218,7 +220,7 @@ class Batcher:
 
   def _admit(self) -> None:
     """Lets requests in from the head of the queue while they fit."""
-    if not self._waiting:
+    if not self._waiting or self._rmanager.is_frozen:
       return
     room = self._rmanager.pool.num_free + self._rmanager.lendable_elsewhere()
     room -= sum(
@@ -235,30 +237,38 @@ class Batcher:
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
 
+  def _note_waiting(self) -> None:
+    """Lets the gManager know, by way of the heartbeats, who waits."""
+    needed = 0
+    if self._waiting:
+      needed = self._num_blocks(self._waiting[0].num_tokens)
+    self._rmanager.note_waiting(len(self._waiting), needed)
+
   def _add_row(self, request: Request, draft: Draft) -> None:
-    if not self._rmanager.is_readable(request.uid):
+    # Hundreds of times a step, so nothing is asked for twice.
+    uid = request.uid
+    if not self._rmanager.is_readable(uid):
       return
-    kind = {
-      "is_group": self._rmanager.spill(request.uid) is not None,
-      "is_decode": request.num_uncomputed == 1,
-    }
-    wanted = min(request.num_uncomputed, self._room(request, draft, **kind))
+    is_group = self._rmanager.spill(uid) is not None
+    uncomputed = request.num_uncomputed
+    is_decode = uncomputed == 1
+    wanted = uncomputed
+    if not is_decode:
+      wanted = min(uncomputed, self._prefill_room(request, draft, is_group))
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
     if num_tokens > 0:
       row = Row(
-        uid=request.uid,
+        uid=uid,
         start=request.num_computed_tokens,
         num_tokens=num_tokens,
-        samples=num_tokens == request.num_uncomputed,
+        samples=num_tokens == uncomputed,
       )
-      draft.rows_for(**kind).append(row)
+      draft.rows_for(is_group=is_group, is_decode=is_decode).append(row)
 
-  def _room(
-    self, request: Request, draft: Draft, *, is_group: bool, is_decode: bool
+  def _prefill_room(
+    self, request: Request, draft: Draft, is_group: bool
   ) -> int:
-    """Tokens that a row of a request may have beside those in the draft."""
-    if is_decode:
-      return 1
+    """Prompt tokens that a request may have beside those in the draft."""
     if not is_group:
       return draft.prefill_room(self._scheduler)
     return 0 if draft.group_prefill else self._group_chunk_tokens(request)
@@ -283,6 +293,8 @@ class Batcher:
       free and no more are to be had, none if room is being made.
     """
     start = request.num_computed_tokens
+    if self._rmanager.is_frozen:  # Preempting others would give it nothing.
+      return max(min(num_tokens, self._capacity(request) - start), 0)
     while True:
       missing = self._missing_blocks(request, start + num_tokens)
       if not missing or self._rmanager.allocate(request.uid, missing):
@@ -292,8 +304,7 @@ class Batcher:
       num_free = self._rmanager.pool.num_free
       if num_free > 0:
         self._rmanager.allocate(request.uid, num_free)
-        table = self._rmanager.table(request.uid)
-        return table.num_blocks * self._block_size - start
+        return self._capacity(request) - start
       if not self._preempt_younger_than(request):
         return 0
 
@@ -316,10 +327,17 @@ class Batcher:
     self.preempt(youngest.uid)
     return True
 
+  def _capacity(self, request: Request) -> int:
+    """Tokens that a request's rBlocks hold."""
+    table = self._rmanager.table(request.uid)
+    return table.num_blocks * self._block_size
+
   def _missing_blocks(self, request: Request, num_tokens: int) -> int:
     """rBlocks that a request lacks for its first tokens."""
-    table = self._rmanager.table(request.uid)
-    return max(self._num_blocks(num_tokens) - table.num_blocks, 0)
+    num_blocks = self._rmanager.table(request.uid).num_blocks
+    if num_tokens <= num_blocks * self._block_size:
+      return 0
+    return self._num_blocks(num_tokens) - num_blocks
 
   def _num_blocks(self, num_tokens: int) -> int:
     return -(-num_tokens // self._block_size)

@@ -1,45 +1,35 @@
 """The rManager of an instance: its rBlocks, at home and elsewhere."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
-from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.creditor import Creditor
-from infinite_llm.scheduler.debtor import Debtor, Reconcile, SpillInfo
-from infinite_llm.scheduler.effects import Effect, GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.debtor import Debtor
+from infinite_llm.scheduler.effects import Effect, Move
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.mailbox import Inbox, Outbox
+from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
-  BlocksOf,
-  Candidates,
-  CandidatesRequest,
   ClusterStatus,
-  Commit,
-  CommitReply,
   Envelope,
+  FullHeartbeatRequest,
+  GManagerAddress,
   Heartbeat,
-  Release,
-  ReleaseReply,
-  Reserve,
-  ReserveReply,
-  Sync,
-  SyncReply,
+  MoveKvcache,
+  RecallKvcache,
 )
+from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
-from infinite_llm.types import InstanceId, PoolCounts, RequestUid
+from infinite_llm.scheduler.reception import Reception
+from infinite_llm.scheduler.reporter import Reporter
+from infinite_llm.types import FaultPoint, InstanceId, PoolCounts, RequestUid
 
-__all__ = [
-  "GrantEpochs",
-  "Move",
-  "MoveBlocks",
-  "RManager",
-  "Reconcile",
-  "SpillInfo",
-]
+__all__ = ["RManager", "Reconcile", "SpillInfo"]
 
 
 class RManager:
@@ -54,6 +44,8 @@ class RManager:
     instance: The instance.
     pool: Books of its rBlocks.
     hosted: Tables of what it hosts for others.
+    plans: What it does about the gManager's plans.
+    refused: Messages that no sane sender would send, by the name of their kind.
   """
 
   def __init__(
@@ -65,6 +57,8 @@ class RManager:
     lending: LendingConfig,
     clock: Callable[[], float],
     incarnation: int = 1,
+    gmanagers: Sequence[GManagerAddress] = (GMANAGER,),
+    faults: FaultPoint = no_fault,
   ):
     """Makes the manager of an instance without requests.
 
@@ -76,27 +70,54 @@ class RManager:
       lending: How the group shares its pools.
       clock: Monotonic seconds.
       incarnation: Rises each time this manager starts anew.
+      gmanagers: Those that it reports to; it listens to the one that leads.
+      faults: What goes wrong, in a simulation.
 
     Raises:
-      ConfigError: If `instance` is not one of the group.
+      ConfigError: If `instance` is not one of the group, or it may lend more
+        than it has.
     """
     if not 0 <= instance < num_instances:
       raise ConfigError(
         f"instance must be in [0, {num_instances}); got {instance}."
       )
+    most, total = lending.max_lent_blocks, pool.counts().total
+    if most is not None and most > total:
+      raise ConfigError(
+        f"max_lent_blocks must be at most the pool's {total} rBlocks; got"
+        f" {most}."
+      )
     self.instance = instance
     self.pool = pool
+    self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
-    self._clock = clock
-    self._inbox = Inbox()
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
-    self._creditor = Creditor(pool, lending)
-    self._debtor = Debtor(pool, block_size, lending.spill_slots, self._outbox)
-    self._lendable: dict[InstanceId, int] = {}
-    self._heartbeat_s: float | None = None
+    self._creditor = Creditor(pool, block_size, lending, clock, faults)
+    self._debtor = Debtor(
+      pool, block_size, lending, clock, self._outbox, faults
+    )
+    self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
+    self._reception = Reception(
+      instance,
+      incarnation,
+      num_instances,
+      lending.spill_slots,
+      clock,
+      self._creditor,
+      self._debtor,
+      self._outbox,
+      self._reporter,
+      faults,
+    )
+    self.plans = PlanFollower(
+      self._creditor, self._debtor, clock, lending.lease_s
+    )
+    self.refused = self._reception.refused
+    self._lendable_elsewhere = 0
+    self._waiting = (0, 0)
 
   @property
   def hosted(self) -> HostedTables:
@@ -122,7 +143,16 @@ class RManager:
 
   def lendable_elsewhere(self) -> int:
     """rBlocks that all others would lend, as far as is known."""
-    return sum(self._lendable.values())
+    return self._lendable_elsewhere
+
+  def note_waiting(self, num_requests: int, next_blocks: int) -> None:
+    """Takes down, for the gManager, what waits on this instance.
+
+    Args:
+      num_requests: Requests that wait to run.
+      next_blocks: rBlocks that the first of them needs; 0 if there is none.
+    """
+    self._waiting = (num_requests, next_blocks)
 
   # Own requests.
 
@@ -179,21 +209,26 @@ class RManager:
     """
     return self._debtor.spill(uid)
 
+  def slot(self, uid: RequestUid) -> int:
+    """Spill slot of a request that has one: also once all of it came home."""
+    return self._debtor.account(uid).current_slot().slot
+
   def is_readable(self, uid: RequestUid) -> bool:
     """Whether a step may read a request's rBlocks now.
 
     While creditors install a table anew the version in force is not known, and
-    a step would fail to no purpose.
+    leases of a creditor that has not answered for long may have ended; a step
+    would fail to no purpose.
     """
-    return self._debtor.account(uid).is_readable()
+    return self._debtor.is_readable(uid)
 
   def phase(self, uid: RequestUid) -> Phase:
     """What is under way with a request's rBlocks."""
     return self._debtor.account(uid).phase
 
-  def is_lost(self, uid: RequestUid) -> bool:
-    """Whether rBlocks of a request are gone, so that it must recompute."""
-    return self._debtor.account(uid).is_lost
+  def lost(self) -> tuple[RequestUid, ...]:
+    """Open requests with rBlocks that are gone, so that they must recompute."""
+    return self._debtor.lost()
 
   def reconcile(self, uid: RequestUid) -> Reconcile:
     """Reacts to a step of a request that could not be proved.
@@ -250,9 +285,52 @@ class RManager:
     """
     return self._debtor.borrow(uid, num_blocks)
 
+  def move_kvcache(
+    self, uid: RequestUid, num_blocks: int, dst: InstanceId
+  ) -> bool:
+    """Starts to move a request's oldest rBlocks to one other instance.
+
+    As `borrow`, but the creditor is named: nobody is asked for candidates, and
+    a refusal (`Creditor.try_move_kvcache`) ends it.
+
+    Args:
+      uid: An open request.
+      num_blocks: At most how many.
+      dst: Another instance of the group.
+
+    Returns:
+      Whether it was started. False if the request is busy, has nothing to move
+      or cannot get a spill slot, and while the instance is frozen.
+    """
+    self._check_peer("dst", dst)
+    return self._debtor.move_kvcache(uid, num_blocks, dst)
+
+  def recall_kvcache(
+    self, uid: RequestUid, num_blocks: int, src: InstanceId
+  ) -> bool:
+    """Starts to move a request's newest rBlocks at a creditor home.
+
+    Args:
+      uid: An open request.
+      num_blocks: At most how many.
+      src: The creditor.
+
+    Returns:
+      Whether it was started. False if the request is busy or cannot be read,
+      has nothing there, or no rBlock is free at home.
+    """
+    self._check_peer("src", src)
+    return self._debtor.recall_kvcache(uid, num_blocks, src)
+
+  @property
+  def is_frozen(self) -> bool:
+    """Whether requests get no rBlocks for now, here or elsewhere."""
+    self.plans.thaw_if_due()
+    return self._debtor.is_frozen
+
   def on_exchanged(self, moves: Iterable[Move]) -> None:
     """Notes that payloads of this instance were sent."""
-    self._debtor.on_exchanged(moves)
+    self._reception.on_exchanged(tuple(moves))
 
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests that read moved rBlocks which no step has proved yet."""
@@ -265,45 +343,30 @@ class RManager:
   # Messages and effects.
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message, perhaps late or repeated."""
-    match envelope.body:
-      case Reserve() | Commit() | Release() | Sync() as request:
-        owner = envelope.sender
-        if owner == GMANAGER:
-          raise InvariantError(f"Only instances borrow; got {envelope}.")
-        reply = self._inbox.answer(
-          envelope, lambda: self._creditor.execute(owner, request)
-        )
-        if reply is not None:
-          self._outbox.reply(envelope, reply)
-      case (
-        Candidates()
-        | ReserveReply()
-        | CommitReply()
-        | ReleaseReply()
-        | SyncReply() as reply
-      ):
-        pending = self._outbox.take_answered(envelope)
-        if pending is not None:
-          self._debtor.on_reply(pending, reply)
+    """Takes a message, perhaps late or repeated; a nonsensical one is refused.
+
+    Refused messages change nothing and are counted in `refused`.
+    """
+    match self._reception.on_message(envelope):
       case ClusterStatus(lendable=lendable):
-        self._on_status(lendable)
-      case Heartbeat() | CandidatesRequest() as body:
-        raise InvariantError(
-          f"{type(body).__name__} is for the gManager, not for instance"
-          f" {self.instance}."
-        )
+        self._lendable_elsewhere = lendable
+        self._debtor.on_status(lendable > 0)
+      case FullHeartbeatRequest():
+        self._reporter.tell(self._heartbeat(), is_full=True)
+      case MoveKvcache() | RecallKvcache() as plan:
+        self.plans.follow(plan)
+      case None:
+        pass
 
   def tick(self) -> None:
-    """Sends what is due: unanswered requests again, and heartbeats."""
+    """Does what is due: ends and renews leases, asks again, reports."""
+    self.plans.thaw_if_due()
+    self._creditor.end_expired()
+    self._debtor.tick()
     self._outbox.resend()
-    now = self._clock()
-    if (
-      self._heartbeat_s is None
-      or now - self._heartbeat_s >= self._lending.heartbeat_every_s
-    ):
-      self._heartbeat_s = now
-      self._outbox.tell(GMANAGER, self._heartbeat())
+    if self._reporter.is_due():
+      self._debtor.renew()
+      self._reporter.tell(self._heartbeat())
 
   def drain_messages(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
@@ -313,18 +376,22 @@ class RManager:
     """Takes what the devices are to do now, in this order."""
     return self._creditor.drain_effects() + self._debtor.drain_effects()
 
+  def _check_peer(self, name: str, peer: InstanceId) -> None:
+    if peer == self.instance or not 0 <= peer < self._num_instances:
+      raise InvariantError(
+        f"{name} must be another instance in [0, {self._num_instances}); got"
+        f" {peer} on instance {self.instance}."
+      )
+
   def _heartbeat(self) -> Heartbeat:
+    num_waiting, next_blocks = self._waiting
     return Heartbeat(
       counts=self.counts(),
       lendable=self._creditor.lendable,
+      num_running=self._debtor.num_open,
+      num_waiting=num_waiting,
+      next_blocks=next_blocks,
       lent=tuple(sorted(self.lent().items())),
-      borrowed=tuple(sorted(self.borrowed().items())),
+      requests=self._debtor.requests(),
+      leader_epoch=self._reporter.leader_epoch,
     )
-
-  def _on_status(self, lendable: BlocksOf) -> None:
-    self._lendable = {
-      instance: count
-      for instance, count in lendable
-      if instance != self.instance
-    }
-    self._debtor.on_status(self.lendable_elsewhere() > 0)

@@ -8,9 +8,7 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  CandidatesRequest,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
   Grant,
@@ -23,6 +21,11 @@ from infinite_llm.scheduler.messages import (
   Sync,
   SyncReply,
 )
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  CandidatesRequest,
+  RequestBlocks,
+)
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import PoolCounts
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
@@ -33,6 +36,7 @@ UID = 7
 def _cluster(num_instances=2, num_blocks=9, **kwargs):
   """A cluster that knows itself; 8 rBlocks of 8 tokens per instance."""
   cluster = FakeCluster(num_instances, num_blocks, **kwargs)
+  cluster.introduce()
   cluster.heartbeat()
   return cluster
 
@@ -587,7 +591,13 @@ class TestMessages:
 
   def test_heartbeats_are_periodic_and_say_who_owes_whom(self):
     spy = Spy()
-    cluster = _cluster(interceptor=spy, heartbeat_every_s=10.0)
+    cluster = _cluster(
+      interceptor=spy,
+      heartbeat_every_s=10.0,
+      lease_s=30.0,
+      expire_after_s=30.0,
+      leader_lease_s=30.0,
+    )
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
     spy.seen.clear()
@@ -599,8 +609,11 @@ class TestMessages:
     cluster.settle()
 
     debtor, creditor = (m.body for m in spy.seen if m.receiver == GMANAGER)
-    assert (debtor.lent, debtor.borrowed) == ((), ((1, 2),))
-    assert (creditor.lent, creditor.borrowed) == (((0, 2),), ())
+    assert debtor.lent == creditor.requests == ()
+    assert debtor.requests == (
+      RequestBlocks(uid=UID, holders=((0, 2), (1, 2)), movable=2),
+    )
+    assert creditor.lent == ((0, 2),)
     assert creditor.counts.hosted == 2
     assert creditor.lendable == 6
     assert cluster.gmanager.view().lines[1].debts == ((0, 2),)
