@@ -17,7 +17,8 @@ from pallas_kernels.pool_layout import (
 __all__ = ["IMPLEMENTATIONS", "append_kv"]
 
 IMPLEMENTATIONS = dispatch.Implementations(
-  "append_kv", {"mosaic_gpu": mosaic_gpu.append_kv, "xla": xla.append_kv}
+  "append_kv",
+  {"mosaic_gpu": dispatch.on_gpu(mosaic_gpu.append), "xla": xla.append_kv},
 )
 
 

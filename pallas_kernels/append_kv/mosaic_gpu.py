@@ -15,27 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import OtherBackendError
 from pallas_kernels.pool_layout import Layer
 
 _THREADS = 128  # Of a warpgroup.
 _TOKENS = 4  # Of a thread block.
 _VECTOR_BYTES = 16  # The widest access of a thread.
-
-
-def append_kv(
-  kv_pool: jax.Array,
-  layer: Layer,
-  k: jax.Array,
-  v: jax.Array,
-  block_ids: jax.Array,
-  offsets: jax.Array,
-) -> jax.Array:
-  """Writes keys and values; the contract is that of `api.append_kv`."""
-  backend = jax.default_backend()
-  if backend != "gpu":
-    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
-  return append(kv_pool, layer, k, v, block_ids, offsets)
 
 
 def append(
@@ -46,9 +30,13 @@ def append(
   block_ids: jax.Array,
   offsets: jax.Array,
   *,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   interpret: Any = None,
 ) -> jax.Array:
-  """As `append_kv`, on whatever platform the caller compiles for.
+  """Writes the keys and values of `T` tokens into their rBlocks.
+
+  The contract is that of `api.append_kv`.
 
   Args:
     kv_pool: `[N, L, 2, K, P, D]` of 16 or 32 bits, `K * D` a multiple of 128.
@@ -57,6 +45,8 @@ def append(
     v: `[T, K, D]` floating-point.
     block_ids: `[T]` int32.
     offsets: `[T]` int32.
+    k_scale: None: pools of 8 bits are not covered.
+    v_scale: None.
     interpret: Parameters of interpret mode; None compiles.
 
   Returns:
@@ -65,6 +55,9 @@ def append(
   Raises:
     NotImplementedError: If the call is not covered; names the argument.
   """
+  for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if x is not None:
+      raise NotImplementedError(f"{name}: None; got an array.")
   row = math.prod(k.shape[1:])
   if kv_pool.dtype.itemsize not in (2, 4):
     raise NotImplementedError(

@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention_state import AttentionState, empty_state
-from pallas_kernels.micro_attention import reference, xla
+from pallas_kernels.micro_attention import mosaic_gpu, reference, xla
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
 from pallas_kernels.micro_attention.mosaic_gpu_prefill import prefill
@@ -26,10 +26,13 @@ __all__ = ["IMPLEMENTATIONS", "BlockTables", "micro_attention"]
 IMPLEMENTATIONS = dispatch.Implementations(
   "micro_attention",
   {
-    "mosaic_gpu_decode": dispatch.on_gpu(decode),
-    "mosaic_gpu_prefill": dispatch.on_gpu(prefill),
+    "mosaic_gpu": dispatch.on_gpu(mosaic_gpu.micro_attention),
     "xla": xla.micro_attention,
     "reference": reference.micro_attention,
+  },
+  by_request={
+    "mosaic_gpu_decode": dispatch.on_gpu(decode),
+    "mosaic_gpu_prefill": dispatch.on_gpu(prefill),
   },
 )
 
