@@ -15,6 +15,7 @@ from pallas_kernels.pool_layout import (
   Layer,
   check_layer,
   check_pool,
+  check_scales,
   require,
   require_floating,
   require_int32,
@@ -49,6 +50,8 @@ def micro_attention(
   max_query_tokens: int,
   sliding_window: int | None = None,
   logit_soft_cap: float | None = None,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   implementation: str | None = None,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
@@ -80,6 +83,9 @@ def micro_attention(
     sliding_window: How many positions a query sees, its own included; None is
       all.
     logit_soft_cap: `c` in `c * tanh(logit / c)`, after scaling; None is none.
+    k_scale: `[K]` float32. What each KV head's keys in the pool are multiplied
+      by, for pools of 8 bits; None is 1. Only with `v_scale`.
+    v_scale: `[K]` float32. Likewise for values.
     implementation: Name of the implementation, which then never falls back;
       None is the first that covers the call.
 
@@ -98,6 +104,7 @@ def micro_attention(
   _check_heads(q, kv_pool)
   _check_tables(tables, num_rows=cu_seqlens.shape[0] - 1)
   _check_options(scale, max_query_tokens, sliding_window, logit_soft_cap)
+  check_scales(k_scale, v_scale, kv_pool)
   if 0 in (q.shape[0], tables.starts.shape[0], tables.block_ids.shape[0]):
     return empty_state(q.shape)
   return IMPLEMENTATIONS.call(
@@ -112,6 +119,8 @@ def micro_attention(
     max_query_tokens=max_query_tokens,
     sliding_window=sliding_window,
     logit_soft_cap=logit_soft_cap,
+    k_scale=k_scale,
+    v_scale=v_scale,
   )
 
 

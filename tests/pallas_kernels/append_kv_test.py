@@ -66,6 +66,25 @@ def test_tokens_land_in_their_places(layer, dtype, append):
   np.testing.assert_array_equal(np.asarray(result), expected)
 
 
+def test_an_8_bit_pool_takes_scaled_and_clipped_numbers():
+  pool = jnp.zeros((_N, _L, 2, _K, _P, _D), jnp.float8_e4m3fn)
+  k = jnp.broadcast_to(jnp.array([[3.0], [1e4]]), (1, _K, _D))
+  v = jnp.broadcast_to(jnp.array([[-1e9], [0.3]]), (1, _K, _D))
+  result = append_kv(
+    pool,
+    _LAYER,
+    k,
+    v,
+    _ints(2),
+    _ints(5),
+    k_scale=jnp.array([0.5, 2.0]),
+    v_scale=jnp.array([1.0, 0.25]),
+  )
+  # 448 is the largest number, and 1.25 the nearest to 1.2.
+  written = np.asarray(result[2, _LAYER, :, :, 5, 0], np.float32)
+  np.testing.assert_array_equal(written, [[6.0, 448.0], [-448.0, 1.25]])
+
+
 @_each_implementation
 def test_padding_changes_the_null_block_only(append):
   pool, (k, v) = _pool(), _kv(5)
