@@ -273,6 +273,7 @@ CASES = (
     head_dim=64,
     dtype="float16",
   ),
+  Case(name="decode_group_71", **_DECODE, num_q_heads=71, num_kv_heads=1),
   Case(name="decode_fp8", **_DECODE, kv_dtype="float8_e4m3fn"),
   Case(
     name="decode_fp8_bf16",

@@ -35,6 +35,7 @@ _CASES = (
     num_kv_heads=2,
     block_size=128,
   ),
+  _bf16(name="group_32", **_ONE, num_q_heads=32, num_kv_heads=1),
   _fp8(name="fp8", **_ONE, is_permuted=True, null_entries=2),
   _fp8(name="fp8_huge_logits", **_ONE, query_std=1e6),
   _fp8(name="fp8_tiny_logits", **_ONE, query_std=1e-6),
