@@ -46,6 +46,23 @@ def test_append_casts_on_the_way(sm90a):
   _assert_in_place(*result, pool)
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_append_narrows_on_the_way(sm90a, is_scaled):
+  pool = _of((4096, 32, 2, 8, 64, 128), jnp.float8_e4m3fn)
+  kv, ids = _of((500, 8, 128), jnp.bfloat16), _of((500,), jnp.int32)
+  layer, scale = _of((), jnp.int32), _of((8,), jnp.float32)
+
+  def append(*arguments):
+    *arguments, scale = arguments
+    scale = scale if is_scaled else None
+    return append_kv.append(*arguments, k_scale=scale, v_scale=scale)
+
+  result = sm90a.compile(
+    append, pool, layer, kv, kv, ids, ids, scale, donate_argnums=0
+  )
+  _assert_in_place(*result, pool)
+
+
 def test_unpack_writes_a_donated_pool_in_place(sm90a):
   pool = _of((4096, 32, 2, 8, 64, 128), jnp.bfloat16)
   blocks, ids = _of((64, *pool.shape[1:]), pool.dtype), _of((64,), jnp.int32)
