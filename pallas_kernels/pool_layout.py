@@ -78,6 +78,28 @@ def check_pool(kv_pool: jax.Array) -> None:
   )
 
 
+def check_scales(
+  k_scale: jax.Array | None, v_scale: jax.Array | None, kv_pool: jax.Array
+) -> None:
+  """Checks what keys and values of a pool are multiplied by.
+
+  Args:
+    k_scale: `[K]` float32, or None.
+    v_scale: `[K]` float32, or None.
+    kv_pool: `[N, L, 2, K, P, D]`.
+
+  Raises:
+    ValueError: If they are no such arrays, or only one is given.
+  """
+  if k_scale is None and v_scale is None:
+    return
+  for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if x is None:
+      raise ValueError(f"{name} must be given with the other scale; got None.")
+    require_shape(name, x, "[K]", kv_pool.shape[3:4])
+    require(x.dtype == jnp.float32, name, "float32", x.dtype)
+
+
 def check_layer(layer: Layer, kv_pool: jax.Array) -> None:
   """Checks a layer index, its value too where that is known.
 

@@ -8,6 +8,7 @@ from pallas_kernels.pool_layout import (
   Layer,
   check_layer,
   check_pool,
+  check_scales,
   require,
   require_floating,
   require_int32,
@@ -17,7 +18,8 @@ from pallas_kernels.pool_layout import (
 __all__ = ["IMPLEMENTATIONS", "append_kv"]
 
 IMPLEMENTATIONS = dispatch.Implementations(
-  "append_kv", {"mosaic_gpu": mosaic_gpu.append_kv, "xla": xla.append_kv}
+  "append_kv",
+  {"mosaic_gpu": dispatch.on_gpu(mosaic_gpu.append), "xla": xla.append_kv},
 )
 
 
@@ -29,6 +31,8 @@ def append_kv(
   block_ids: jax.Array,
   offsets: jax.Array,
   *,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Writes the keys and values of `T` tokens into their rBlocks.
@@ -41,14 +45,18 @@ def append_kv(
   Args:
     kv_pool: `[N, L, 2, K, P, D]` floating-point. All rBlocks of this device.
     layer: `[]` integer. The layer to write.
-    k: `[T, K, D]` floating-point. Keys, already rotated; cast to the pool's
-      dtype.
+    k: `[T, K, D]` floating-point. Keys, already rotated; divided by their
+      scale and cast to the pool's dtype. One of 8 bits has no infinity: what is
+      beyond its largest number becomes that.
     v: `[T, K, D]` floating-point. Values.
     block_ids: `[T]` int32. The rBlock of each token. Padding points at
       `NULL_BLOCK_ID`, whose content nobody reads, as often as it likes; ids
       outside of `[0, N)` are dropped. No other `(block_id, offset)` may occur
       twice.
     offsets: `[T]` int32 in `[0, P)`. The place of each token in its rBlock.
+    k_scale: `[K]` float32. What each KV head's keys in the pool are multiplied
+      by when they are read; None is 1. Only with `v_scale`.
+    v_scale: `[K]` float32. Likewise for values.
     implementation: Name of the implementation; None is the first that covers
       the call.
 
@@ -62,6 +70,7 @@ def append_kv(
   """
   check_pool(kv_pool)
   check_layer(layer, kv_pool)
+  check_scales(k_scale, v_scale, kv_pool)
   num_kv_heads, head_dim = kv_pool.shape[3], kv_pool.shape[5]
   require(k.ndim == 3, "k", "[T, K, D]", list(k.shape))
   num_tokens = k.shape[0]
@@ -72,5 +81,13 @@ def append_kv(
     require_shape(name, x, "[T]", (num_tokens,))
     require_int32(name, x)
   return IMPLEMENTATIONS.call(
-    implementation, kv_pool, layer, k, v, block_ids, offsets
+    implementation,
+    kv_pool,
+    layer,
+    k,
+    v,
+    block_ids,
+    offsets,
+    k_scale=k_scale,
+    v_scale=v_scale,
   )

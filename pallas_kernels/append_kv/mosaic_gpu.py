@@ -15,27 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import OtherBackendError
 from pallas_kernels.pool_layout import Layer
 
 _THREADS = 128  # Of a warpgroup.
 _TOKENS = 4  # Of a thread block.
 _VECTOR_BYTES = 16  # The widest access of a thread.
-
-
-def append_kv(
-  kv_pool: jax.Array,
-  layer: Layer,
-  k: jax.Array,
-  v: jax.Array,
-  block_ids: jax.Array,
-  offsets: jax.Array,
-) -> jax.Array:
-  """Writes keys and values; the contract is that of `api.append_kv`."""
-  backend = jax.default_backend()
-  if backend != "gpu":
-    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
-  return append(kv_pool, layer, k, v, block_ids, offsets)
 
 
 def append(
@@ -46,17 +30,24 @@ def append(
   block_ids: jax.Array,
   offsets: jax.Array,
   *,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   interpret: Any = None,
 ) -> jax.Array:
-  """As `append_kv`, on whatever platform the caller compiles for.
+  """Writes the keys and values of `T` tokens into their rBlocks.
+
+  The contract is that of `api.append_kv`.
 
   Args:
-    kv_pool: `[N, L, 2, K, P, D]` of 16 or 32 bits, `K * D` a multiple of 128.
+    kv_pool: `[N, L, 2, K, P, D]`, `K * D` a multiple of 128; of 8 bits only
+      float8_e4m3fn, and then of 256.
     layer: `[]` integer.
     k: `[T, K, D]` floating-point.
     v: `[T, K, D]` floating-point.
     block_ids: `[T]` int32.
     offsets: `[T]` int32.
+    k_scale: `[K]` float32, or None.
+    v_scale: `[K]` float32, or None.
     interpret: Parameters of interpret mode; None compiles.
 
   Returns:
@@ -66,12 +57,15 @@ def append(
     NotImplementedError: If the call is not covered; names the argument.
   """
   row = math.prod(k.shape[1:])
-  if kv_pool.dtype.itemsize not in (2, 4):
+  is_narrow = kv_pool.dtype == jnp.float8_e4m3fn
+  if kv_pool.dtype.itemsize not in (2, 4) and not is_narrow:
     raise NotImplementedError(
-      f"kv_pool: 16 or 32 bits a number; got {kv_pool.dtype}."
+      "kv_pool: numbers of 16 or 32 bits, or float8_e4m3fn; got"
+      f" {kv_pool.dtype}."
     )
-  if row % _THREADS:
-    raise NotImplementedError(f"k: K * D a multiple of {_THREADS}; got {row}.")
+  multiple = 2 * _THREADS if is_narrow else _THREADS
+  if row % multiple:
+    raise NotImplementedError(f"k: K * D a multiple of {multiple}; got {row}.")
   if k.shape[0] == 0:
     return kv_pool
   return _append(
@@ -81,6 +75,7 @@ def append(
     v,
     block_ids,
     offsets,
+    None if k_scale is None else (k_scale, v_scale),
     interpret=interpret,
   )
 
@@ -93,6 +88,7 @@ def _append(
   v: jax.Array,
   block_ids: jax.Array,
   offsets: jax.Array,
+  scales: tuple[jax.Array, jax.Array] | None,
   *,
   interpret: Any,
 ) -> jax.Array:
@@ -104,6 +100,10 @@ def _append(
   layout = plgpu.Layout.WG_STRIDED(
     tuple(row), vec_size=math.gcd(math.prod(row) // _THREADS, widest)
   )
+  # As many as numbers of a token, so that each thread finds its own.
+  divisors = [
+    jnp.broadcast_to(scale[:, None], tuple(row)) for scale in scales or ()
+  ]
   plgpu.kernel(
     functools.partial(_run, layout=layout),
     out_type=(),
@@ -116,7 +116,7 @@ def _append(
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     interpret=interpret,
-  )(layer[None], block_ids, offsets, k, v, pool)
+  )(layer[None], block_ids, offsets, k, v, *divisors, pool)
   return jax.freeze(pool)
 
 
@@ -126,19 +126,19 @@ def _run(
   offsets: Any,
   k: Any,
   v: Any,
-  pool: Any,
-  *,
+  *divisors_and_pool: Any,
   layout: Any,
 ) -> None:
   """Carries the tokens of one thread block."""
+  *divisors, pool = divisors_and_pool
+  load = functools.partial(plgpu.load, layout=layout, optimized=False)
+  divisors = [load(x) for x in divisors]
   num_tokens = k.shape[0]
   first = lax.axis_index("block") * _TOKENS
   tokens = []
   for i in range(_TOKENS):
     token = jnp.minimum(first + i, num_tokens - 1)
-    kv = tuple(
-      plgpu.load(x.at[token], layout=layout, optimized=False) for x in (k, v)
-    )
+    kv = [load(x.at[token]) for x in (k, v)]
     block_id = block_ids[token]
     is_held = (block_id >= 0) & (block_id < pool.shape[0])
     is_held &= first + i < num_tokens
@@ -148,4 +148,17 @@ def _run(
     @pl.when(is_held)
     def _(kv=kv, block_id=block_id, offset=offset):
       for i, x in enumerate(kv):
-        pool[block_id, layer[0], i, :, offset, :] = x.astype(pool.dtype)
+        divisor = divisors[i] if divisors else None
+        x = _convert(x, divisor, pool.dtype)
+        pool[block_id, layer[0], i, :, offset, :] = x
+
+
+def _convert(x: jax.Array, divisor: jax.Array | None, dtype: Any) -> jax.Array:
+  """What the pool gets for numbers `[K, D]`."""
+  if divisor is not None:
+    x = x.astype(jnp.float32) / divisor
+  if jnp.dtype(dtype).itemsize == 1:  # Casts may give NaN, not the largest.
+    largest = float(jnp.finfo(dtype).max)
+    x = x.astype(jnp.float32)
+    x = jnp.minimum(jnp.maximum(x, -largest), largest)
+  return x.astype(dtype)

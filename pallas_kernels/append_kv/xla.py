@@ -13,9 +13,19 @@ def append_kv(
   v: jax.Array,
   block_ids: jax.Array,
   offsets: jax.Array,
+  *,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
 ) -> jax.Array:
   """Writes keys and values; the contract is that of `api.append_kv`."""
-  kv = jnp.stack([k, v], axis=1).astype(kv_pool.dtype)  # [T, 2, K, D]
+  dtype = kv_pool.dtype
+  kv = jnp.stack([k, v], axis=1)  # [T, 2, K, D]
+  if k_scale is not None:
+    kv = kv.astype(jnp.float32) / jnp.stack([k_scale, v_scale])[:, :, None]
+  if jnp.dtype(dtype).itemsize == 1:  # Casts would give NaN, not the largest.
+    largest = float(jnp.finfo(dtype).max)
+    kv = jnp.clip(kv, -largest, largest)
+  kv = kv.astype(dtype)
   # JAX would read -1 as the last rBlock; without wrapping it is out of range,
   # and what is out of range is dropped.
   where = kv_pool.at[block_ids, layer, :, :, offsets]

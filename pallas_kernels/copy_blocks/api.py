@@ -21,11 +21,17 @@ __all__ = [
 
 PACK_IMPLEMENTATIONS = dispatch.Implementations(
   "pack_blocks",
-  {"mosaic_gpu": mosaic_gpu.pack_blocks, "xla": xla.pack_blocks},
+  {
+    "mosaic_gpu": dispatch.on_gpu(mosaic_gpu.pack),
+    "xla": xla.pack_blocks,
+  },
 )
 UNPACK_IMPLEMENTATIONS = dispatch.Implementations(
   "unpack_blocks",
-  {"mosaic_gpu": mosaic_gpu.unpack_blocks, "xla": xla.unpack_blocks},
+  {
+    "mosaic_gpu": dispatch.on_gpu(mosaic_gpu.unpack),
+    "xla": xla.unpack_blocks,
+  },
 )
 
 

@@ -14,38 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import OtherBackendError
-
 _THREADS = 128  # Of a warpgroup.
 _VECTOR_BYTES = 16  # The widest access of a thread.
 _VECTORS = 8  # Of a thread.
-
-
-def pack_blocks(kv_pool: jax.Array, block_ids: jax.Array) -> jax.Array:
-  """Copies rBlocks out; the contract is that of `api.pack_blocks`."""
-  _require_gpu()
-  return pack(kv_pool, block_ids)
-
-
-def unpack_blocks(
-  kv_pool: jax.Array, blocks: jax.Array, block_ids: jax.Array, valid: jax.Array
-) -> jax.Array:
-  """Copies rBlocks in; the contract is that of `api.unpack_blocks`."""
-  _require_gpu()
-  return unpack(kv_pool, blocks, block_ids, valid)
-
-
-def _require_gpu() -> None:
-  backend = jax.default_backend()
-  if backend != "gpu":
-    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def pack(
   kv_pool: jax.Array, block_ids: jax.Array, *, interpret: Any = None
 ) -> jax.Array:
-  """As `pack_blocks`, on whatever platform the caller compiles for.
+  """Copies rBlocks out; the contract is that of `api.pack_blocks`.
 
   Args:
     kv_pool: `[N, L, 2, K, P, D]`, whose rBlocks are whole multiples of 2 KiB.
@@ -87,7 +65,7 @@ def unpack(
   *,
   interpret: Any = None,
 ) -> jax.Array:
-  """As `unpack_blocks`, on whatever platform the caller compiles for.
+  """Copies rBlocks in; the contract is that of `api.unpack_blocks`.
 
   Args:
     kv_pool: `[N, L, 2, K, P, D]`, whose rBlocks are whole multiples of 2 KiB.

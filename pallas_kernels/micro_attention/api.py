@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention_state import AttentionState, empty_state
-from pallas_kernels.micro_attention import reference, xla
+from pallas_kernels.micro_attention import mosaic_gpu, reference, xla
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
 from pallas_kernels.micro_attention.mosaic_gpu_prefill import prefill
@@ -15,6 +15,7 @@ from pallas_kernels.pool_layout import (
   Layer,
   check_layer,
   check_pool,
+  check_scales,
   require,
   require_floating,
   require_int32,
@@ -26,10 +27,13 @@ __all__ = ["IMPLEMENTATIONS", "BlockTables", "micro_attention"]
 IMPLEMENTATIONS = dispatch.Implementations(
   "micro_attention",
   {
-    "mosaic_gpu_decode": dispatch.on_gpu(decode),
-    "mosaic_gpu_prefill": dispatch.on_gpu(prefill),
+    "mosaic_gpu": dispatch.on_gpu(mosaic_gpu.micro_attention),
     "xla": xla.micro_attention,
     "reference": reference.micro_attention,
+  },
+  by_request={
+    "mosaic_gpu_decode": dispatch.on_gpu(decode),
+    "mosaic_gpu_prefill": dispatch.on_gpu(prefill),
   },
 )
 
@@ -46,6 +50,8 @@ def micro_attention(
   max_query_tokens: int,
   sliding_window: int | None = None,
   logit_soft_cap: float | None = None,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   implementation: str | None = None,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
@@ -77,6 +83,9 @@ def micro_attention(
     sliding_window: How many positions a query sees, its own included; None is
       all.
     logit_soft_cap: `c` in `c * tanh(logit / c)`, after scaling; None is none.
+    k_scale: `[K]` float32. What each KV head's keys in the pool are multiplied
+      by, for pools of 8 bits; None is 1. Only with `v_scale`.
+    v_scale: `[K]` float32. Likewise for values.
     implementation: Name of the implementation, which then never falls back;
       None is the first that covers the call.
 
@@ -95,6 +104,7 @@ def micro_attention(
   _check_heads(q, kv_pool)
   _check_tables(tables, num_rows=cu_seqlens.shape[0] - 1)
   _check_options(scale, max_query_tokens, sliding_window, logit_soft_cap)
+  check_scales(k_scale, v_scale, kv_pool)
   if 0 in (q.shape[0], tables.starts.shape[0], tables.block_ids.shape[0]):
     return empty_state(q.shape)
   return IMPLEMENTATIONS.call(
@@ -109,6 +119,8 @@ def micro_attention(
     max_query_tokens=max_query_tokens,
     sliding_window=sliding_window,
     logit_soft_cap=logit_soft_cap,
+    k_scale=k_scale,
+    v_scale=v_scale,
   )
 
 

@@ -45,7 +45,8 @@ class Case:
     num_kv_heads: `K`.
     head_dim: `D`.
     block_size: `P`.
-    dtype: Of queries and pool.
+    dtype: Of queries, and of the pool unless `kv_dtype` says otherwise.
+    kv_dtype: Of the pool; one of 8 bits has scales.
     sliding_window: Positions that a query sees; None is all.
     logit_soft_cap: As for `micro_attention`.
     first_block: Logical number of each row's first rBlock here.
@@ -67,6 +68,7 @@ class Case:
   head_dim: int = 32
   block_size: int = 16
   dtype: str = "float32"
+  kv_dtype: str | None = None
   sliding_window: int | None = None
   logit_soft_cap: float | None = None
   first_block: int = 0
@@ -96,6 +98,7 @@ class Case:
       "max_query_tokens": max(1, *self.query_lens),
       "sliding_window": self.sliding_window,
       "logit_soft_cap": self.logit_soft_cap,
+      **self._scales(),
     }
 
   def make_inputs(self, seed: int = 0) -> Inputs:
@@ -129,10 +132,17 @@ class Case:
       q=jnp.asarray(q * self.query_std, self.dtype),
       cu_seqlens=jnp.asarray(cu_seqlens),
       q_positions=jnp.asarray(q_positions),
-      kv_pool=jnp.asarray(pool, self.dtype),
+      kv_pool=jnp.asarray(pool, self.kv_dtype or self.dtype),
       layer=jnp.int32(_LAYER),
       tables=jax.tree.map(jnp.asarray, tables),
     )
+
+  def _scales(self) -> dict[str, jax.Array]:
+    """Scales of the pool, of each KV head its own."""
+    if self.kv_dtype is None or jnp.dtype(self.kv_dtype).itemsize > 1:
+      return {}
+    head = jnp.arange(self.num_kv_heads, dtype=jnp.float32)
+    return {"k_scale": 0.7 + head / 4, "v_scale": 3 / (head + 2)}
 
   def _queries(self) -> tuple[np.ndarray, np.ndarray]:
     """Draws `cu_seqlens` and `q_positions`."""
@@ -263,6 +273,17 @@ CASES = (
     head_dim=64,
     dtype="float16",
   ),
+  Case(name="decode_group_71", **_DECODE, num_q_heads=71, num_kv_heads=1),
+  Case(name="decode_fp8", **_DECODE, kv_dtype="float8_e4m3fn"),
+  Case(
+    name="decode_fp8_bf16",
+    **_DECODE,
+    dtype="bfloat16",
+    kv_dtype="float8_e4m3fn",
+    is_permuted=True,
+    null_entries=2,
+    sliding_window=90,
+  ),
   Case(name="decode_block_8", **_DECODE, block_size=8, head_dim=16),
   Case(name="decode_block_24", **_DECODE, block_size=24),
   Case(name="decode_block_256", **_DECODE, block_size=256, head_dim=256),
@@ -305,6 +326,12 @@ CASES = (
     num_kv_heads=1,
     head_dim=64,
     dtype="float16",
+  ),
+  Case(
+    name="prefill_fp8",
+    **_RAGGED,
+    kv_dtype="float8_e4m3fn",
+    logit_soft_cap=3.0,
   ),
   Case(name="prefill_block_8", **_RAGGED, block_size=8, head_dim=16),
   Case(name="prefill_block_256", **_RAGGED, block_size=256, head_dim=256),

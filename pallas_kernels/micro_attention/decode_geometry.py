@@ -12,12 +12,17 @@ class Tuning:
 
   Attributes:
     tile_tokens: KV tokens of one tile: 64 or 128.
-    num_stages: Tiles in the ring.
+    num_stages: Tiles in the ring that copies fill.
+    num_wide_k: Tiles in the ring of widened keys, where the pool's dtype is
+      narrower than the queries'.
+    num_wide_v: Likewise of values.
     num_workers: Blocks of threads; one per multiprocessor.
   """
 
   tile_tokens: int = 128
   num_stages: int = 3
+  num_wide_k: int = 1
+  num_wide_v: int = 1
   num_workers: int = 132
 
   def __post_init__(self):
@@ -27,27 +32,47 @@ class Tuning:
       )
     if self.num_stages < 2:
       raise ValueError(f"num_stages must be at least 2; got {self.num_stages}.")
+    for name in ("num_wide_k", "num_wide_v"):
+      value = getattr(self, name)
+      if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")
     if self.num_workers < 1:
       raise ValueError(
         f"num_workers must be at least 1; got {self.num_workers}."
       )
 
 
-def default_tuning(head_dim: int, columns: int) -> Tuning:
+def default_tuning(
+  head_dim: int, columns: int, *, is_narrow: bool = False
+) -> Tuning:
   """The shipped tuning: as many tiles under way as shared memory holds.
 
   Args:
     head_dim: `D`.
     columns: Of one item: query tokens times query heads.
+    is_narrow: Whether keys and values have 8 bits instead of 16.
 
   Returns:
     The tuning.
   """
   tile_tokens = 128 if head_dim <= 128 and columns <= 16 else 64
-  others = columns * (2 * 2 * head_dim + 2 * tile_tokens + 4 * head_dim)
-  room = _SHARED_MEMORY_BYTES - others
-  num_stages = room // (2 * 2 * head_dim * tile_tokens)
-  return Tuning(tile_tokens=tile_tokens, num_stages=min(num_stages, 6))
+  tile_bytes = 2 * 2 * head_dim * tile_tokens  # Keys and values of 16 bits.
+  room = _SHARED_MEMORY_BYTES - columns * (
+    2 * 2 * head_dim + 2 * tile_tokens + 4 * head_dim
+  )
+  if not is_narrow:
+    num_stages = min(room // tile_bytes, 6)
+    return Tuning(tile_tokens=tile_tokens, num_stages=num_stages)
+  # Two tiles of keys and one of values in 16 bits; the rest for 8 bits.
+  num_wide_k, num_wide_v = 2, 1
+  matrix_bytes = tile_bytes // 2
+  room -= (num_wide_k + num_wide_v) * matrix_bytes
+  return Tuning(
+    tile_tokens=tile_tokens,
+    num_stages=min(room // matrix_bytes, 8),
+    num_wide_k=num_wide_k,
+    num_wide_v=num_wide_v,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +90,8 @@ class Geometry:
     num_layers: `L`.
     block_size: `P`.
     head_dim: `D`.
-    dtype: Of queries, keys and values.
+    dtype: Of queries, and of keys and values when they are multiplied.
+    is_narrow: Whether the pool's dtype is narrower: float8_e4m3fn.
     scale: Multiplier on the logits.
     sliding_window: Positions that a query sees; None is all.
     soft_cap: Soft cap on the logits; None is none.
@@ -84,6 +110,7 @@ class Geometry:
   block_size: int
   head_dim: int
   dtype: Any
+  is_narrow: bool
   scale: float
   sliding_window: int | None
   soft_cap: float | None
@@ -94,6 +121,11 @@ class Geometry:
   def columns(self) -> int:
     """Columns of one item."""
     return self.tokens_per_item * self.head_columns
+
+  @property
+  def tiles_under_way(self) -> int:
+    """Tiles copied of which the last may still be attended to."""
+    return self.tuning.num_stages + self.is_narrow * self.tuning.num_wide_k
 
   @property
   def copies(self) -> int:

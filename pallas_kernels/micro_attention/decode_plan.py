@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.micro_attention.block_tables import BlockTables
+from pallas_kernels.pool_layout import NULL_BLOCK_ID
+
+_NOWHERE = 2**31 - 1  # Behind every position, and every entry.
 
 
 class WorkerField(enum.IntEnum):
@@ -39,7 +42,7 @@ class RowField(enum.IntEnum):
   NUM_TILES = 2
   FIRST_QUERY = 3
   NUM_QUERIES = 4
-  NEXT_ROW = 5  # The next row that has queries.
+  NEXT_ROW = 5  # The next row that has tiles.
 
 
 class Plan(NamedTuple):
@@ -54,6 +57,51 @@ class Plan(NamedTuple):
   rows: jax.Array
 
 
+def in_reach(
+  cu_seqlens: jax.Array,
+  q_positions: jax.Array,
+  tables: BlockTables,
+  *,
+  block_size: int,
+  max_query_tokens: int,
+  sliding_window: int,
+) -> BlockTables:
+  """Leaves out the entries at both ends of each row that no query sees.
+
+  Where entries ascend by logical number, those are all that lie behind the
+  window, or before the queries; in other orders some remain.
+
+  Args:
+    cu_seqlens: `[B + 1]` int32.
+    q_positions: `[T]` int32.
+    tables: Of `B` rows.
+    block_size: Tokens per rBlock.
+    max_query_tokens: Most query tokens of a row.
+    sliding_window: Positions that a query sees.
+
+  Returns:
+    The tables with other `starts` and `counts`.
+  """
+  token = cu_seqlens[:-1, None] + jnp.arange(max_query_tokens, dtype=jnp.int32)
+  position = q_positions.at[token].get(mode="clip")  # [B, max_query_tokens]
+  is_query = (token < cu_seqlens[1:, None]) & (position >= 0)
+  last = jnp.max(jnp.where(is_query, position, -1), axis=1)
+  first = jnp.min(jnp.where(is_query, position, _NOWHERE), axis=1)
+
+  entry = jnp.arange(tables.block_ids.shape[0], dtype=jnp.int32)
+  of_row = entry - tables.starts[:, None]  # [B, E]
+  of_row_exists = (of_row >= 0) & (of_row < tables.counts[:, None])
+  start = tables.logical_ids * block_size
+  # Differences, since a position and a window may add up to 2**31 and more.
+  reach = min(sliding_window + block_size - 1, _NOWHERE)
+  is_seen = (start <= last[:, None]) & (first[:, None] - start < reach)
+  is_seen &= of_row_exists & (tables.block_ids != NULL_BLOCK_ID)
+  begin = jnp.min(jnp.where(is_seen, of_row, _NOWHERE), axis=1)
+  end = jnp.max(jnp.where(is_seen, of_row + 1, 0), axis=1)
+  begin = jnp.minimum(begin, end)
+  return tables._replace(starts=tables.starts + begin, counts=end - begin)
+
+
 def make_plan(
   cu_seqlens: jax.Array,
   tables: BlockTables,
@@ -63,10 +111,9 @@ def make_plan(
   block_size: int,
   tile_tokens: int,
 ) -> Plan:
-  """Cuts the work.
+  """Cuts the work; `in_reach` may shorten the tables before.
 
-  A row that has queries but no entries gets one tile, in which nothing is
-  visible: somebody has to write its empty state.
+  A row without queries, or without entries, has no tiles.
 
   Args:
     cu_seqlens: `[B + 1]` int32.
@@ -85,8 +132,8 @@ def make_plan(
     num_tiles = tables.counts * (block_size // tile_tokens)
   else:
     num_tiles = -(-tables.counts // (tile_tokens // block_size))
-  has_queries = num_queries > 0
-  num_tiles = jnp.where(has_queries, jnp.maximum(num_tiles, 1), 0)
+  has_tiles = (num_queries > 0) & (num_tiles > 0)
+  num_tiles = jnp.where(has_tiles, num_tiles, 0)
 
   # Sums over comparisons rather than scans: they fuse into one small kernel.
   row = jnp.arange(num_rows, dtype=jnp.int32)
@@ -94,7 +141,7 @@ def make_plan(
   starts = jnp.sum(jnp.where(is_before, num_tiles[None], 0), axis=1)
   starts *= items_per_row
   total = items_per_row * jnp.sum(num_tiles)
-  is_next = (row[None] > row[:, None]) & has_queries[None]
+  is_next = (row[None] > row[:, None]) & has_tiles[None]
   next_row = jnp.min(jnp.where(is_next, row[None], num_rows), axis=1)
   next_row = jnp.minimum(next_row, num_rows - 1)
 
@@ -106,7 +153,7 @@ def make_plan(
 
   def locate(tile: jax.Array) -> tuple[jax.Array, ...]:
     """Row, item in the row and tile in the item of tiles `[W]`."""
-    begins = (starts[None] <= tile[:, None]) & has_queries[None]
+    begins = (starts[None] <= tile[:, None]) & has_tiles[None]
     its_row = jnp.max(jnp.where(begins, row[None], 0), axis=1)
     in_row = tile - starts[its_row]
     tiles = jnp.maximum(num_tiles[its_row], 1)

@@ -29,70 +29,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState
-from pallas_kernels.dispatch import OtherBackendError
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.decode_geometry import (
   Geometry,
   Tuning,
   default_tuning,
 )
-from pallas_kernels.micro_attention.decode_plan import make_plan
-from pallas_kernels.micro_attention.mosaic_gpu_decode_kernel import Refs, run
+from pallas_kernels.micro_attention.decode_plan import in_reach, make_plan
+from pallas_kernels.micro_attention.mosaic_gpu_decode_kernel import run
+from pallas_kernels.micro_attention.mosaic_gpu_decode_walk import Refs, Ring
 from pallas_kernels.pool_layout import Layer
 
-_MAX_COLUMNS = 32  # Of one item, at D of 128.
 _MAX_QUERY_TOKENS = 8
+_Q_DIVISOR = 256.0  # Of bfloat16 queries that become float16.
 _OPERANDS = (
   "workers",
   "rows",
-  "bounds",
+  "has_entries",
   "q_positions",
   "block_ids",
   "logical_ids",
   "layer",
   "q",
   "pool",
-  "out",
-  "lse",
-  "parts",
-  "part_sums",
 )  # Of `Refs`, in the order in which the kernel gets them.
-
-
-def micro_attention(
-  q: jax.Array,
-  cu_seqlens: jax.Array,
-  q_positions: jax.Array,
-  kv_pool: jax.Array,
-  layer: Layer,
-  tables: BlockTables,
-  *,
-  scale: float,
-  max_query_tokens: int,
-  sliding_window: int | None = None,
-  logit_soft_cap: float | None = None,
-) -> AttentionState:
-  """Attends each query to the rBlocks of its sequence that are held here.
-
-  Args, results and errors are those of `api.micro_attention`.
-  """
-  # Which kernel a trace takes is decided while tracing, for the backend that
-  # the process would run on. Compiling for another platform asks `decode`.
-  backend = jax.default_backend()
-  if backend != "gpu":
-    raise OtherBackendError(f"default backend: a GPU kernel; got {backend}.")
-  return decode(
-    q,
-    cu_seqlens,
-    q_positions,
-    kv_pool,
-    layer,
-    tables,
-    scale=scale,
-    max_query_tokens=max_query_tokens,
-    sliding_window=sliding_window,
-    logit_soft_cap=logit_soft_cap,
-  )
+_RESULTS = ("out", "lse", "parts", "part_sums")
 
 
 def decode(
@@ -107,10 +68,12 @@ def decode(
   max_query_tokens: int,
   sliding_window: int | None = None,
   logit_soft_cap: float | None = None,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
   tuning: Tuning | None = None,
   interpret: Any = None,
 ) -> AttentionState:
-  """As `micro_attention`, on whatever platform the caller compiles for.
+  """Attends each query to the rBlocks of its sequence that are held here.
 
   Args:
     q: As for `api.micro_attention`, and so are all others but the last two.
@@ -123,6 +86,8 @@ def decode(
     max_query_tokens: Most query tokens of a row.
     sliding_window: Positions that a query sees.
     logit_soft_cap: Soft cap on the logits.
+    k_scale: `[K]` float32.
+    v_scale: `[K]` float32.
     tuning: Layout on the device; None is the shipped one.
     interpret: `plgpu.InterpretGPUParams` to interpret the kernel on a CPU.
 
@@ -133,11 +98,19 @@ def decode(
     NotImplementedError: If the kernel does not cover the call.
   """
   _check_covered(q, kv_pool, max_query_tokens)
+  is_narrow = kv_pool.dtype != q.dtype
+  if is_narrow and q.dtype == jnp.bfloat16:
+    # The hardware converts 8 bits to float16 only, and exactly. Queries beyond
+    # 1.6e7 become that; steps of 2**-16 near 0 move no logit.
+    largest = float(jnp.finfo(jnp.float16).max)
+    q = jnp.clip(q.astype(jnp.float32) / _Q_DIVISOR, -largest, largest)
+    q = q.astype(jnp.float16)
+    scale *= _Q_DIVISOR
   num_q_heads, head_dim = q.shape[1:]
   num_layers, _, num_kv_heads, block_size = kv_pool.shape[1:5]
   group = num_q_heads // num_kv_heads
   head_columns = _head_columns(group)
-  most_tokens = _max_columns(head_dim) // head_columns
+  most_tokens = _max_columns(head_dim, is_narrow=is_narrow) // head_columns
   tokens_per_item = min(max_query_tokens, most_tokens)
   geometry = Geometry(
     group=group,
@@ -150,10 +123,16 @@ def decode(
     block_size=block_size,
     head_dim=head_dim,
     dtype=jnp.dtype(q.dtype),
+    is_narrow=is_narrow,
     scale=float(scale),
     sliding_window=None if sliding_window is None else int(sliding_window),
     soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
-    tuning=tuning or default_tuning(head_dim, tokens_per_item * head_columns),
+    tuning=tuning
+    or default_tuning(
+      head_dim,
+      tokens_per_item * head_columns,
+      is_narrow=is_narrow,
+    ),
     interpret=interpret is not None,
   )
   return _decode(
@@ -163,6 +142,7 @@ def decode(
     kv_pool,
     jnp.asarray(layer, jnp.int32),
     tables,
+    None if k_scale is None else (k_scale, v_scale),
     geometry=geometry,
     interpret=interpret,
   )
@@ -174,10 +154,13 @@ def _check_covered(
   """Raises NotImplementedError for what the kernel cannot do."""
   block_size, head_dim = kv_pool.shape[4:]
   group = q.shape[1] // kv_pool.shape[3]
+  max_columns = _max_columns(head_dim, is_narrow=kv_pool.dtype != q.dtype)
   dtypes = (jnp.bfloat16, jnp.float16)
   covers = {
     f"q: bfloat16 or float16; got {q.dtype}": q.dtype in dtypes,
-    f"kv_pool: the dtype of q; got {kv_pool.dtype}": kv_pool.dtype == q.dtype,
+    f"kv_pool: the dtype of q, or float8_e4m3fn; got {kv_pool.dtype}": (
+      kv_pool.dtype in (q.dtype, jnp.float8_e4m3fn)
+    ),
     f"kv_pool: D of 64, 128 or 256; got {head_dim}": head_dim in (64, 128, 256),
     f"kv_pool: P of 16, 32, 64 or 128; got {block_size}": (
       block_size in (16, 32, 64, 128)
@@ -185,8 +168,9 @@ def _check_covered(
     f"max_query_tokens: at most {_MAX_QUERY_TOKENS}; got {max_query_tokens}": (
       max_query_tokens <= _MAX_QUERY_TOKENS
     ),
-    f"q: at most 32 query heads to a KV head, or 16 at D of 256; got {group}": (
-      _head_columns(group) <= _max_columns(head_dim)
+    f"q: at most {max_columns} query heads to a KV head at D of {head_dim} and"
+    f" kv_pool of {kv_pool.dtype}; got {group}": (
+      _head_columns(group) <= max_columns
     ),
   }
   for rule, is_covered in covers.items():
@@ -202,6 +186,7 @@ def _decode(
   kv_pool: jax.Array,
   layer: jax.Array,
   tables: BlockTables,
+  scales: tuple[jax.Array, jax.Array] | None,
   *,
   geometry: Geometry,
   interpret: Any,
@@ -209,6 +194,15 @@ def _decode(
   """Jitted so that the layers of a model share one trace."""
   g, tuning = geometry, geometry.tuning
   num_tokens = q.shape[0]
+  if g.sliding_window is not None:
+    tables = in_reach(
+      cu_seqlens,
+      q_positions,
+      tables,
+      block_size=g.block_size,
+      max_query_tokens=g.tokens_per_item * g.items_per_head,
+      sliding_window=g.sliding_window,
+    )
   plan = make_plan(
     cu_seqlens,
     tables,
@@ -221,42 +215,55 @@ def _decode(
   missing = last_group + g.head_columns - g.num_q_heads
   if missing > 0:
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
-  # The first row is where queries of no row begin.
-  bounds = jnp.stack([cu_seqlens[0], cu_seqlens[-1]])
+  token = jnp.arange(num_tokens)
+  of_row = (cu_seqlens[:-1, None] <= token) & (token < cu_seqlens[1:, None])
+  has_entries = jnp.any(of_row & (tables.counts[:, None] > 0), axis=0)
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   stages, tile = tuning.num_stages, tuning.tile_tokens
-  barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
+  kv_ring = functools.partial(_ring, shape=(tile, g.head_dim))
+  from_copies = functools.partial(
+    kv_ring, kv_pool.dtype, stages, num_arrivals=g.copies
+  )
+  rings = {
+    "queries": _ring(
+      g.dtype, 2, (g.columns, g.head_dim), num_arrivals=g.tokens_per_item
+    )
+  }
+  for name in ("k", "v"):
+    if g.is_narrow:
+      rings[f"narrow_{name}"] = from_copies()
+      num_wide = getattr(tuning, f"num_wide_{name}")
+      rings[name] = kv_ring(g.dtype, num_wide)
+    else:
+      rings[name] = from_copies()
   scratch = {
-    "k_smem": plgpu.SMEM(
-      (stages, tile, g.head_dim), g.dtype, transforms=swizzled
+    "p_smem": plgpu.SMEM(
+      (g.columns, tile), g.dtype, transforms=_swizzled(g.dtype, tile)
     ),
-    "v_smem": plgpu.SMEM(
-      (stages, tile, g.head_dim), g.dtype, transforms=swizzled
-    ),
-    "q_smem": plgpu.SMEM(
-      (2, g.columns, g.head_dim), g.dtype, transforms=swizzled
-    ),
-    "p_smem": plgpu.SMEM((g.columns, tile), g.dtype, transforms=swizzled),
     "out_smem": plgpu.SMEM((g.columns, g.head_dim), jnp.float32),
     "lse_smem": plgpu.SMEM((g.columns,), jnp.float32),
-    "first_smem": plgpu.SMEM((stages * g.copies,), jnp.int32),
-    "k_full": barrier(num_arrivals=g.copies),
-    "v_full": barrier(num_arrivals=g.copies),
-    "k_empty": barrier(),
-    "v_empty": barrier(),
-    "q_full": plgpu.Barrier(num_arrivals=g.tokens_per_item, num_barriers=2),
-    "q_empty": plgpu.Barrier(num_barriers=2),
+    "first_smem": plgpu.SMEM((g.tiles_under_way * g.copies,), jnp.int32),
+    **{
+      f"{name}.{part}": getattr(ring, part)
+      for name, ring in rings.items()
+      for part in ("smem", "full", "empty")
+    },
   }
   workers = tuning.num_workers
+  scale_names = ("k_scale", "v_scale") if scales else ()
+  names = (*_OPERANDS, *scale_names, *_RESULTS)
 
-  def body(*args: Any, **scratch_refs: Any) -> None:
+  def body(*args: Any, **refs: Any) -> None:
     # Scratch semaphores would be every block's own.
     merged = None
     if not g.interpret:
       merged = pl.get_global(plgpu.SemaphoreType.REGULAR((workers,)))
-    operands = dict(zip(_OPERANDS, args, strict=True))
-    run(g, Refs(**operands, **scratch_refs, merged=merged))
+    operands = dict.fromkeys(("k_scale", "v_scale", "narrow_k", "narrow_v"))
+    operands |= zip(names, args, strict=True)
+    for name, ring in rings.items():
+      parts = [refs.pop(f"{name}.{part}") for part in ("smem", "full", "empty")]
+      operands[name] = Ring(*parts, size=ring.size)
+    run(g, Refs(**operands, **refs, merged=merged))
 
   out, lse, *_ = plgpu.kernel(
     body,
@@ -269,7 +276,7 @@ def _decode(
     scratch_types=scratch,
     grid=(workers,),
     grid_names=("block",),
-    num_threads=2,
+    num_threads=4 if g.is_narrow else 2,
     thread_name="warpgroup",
     kernel_name="micro_attention_decode",
     compiler_params=plgpu.CompilerParams(
@@ -283,15 +290,40 @@ def _decode(
   )(
     plan.workers,
     plan.rows,
-    bounds,
+    has_entries.astype(jnp.int32),
     q_positions,
     tables.block_ids,
     tables.logical_ids,
     layer.reshape(1),
     q,
     kv_pool.reshape(-1, g.block_size, g.head_dim),
+    *(scales or ()),
   )
   return AttentionState(out=out, lse=lse)
+
+
+def _ring(
+  dtype: Any, size: int, shape: tuple[int, int], *, num_arrivals: int = 1
+) -> Ring:
+  """Scratch types of a ring of matrices, whose copies arrive."""
+  return Ring(
+    smem=plgpu.SMEM(
+      (size, *shape), dtype, transforms=_swizzled(dtype, shape[1])
+    ),
+    full=plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=size),
+    empty=plgpu.Barrier(num_barriers=size),
+    size=size,
+  )
+
+
+def _swizzled(dtype: Any, columns: int) -> tuple[Any, Any]:
+  """How tensor cores want operands: 8 rows of up to 128 bytes, swizzled."""
+  itemsize = jnp.dtype(dtype).itemsize
+  row_bytes = min(128, columns * itemsize)
+  return (
+    plgpu.TilingTransform((8, row_bytes // itemsize)),
+    plgpu.SwizzleTransform(row_bytes),
+  )
 
 
 def _head_columns(group: int) -> int:
@@ -299,6 +331,8 @@ def _head_columns(group: int) -> int:
   return -(-(group + 8 - math.gcd(group, 8)) // 8) * 8
 
 
-def _max_columns(head_dim: int) -> int:
+def _max_columns(head_dim: int, *, is_narrow: bool) -> int:
   """Columns of one item: more would spill registers."""
-  return _MAX_COLUMNS * 128 // max(head_dim, 128)
+  if head_dim <= 128:
+    return 32
+  return 8 if is_narrow else 16

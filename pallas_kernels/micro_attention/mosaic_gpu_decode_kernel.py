@@ -1,9 +1,7 @@
 """The body of the decode kernel, which `mosaic_gpu_decode` launches."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,104 +11,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.micro_attention.decode_geometry import Geometry
-from pallas_kernels.micro_attention.decode_plan import RowField, WorkerField
-from pallas_kernels.pool_layout import NULL_BLOCK_ID
+from pallas_kernels.micro_attention.decode_plan import WorkerField
+from pallas_kernels.micro_attention.mosaic_gpu_decode_feed import (
+  copy,
+  drain,
+  widen,
+)
+from pallas_kernels.micro_attention.mosaic_gpu_decode_walk import (
+  NOWHERE,
+  Refs,
+  Segment,
+  query_tokens,
+  walk,
+)
 
 _LOG2_E = math.log2(math.e)
 _EMPTY_TOP = -1e30
-_NOWHERE = 2**31 - 1024  # A position behind every query; room to add a tile.
 
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # One value for each column.
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED  # To store a matrix transposed.
-
-
-class _Segment(NamedTuple):
-  """A run of tiles of one item, as one worker meets it.
-
-  Attributes:
-    number: Segments of this worker before it.
-    tiles_before: Tiles of this worker before it.
-    row: The item's row.
-    head: The item's KV head.
-    chunk: Number of the item's group of query tokens within the row.
-    first_tile: Within the item.
-    num_tiles: Of the segment.
-    item_tiles: Of the item.
-  """
-
-  number: jax.Array
-  tiles_before: jax.Array
-  row: jax.Array
-  head: jax.Array
-  chunk: jax.Array
-  first_tile: jax.Array
-  num_tiles: jax.Array
-  item_tiles: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Refs:
-  """What the kernel reads and writes.
-
-  Attributes:
-    workers: `[W, 8]` int32, global memory, as are those up to `merged`.
-    rows: `[B, 8]` int32.
-    bounds: `[2]` int32. Where the first row's queries begin, the last's end.
-    q_positions: `[T]` int32.
-    block_ids: `[E]` int32.
-    logical_ids: `[E]` int32.
-    layer: `[1]` int32.
-    q: `[T, H or more, D]`.
-    pool: `[N * L * 2 * K, P, D]`.
-    out: `[T, H, D]` float32.
-    lse: `[T, H]` float32.
-    parts: `[W, D, columns]` float32. Sums of first items begun elsewhere.
-    part_sums: `[W, 2, columns]` float32. Their tops and totals.
-    k_smem: `[stages, tile, D]`, shared memory, as are those below.
-    v_smem: `[stages, tile, D]`.
-    q_smem: `[2, columns, D]`.
-    p_smem: `[columns, tile]`. Weights of a tile.
-    out_smem: `[columns, D]` float32.
-    lse_smem: `[columns]` float32.
-    first_smem: `[stages * copies]` int32. Position of each copy's first token.
-    k_full: Barriers `[stages]`: keys have come.
-    v_full: Barriers `[stages]`: values have come.
-    k_empty: Barriers `[stages]`: keys were used.
-    v_empty: Barriers `[stages]`: values were used.
-    q_full: Barriers `[2]`: queries have come.
-    q_empty: Barriers `[2]`: queries were used.
-    merged: Semaphores `[W]`: parts written for an item begun at a worker; None
-      where blocks run one after another.
-  """
-
-  workers: Any
-  rows: Any
-  bounds: Any
-  q_positions: Any
-  block_ids: Any
-  logical_ids: Any
-  layer: Any
-  q: Any
-  pool: Any
-  out: Any
-  lse: Any
-  parts: Any
-  part_sums: Any
-  k_smem: Any
-  v_smem: Any
-  q_smem: Any
-  p_smem: Any
-  out_smem: Any
-  lse_smem: Any
-  first_smem: Any
-  k_full: Any
-  v_full: Any
-  k_empty: Any
-  v_empty: Any
-  q_full: Any
-  q_empty: Any
-  merged: Any = None
 
 
 def run(g: Geometry, refs: Refs) -> None:
@@ -123,180 +43,42 @@ def run(g: Geometry, refs: Refs) -> None:
   # Who waits for others at a merge has a higher block number than they.
   worker = g.tuning.num_workers - 1 - lax.axis_index("block")
   warpgroup = lax.axis_index("warpgroup")
+  num_tiles = refs.workers[worker, WorkerField.NUM_TILES]
+
+  # Two warpgroups have enough registers. Four start with 128 a thread; these
+  # numbers add up to 512, and nothing spills.
+  to_attend, to_copy, to_widen = (
+    (208, 96, 104) if g.head_dim > 128 else (240, 64, 104)
+  )
+
+  def limit_registers(count: int, action: Any) -> None:
+    if g.is_narrow and not g.interpret:
+      plgpu.set_max_registers(count, action=action)
 
   @pl.when(warpgroup == 0)
   def _():
-    _write_padding(g, refs, worker)
-    _walk(g, refs, worker, functools.partial(_attend, g, refs, worker))
+    limit_registers(to_attend, "increase")
+    _write_empty(g, refs, worker)
+    walk(g, refs, worker, functools.partial(_attend, g, refs, worker))
     plgpu.wait_smem_to_gmem(0)
 
   @pl.when(warpgroup == 1)
   def _():
-    num_segments = _walk(g, refs, worker, functools.partial(_copy, g, refs))
-    _drain(g, refs, worker, num_segments)
+    limit_registers(to_copy, "decrease")
+    num_segments = walk(g, refs, worker, functools.partial(copy, g, refs))
+    drain(refs.narrow_k or refs.k, num_tiles)
+    drain(refs.narrow_v or refs.v, num_tiles)
+    drain(refs.queries, num_segments)
 
+  for i, (narrow, wide) in enumerate(
+    ((refs.narrow_k, refs.k), (refs.narrow_v, refs.v)), start=2
+  ):
+    if narrow is not None:
 
-def _walk(
-  g: Geometry,
-  refs: Refs,
-  worker: jax.Array,
-  visit: Callable[[_Segment], None],
-) -> jax.Array:
-  """Visits the segments of a worker; returns their number."""
-  num_tiles = refs.workers[worker, WorkerField.NUM_TILES]
-  items_per_row = g.num_kv_heads * g.items_per_head
-
-  def step(carry):
-    number, done, row, item, tile = carry
-    item_tiles = refs.rows[row, RowField.NUM_TILES]
-    segment_tiles = jnp.minimum(item_tiles - tile, num_tiles - done)
-    visit(
-      _Segment(
-        number=number,
-        tiles_before=done,
-        row=row,
-        head=lax.div(item, g.items_per_head),
-        chunk=lax.rem(item, g.items_per_head),
-        first_tile=tile,
-        num_tiles=segment_tiles,
-        item_tiles=item_tiles,
-      )
-    )
-    is_last = item == items_per_row - 1
-    next_row = jnp.where(is_last, refs.rows[row, RowField.NEXT_ROW], row)
-    next_item = jnp.where(is_last, 0, item + 1)
-    zero = jnp.int32(0)
-    return number + 1, done + segment_tiles, next_row, next_item, zero
-
-  start = (
-    jnp.int32(0),
-    jnp.int32(0),
-    refs.workers[worker, WorkerField.ROW],
-    refs.workers[worker, WorkerField.ITEM],
-    refs.workers[worker, WorkerField.TILE],
-  )
-  return lax.while_loop(lambda carry: carry[1] < num_tiles, step, start)[0]
-
-
-def _query_tokens(
-  g: Geometry, refs: Refs, segment: _Segment
-) -> list[tuple[jax.Array, jax.Array]]:
-  """Index of each query token of an item, and whether there is such a one."""
-  first = refs.rows[segment.row, RowField.FIRST_QUERY]
-  count = refs.rows[segment.row, RowField.NUM_QUERIES]
-  last = refs.q.shape[0] - 1
-  tokens = []
-  for i in range(g.tokens_per_item):
-    in_row = segment.chunk * g.tokens_per_item + i
-    tokens.append((jnp.minimum(first + in_row, last), in_row < count))
-  return tokens
-
-
-# The copy warpgroup.
-
-
-def _copy(g: Geometry, refs: Refs, segment: _Segment) -> None:
-  """Brings an item's queries, and the segment's keys and values."""
-  stages, tile_tokens = g.tuning.num_stages, g.tuning.tile_tokens
-  q_slot = lax.rem(segment.number, 2)
-
-  @pl.when(segment.number >= 2)
-  def _():
-    plgpu.barrier_wait(refs.q_empty.at[q_slot])
-
-  first_head = pl.multiple_of(segment.head * g.group // 8 * 8, 8)
-  for i, (token, _) in enumerate(_query_tokens(g, refs, segment)):
-    plgpu.copy_gmem_to_smem(
-      refs.q.at[token, pl.ds(first_head, g.head_columns)],
-      refs.q_smem.at[q_slot, pl.ds(i * g.head_columns, g.head_columns)],
-      refs.q_full.at[q_slot],
-    )
-
-  first_entry = refs.rows[segment.row, RowField.FIRST_ENTRY]
-  num_entries = refs.rows[segment.row, RowField.NUM_ENTRIES]
-  last_entry = refs.block_ids.shape[0] - 1
-  layer = refs.layer[0]
-
-  def read(tile: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """rBlock and first position of each copy of a tile."""
-    found = []
-    for i in range(g.copies):
-      entry = lax.div(tile, g.tiles_per_block) * g.copies + i
-      offset = lax.rem(tile, g.tiles_per_block) * tile_tokens
-      index = jnp.clip(first_entry + entry, 0, last_entry)
-      is_held = entry < num_entries
-      block = jnp.where(is_held, refs.block_ids[index], NULL_BLOCK_ID)
-      first = refs.logical_ids[index] * g.block_size + offset
-      first = jnp.where(block == NULL_BLOCK_ID, _NOWHERE, first)
-      found.append((block, first))
-    return found
-
-  def copy(
-    tile: jax.Array,
-    slot: jax.Array,
-    copies: list[tuple[jax.Array, jax.Array]],
-    which: int,
-  ) -> None:
-    smem = (refs.k_smem, refs.v_smem)[which]
-    full = (refs.k_full, refs.v_full)[which]
-    offset: int | jax.Array = 0
-    if g.tiles_per_block > 1:
-      offset = lax.rem(tile, g.tiles_per_block) * tile_tokens
-      offset = pl.multiple_of(offset, tile_tokens)
-    for i, (block, _) in enumerate(copies):
-      index = (block * g.num_layers + layer) * 2 + which
-      plgpu.copy_gmem_to_smem(
-        refs.pool.at[
-          index * g.num_kv_heads + segment.head, pl.ds(offset, g.copy_tokens)
-        ],
-        smem.at[slot, pl.ds(i * g.copy_tokens, g.copy_tokens)],
-        full.at[slot],
-      )
-
-  def step(i: jax.Array, _: None) -> None:
-    number = segment.tiles_before + i
-    slot = lax.rem(number, stages)
-    tile = segment.first_tile + i
-    copies = read(tile)
-
-    @pl.when(number >= stages)
-    def _():
-      plgpu.barrier_wait(refs.k_empty.at[slot])
-
-    for j, (_, first) in enumerate(copies):
-      refs.first_smem[slot * g.copies + j] = first
-    copy(tile, slot, copies, 0)
-
-    @pl.when(number >= stages)
-    def _():
-      plgpu.barrier_wait(refs.v_empty.at[slot])
-
-    copy(tile, slot, copies, 1)
-
-  lax.fori_loop(0, segment.num_tiles, step, None)
-
-
-def _drain(
-  g: Geometry, refs: Refs, worker: jax.Array, num_segments: jax.Array
-) -> None:
-  """Waits for the last uses of the rings."""
-
-  def drain(count: jax.Array, ring: int, *barriers: Any) -> None:
-    left = jnp.minimum(count, ring)
-
-    def step(i: jax.Array, _: None) -> None:
-      slot = lax.rem(count - left + i, ring)
-      for barrier in barriers:
-        plgpu.barrier_wait(barrier.at[slot])
-
-    lax.fori_loop(0, left, step, None)
-
-  num_tiles = refs.workers[worker, WorkerField.NUM_TILES]
-  drain(num_tiles, g.tuning.num_stages, refs.k_empty, refs.v_empty)
-  drain(num_segments, 2, refs.q_empty)
-
-
-# The compute warpgroup.
+      @pl.when(warpgroup == i)
+      def _(narrow=narrow, wide=wide):
+        limit_registers(to_widen, "decrease")
+        widen(g, narrow, wide, num_tiles)
 
 
 class _Sums(NamedTuple):
@@ -314,23 +96,26 @@ class _Sums(NamedTuple):
 
 
 def _attend(
-  g: Geometry, refs: Refs, worker: jax.Array, segment: _Segment
+  g: Geometry, refs: Refs, worker: jax.Array, segment: Segment
 ) -> None:
   """Attends an item's queries to a segment's tiles; hands the sums on."""
   q_slot = lax.rem(segment.number, 2)
-  tokens = _query_tokens(g, refs, segment)
+  tokens = query_tokens(g, refs, segment)
   positions = [
     jnp.where(is_there, refs.q_positions[token], -1)
     for token, is_there in tokens
   ]
-  plgpu.barrier_wait(refs.q_full.at[q_slot])
+  scale: float | jax.Array = g.scale
+  if refs.k_scale is not None:
+    scale = refs.k_scale[segment.head] * g.scale
+  plgpu.barrier_wait(refs.queries.full.at[q_slot])
   sums = lax.fori_loop(
     0,
     segment.num_tiles,
-    functools.partial(_attend_tile, g, refs, segment, q_slot, positions),
+    functools.partial(_attend_tile, g, refs, segment, q_slot, positions, scale),
     _no_sums(g),
   )
-  plgpu.barrier_arrive(refs.q_empty.at[q_slot])
+  plgpu.barrier_arrive(refs.queries.empty.at[q_slot])
 
   begins_here = segment.first_tile == 0
   ends_here = segment.first_tile + segment.num_tiles == segment.item_tiles
@@ -377,31 +162,34 @@ def _no_sums(g: Geometry) -> _Sums:
 def _attend_tile(
   g: Geometry,
   refs: Refs,
-  segment: _Segment,
+  segment: Segment,
   q_slot: jax.Array,
   positions: list[jax.Array],
+  scale: float | jax.Array,
   i: jax.Array,
   sums: _Sums,
 ) -> _Sums:
   """Adds tile `i` of a segment to the sums."""
   tile_tokens, columns = g.tuning.tile_tokens, g.columns
   shape = (tile_tokens, columns)
-  slot = lax.rem(segment.tiles_before + i, g.tuning.num_stages)
+  number = segment.tiles_before + i
+  slot = lax.rem(number, refs.k.size)
 
-  plgpu.barrier_wait(refs.k_full.at[slot])
-  firsts = [refs.first_smem[slot * g.copies + j] for j in range(g.copies)]
+  plgpu.barrier_wait(refs.k.full.at[slot])
+  place = lax.rem(number, g.tiles_under_way) * g.copies
+  firsts = [refs.first_smem[place + j] for j in range(g.copies)]
 
   def multiply_keys(acc: Any) -> jax.Array:
-    plgpu.wgmma(acc, refs.k_smem.at[slot], refs.q_smem.at[q_slot].T)
+    plgpu.wgmma(acc, refs.k.smem.at[slot], refs.queries.smem.at[q_slot].T)
     return plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
 
   logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
-  plgpu.barrier_arrive(refs.k_empty.at[slot])
+  plgpu.barrier_arrive(refs.k.empty.at[slot])
 
   if g.soft_cap is None:
-    logits *= g.scale * _LOG2_E
+    logits *= scale * _LOG2_E
   else:
-    logits = jnp.tanh(logits * (g.scale / g.soft_cap)) * (g.soft_cap * _LOG2_E)
+    logits = jnp.tanh(logits * (scale / g.soft_cap)) * (g.soft_cap * _LOG2_E)
   kv_positions = _kv_positions(g, firsts)
   behind = _across(_column_positions(g, positions), shape) - _down(
     kv_positions, shape
@@ -417,17 +205,18 @@ def _attend_tile(
   refs.p_smem.T[...] = plgpu.layout_cast(weights.astype(g.dtype), _TRANSPOSED)
   plgpu.commit_smem()
 
-  plgpu.barrier_wait(refs.v_full.at[slot])
+  slot = lax.rem(number, refs.v.size)
+  plgpu.barrier_wait(refs.v.full.at[slot])
   _clear_unreachable(g, refs, slot, firsts, kv_positions, positions)
 
   def multiply_values(acc: Any) -> tuple[jax.Array, jax.Array]:
-    plgpu.wgmma(acc, refs.v_smem.at[slot].T, refs.p_smem.T)
+    plgpu.wgmma(acc, refs.v.smem.at[slot].T, refs.p_smem.T)
     total = sums.total * decay + jnp.sum(weights, axis=0)
     return plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA), total
 
   acc_shape = (g.head_dim, columns)
   acc, total = pl.run_scoped(multiply_values, plgpu.ACC(acc_shape, jnp.float32))
-  plgpu.barrier_arrive(refs.v_empty.at[slot])
+  plgpu.barrier_arrive(refs.v.empty.at[slot])
   return _Sums(
     acc=sums.acc * _across(decay, acc_shape) + acc, top=top, total=total
   )
@@ -487,7 +276,7 @@ def _clear_unreachable(
   """
   last = functools.reduce(jnp.maximum, positions)
   first = functools.reduce(
-    jnp.minimum, [jnp.where(p < 0, _NOWHERE, p) for p in positions]
+    jnp.minimum, [jnp.where(p < 0, NOWHERE, p) for p in positions]
   )
   is_whole = jnp.bool_(True)
   for start in firsts:
@@ -504,7 +293,7 @@ def _clear_unreachable(
     zeros = jnp.zeros(shape, g.dtype)
     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
     for column in range(0, g.head_dim, 64):
-      values = refs.v_smem.at[slot, :, pl.ds(column, 64)]
+      values = refs.v.smem.at[slot, :, pl.ds(column, 64)]
       old = plgpu.load(values, layout=plgpu.Layout.WGMMA)
       values[...] = jnp.where(_down(in_reach, shape), old, zeros)
     plgpu.commit_smem()
@@ -542,7 +331,7 @@ def _merge_parts(
 def _write(
   g: Geometry,
   refs: Refs,
-  segment: _Segment,
+  segment: Segment,
   tokens: list[tuple[jax.Array, jax.Array]],
   sums: _Sums,
 ) -> None:
@@ -552,6 +341,8 @@ def _write(
   lse = (sums.top + jnp.log2(divisor)) * (1 / _LOG2_E)
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   out = sums.acc / _across(divisor, sums.acc.shape)
+  if refs.v_scale is not None:
+    out *= refs.v_scale[segment.head]
   refs.out_smem.T[...] = plgpu.layout_cast(out, _TRANSPOSED)
   refs.lse_smem[...] = jnp.where(is_empty, -jnp.inf, lse)
   plgpu.commit_smem()
@@ -572,23 +363,21 @@ def _write(
       lax.fori_loop(0, g.group, write_lse, None)
 
 
-def _write_padding(g: Geometry, refs: Refs, worker: jax.Array) -> None:
-  """Writes the empty states of queries outside of every row."""
-  num_tokens = refs.out.shape[0]
-  num_before = refs.bounds[0]
-  num_padding = num_before + num_tokens - refs.bounds[1]
+def _write_empty(g: Geometry, refs: Refs, worker: jax.Array) -> None:
+  """Writes the empty states of queries that no tile belongs to."""
   workers = g.tuning.num_workers
 
   def step(i: jax.Array, _: None) -> None:
-    number = worker + i * workers
-    behind = refs.bounds[1] + number - num_before
-    token = jnp.where(number < num_before, number, behind)
-    refs.out.at[token][...] = jnp.zeros(refs.out.shape[1:], jnp.float32)
+    token = worker + i * workers
 
-    def clear(head: jax.Array, _: None) -> None:
-      refs.lse[token, head] = jnp.float32(-jnp.inf)
+    @pl.when(refs.has_entries[token] == 0)
+    def _():
+      refs.out.at[token][...] = jnp.zeros(refs.out.shape[1:], jnp.float32)
 
-    lax.fori_loop(0, g.num_q_heads, clear, None)
+      def clear(head: jax.Array, _: None) -> None:
+        refs.lse[token, head] = jnp.float32(-jnp.inf)
 
-  count = lax.div(num_padding - worker + workers - 1, workers)
+      lax.fori_loop(0, g.num_q_heads, clear, None)
+
+  count = lax.div(refs.out.shape[0] - worker + workers - 1, workers)
   lax.fori_loop(0, jnp.maximum(count, 0), step, None)

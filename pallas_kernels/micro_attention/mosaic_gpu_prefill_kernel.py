@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,198 +11,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.micro_attention.mosaic_gpu_prefill_block import (
+  Block,
+  Item,
+)
 from pallas_kernels.micro_attention.prefill_geometry import (
   LOG2_E,
   ROWS,
   Geometry,
 )
 from pallas_kernels.micro_attention.prefill_plan import Segments
-from pallas_kernels.pool_layout import NULL_BLOCK_ID
 
-_NOWHERE = 2**31 - 1024  # A position that no query sees; adding a tile is safe.
 # Below any logit, yet finite: the maximum of nothing, minus itself, is 0.
 _LOWEST = -1e30
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-class _Item(NamedTuple):
-  """A piece of work: one query tile, one KV head, one split of its KV.
-
-  Attributes:
-    q_tile: Number of the query tile.
-    first_row: First row that it meets.
-    end_row: End of the rows that it meets.
-    kv_head: KV head.
-    head_of_group: Query head of the KV head, in steps of what a block shares.
-    split: Which part of its KV.
-  """
-
-  q_tile: jax.Array
-  first_row: jax.Array
-  end_row: jax.Array
-  kv_head: jax.Array
-  head_of_group: jax.Array
-  split: jax.Array
-
-
-class _Block:
-  """What a thread block works on."""
-
-  def __init__(
-    self,
-    refs: tuple[Any, ...],
-    scratch: dict[str, Any],
-    shape: Geometry,
-  ):
-    """Names the refs.
-
-    Args:
-      refs: Operands and results, as `_launch` passes them.
-      scratch: Shared memory and barriers, by name.
-      shape: The static numbers.
-    """
-    (
-      self.q_positions,
-      self.tiles,
-      self.segments,
-      layer,
-      self.block_ids,
-      self.logical_ids,
-      self.q,
-      self.kv_pool,
-      self.out,
-      self.lse,
-    ) = refs
-    self.shape = shape
-    self.scratch = scratch
-    self.warpgroup = lax.axis_index("warpgroup")
-    self.layer = layer[0]
-    self.worker = lax.axis_index("worker")
-    self.num_workers = lax.axis_size("worker")
-
-  def __getattr__(self, name: str) -> Any:
-    try:
-      return self.scratch[name]
-    except KeyError:
-      raise AttributeError(name) from None
-
-  @property
-  def num_items(self) -> jax.Array:
-    """Items of this block."""
-    num_rounds = -(-self.shape.num_items // self.num_workers)
-    last = (num_rounds - 1) * self.num_workers
-    in_last = last + self._place(num_rounds - 1) < self.shape.num_items
-    return num_rounds - 1 + in_last.astype(jnp.int32)
-
-  def item(self, number: jax.Array) -> _Item:
-    """The `number`-th item of this block.
-
-    The KV head varies slowest: blocks that run together then read the same KV
-    from the L2 cache, which saves power where power is what limits. Within a KV
-    head, longest items come first, and every other round is dealt in reverse.
-    """
-    shape = self.shape
-    rest = number * self.num_workers + self._place(number)
-    rest, split = _div_rem(rest, shape.num_splits)
-    rest, head_of_group = _div_rem(rest, shape.items_per_kv_head)
-    kv_head, tile = _div_rem(rest, shape.num_q_tiles)
-    return _Item(
-      *(self.tiles[tile, i] for i in range(3)), kv_head, head_of_group, split
-    )
-
-  def _place(self, number: Any) -> jax.Array:
-    """Place of this block in a round of dealing."""
-    is_reversed = jnp.int32(number) % 2 == 1
-    return jnp.where(
-      is_reversed, self.num_workers - 1 - self.worker, self.worker
-    )
-
-  def walk[Carry](
-    self,
-    item: _Item,
-    step: Callable[[Segments, jax.Array, bool, Carry], Carry],
-    carry: Carry,
-  ) -> Carry:
-    """Applies `step(segment, kv_tile, is_masked, carry)` to each KV tile."""
-    num_splits = self.shape.num_splits
-
-    def pass_segment(row: jax.Array, carry: Carry) -> Carry:
-      number = item.q_tile + row
-      segment = Segments(
-        *(self.segments[number, i] for i in range(len(Segments._fields)))
-      )
-      num_tiles = segment.end - segment.begin
-      begin, end = (
-        segment.begin + lax.div(num_tiles * part, num_splits)
-        for part in (item.split, item.split + 1)
-      )
-      full_begin = jnp.clip(segment.full_begin, begin, end)
-      full_end = jnp.clip(segment.full_end, full_begin, end)
-      for first, last, is_masked in (
-        (begin, full_begin, True),
-        (full_begin, full_end, False),
-        (full_end, end, True),
-      ):
-        carry = lax.fori_loop(
-          first,
-          last,
-          lambda tile, carry, is_masked=is_masked: step(
-            segment, tile, is_masked, carry
-          ),
-          carry,
-        )
-      return carry
-
-    return lax.fori_loop(item.first_row, item.end_row, pass_segment, carry)
-
-  def pieces(
-    self, segment: Segments, tile: jax.Array
-  ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """rBlock, first token in it, and entry of each copy of a KV tile."""
-    shape = self.shape
-    pieces = []
-    for i in range(shape.pieces):
-      if shape.block_size > shape.piece:
-        entry, part = _div_rem(tile, shape.block_size // shape.piece)
-      else:
-        entry, part = tile * shape.pieces + i, 0
-      is_held = entry < segment.num_entries
-      entry = segment.first_entry + jnp.minimum(entry, segment.num_entries - 1)
-      block_id = jnp.where(is_held, self.block_ids[entry], NULL_BLOCK_ID)
-      pieces.append((block_id, part * shape.piece, entry))
-    return pieces
-
-  def first_positions(
-    self, pieces: list[tuple[jax.Array, jax.Array, jax.Array]]
-  ) -> list[jax.Array]:
-    """Position of the first token of each copy."""
-    return [
-      jnp.where(
-        block_id == NULL_BLOCK_ID,
-        _NOWHERE,
-        self.logical_ids[entry] * self.shape.block_size + first,
-      )
-      for block_id, first, entry in pieces
-    ]
-
-  def positions(
-    self, first_positions: list[jax.Array], begin: int, size: int, layout: Any
-  ) -> jax.Array:
-    """Positions `[size]` of the tokens of a KV tile from `begin` on."""
-    piece = self.shape.piece
-    token = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
-    token += begin
-    positions = token + first_positions[0]
-    for i, first in enumerate(first_positions[1:], 1):
-      positions = jnp.where(
-        token >= i * piece, token + (first - i * piece), positions
-      )
-    return positions
-
-
-def _div_rem(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
-  return lax.div(x, jnp.int32(divisor)), lax.rem(x, jnp.int32(divisor))
 
 
 def run(*refs: Any, shape: Geometry, **scratch: Any) -> None:
@@ -215,7 +38,7 @@ def run(*refs: Any, shape: Geometry, **scratch: Any) -> None:
     shape: The static numbers.
     **scratch: Shared memory and barriers, by name.
   """
-  block = _Block(refs, scratch, shape)
+  block = Block(refs, scratch, shape)
 
   @pl.when(block.warpgroup < 2)
   def _():
@@ -228,7 +51,7 @@ def run(*refs: Any, shape: Geometry, **scratch: Any) -> None:
     _copy(block)
 
 
-def _copy(block: _Block) -> None:
+def _copy(block: Block) -> None:
   """Copies KV tiles into shared memory, as room becomes free."""
   shape, stages = block.shape, block.shape.tuning.stages
 
@@ -242,7 +65,7 @@ def _copy(block: _Block) -> None:
       plgpu.barrier_arrive(block.v_full.at[slot])
 
   def copy_tile(
-    item: _Item,
+    item: Item,
     segment: Segments,
     tile: jax.Array,
     is_masked: bool,
@@ -324,7 +147,7 @@ def _copy(block: _Block) -> None:
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
 
-def _in_turns(block: _Block, count: int, start: Callable[[int], None]) -> None:
+def _in_turns(block: Block, count: int, start: Callable[[int], None]) -> None:
   """Starts copies; where they are many, each warp starts some of them.
 
   A warpgroup arrives with all its threads for each copy that it starts. A warp
@@ -341,7 +164,7 @@ def _in_turns(block: _Block, count: int, start: Callable[[int], None]) -> None:
       pl.when(warp == i % 4)(functools.partial(start, i))
 
 
-def _patches(block: _Block) -> list[tuple[int, Any]]:
+def _patches(block: Block) -> list[tuple[int, Any]]:
   """First token and index of each 64 x 64 part of a tile of values."""
   return [
     (row, (pl.ds(row, 64), pl.ds(column, 64)))
@@ -350,7 +173,7 @@ def _patches(block: _Block) -> list[tuple[int, Any]]:
   ]
 
 
-def _write_zeros(block: _Block, values: Any) -> None:
+def _write_zeros(block: Block, values: Any) -> None:
   zeros = plgpu.layout_cast(
     jnp.zeros((64, 64), values.dtype), plgpu.Layout.WGMMA
   )
@@ -360,7 +183,7 @@ def _write_zeros(block: _Block, values: Any) -> None:
 
 
 def _zero_out_of_reach(
-  block: _Block,
+  block: Block,
   values: Any,
   first_positions: list[jax.Array],
   segment: Segments,
@@ -377,7 +200,7 @@ def _zero_out_of_reach(
   plgpu.commit_smem()
 
 
-def _compute(block: _Block) -> None:
+def _compute(block: Block) -> None:
   """Attends to the KV of each item in turn."""
   me = block.warpgroup
 
@@ -399,7 +222,7 @@ def _compute(block: _Block) -> None:
     plgpu.barrier_wait(block.turn.at[0])
 
 
-def _place_of_rows(block: _Block, item: _Item) -> tuple[jax.Array, jax.Array]:
+def _place_of_rows(block: Block, item: Item) -> tuple[jax.Array, jax.Array]:
   """First query token and query head of this warpgroup's rows."""
   shape, me = block.shape, block.warpgroup
   if shape.heads_per_block == 2:
@@ -410,7 +233,7 @@ def _place_of_rows(block: _Block, item: _Item) -> tuple[jax.Array, jax.Array]:
   return token, item.kv_head * group + head
 
 
-def _load_queries(block: _Block, item: _Item) -> None:
+def _load_queries(block: Block, item: Item) -> None:
   token, head = _place_of_rows(block, item)
   plgpu.copy_gmem_to_smem(
     block.q.at[pl.ds(token, ROWS), head],
@@ -419,7 +242,7 @@ def _load_queries(block: _Block, item: _Item) -> None:
   )
 
 
-def _compute_item(block: _Block, i: jax.Array, number: jax.Array) -> jax.Array:
+def _compute_item(block: Block, i: jax.Array, number: jax.Array) -> jax.Array:
   """Attends 64 rows to the KV tiles of an item, and writes their state.
 
   Args:
@@ -504,8 +327,8 @@ def _weights(
 
 
 def _attend(
-  block: _Block,
-  item: _Item,
+  block: Block,
+  item: Item,
   i: jax.Array,
   number: jax.Array,
   logits: Callable[..., jax.Array],

@@ -23,6 +23,8 @@ def micro_attention(
   max_query_tokens: int,
   sliding_window: int | None = None,
   logit_soft_cap: float | None = None,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
 
@@ -57,6 +59,8 @@ def micro_attention(
   seen_by_any = jnp.any(sees, axis=2)[:, None, :, None]
   kv = kv_pool[tables.block_ids, layer].astype(dtype)  # [E, 2, K, P, D]
   k, v = (jnp.where(seen_by_any, kv[:, i], 0) for i in range(2))
+  if k_scale is not None:
+    k, v = (x * s[:, None, None] for x, s in ((k, k_scale), (v, v_scale)))
 
   q = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype)
   exact = jax.lax.Precision.HIGHEST

@@ -121,6 +121,8 @@ def micro_attention(
   max_query_tokens: int,
   sliding_window: int | None = None,
   logit_soft_cap: float | None = None,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
 
@@ -139,6 +141,7 @@ def micro_attention(
     kv_pool,
     jnp.asarray(layer, jnp.int32),
     tables,
+    None if k_scale is None else (k_scale, v_scale),
     logits=logits,
     max_query_tokens=int(max_query_tokens),
   )
@@ -152,6 +155,7 @@ def _micro_attention(
   kv_pool: jax.Array,
   layer: jax.Array,
   tables: BlockTables,
+  scales: tuple[jax.Array, jax.Array] | None,
   *,
   logits: _Logits,
   max_query_tokens: int,
@@ -162,12 +166,16 @@ def _micro_attention(
   q_by_kv_head = q.astype(jnp.float32).reshape(
     num_tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim
   )
+  # Scales of keys and values are as good on queries and outputs.
+  if scales is not None:
+    q_by_kv_head *= scales[0][:, None, None]
   args = (q_by_kv_head, cu_seqlens, q_positions, kv_pool, layer, tables, logits)
   state = _attend_single_queries(*args)
   if max_query_tokens > 1:
     state = merge(state, _attend_tiles(*args, max_query_tokens))
+  out = state.out if scales is None else state.out * scales[1][:, None, None]
   return AttentionState(
-    out=state.out.reshape(q.shape), lse=state.lse.reshape(q.shape[:2])
+    out=out.reshape(q.shape), lse=state.lse.reshape(q.shape[:2])
   )
 
 

@@ -67,6 +67,26 @@ def test_tokens_land_in_their_places(layer, dtype, append):
 
 
 @_each_implementation
+def test_an_8_bit_pool_takes_scaled_and_clipped_numbers(append):
+  pool = jnp.zeros((_N, _L, 2, _K, _P, 2 * _D), jnp.float8_e4m3fn)
+  k = jnp.broadcast_to(jnp.array([[3.0], [1e4]]), (1, _K, 2 * _D))
+  v = jnp.broadcast_to(jnp.array([[-1e9], [0.3]]), (1, _K, 2 * _D))
+  result = append(
+    pool,
+    _LAYER,
+    k,
+    v,
+    _ints(2),
+    _ints(5),
+    k_scale=jnp.array([0.5, 2.0]),
+    v_scale=jnp.array([1.0, 0.25]),
+  )
+  # 448 is the largest number, and 1.25 the nearest to 1.2.
+  written = np.asarray(result[2, _LAYER, :, :, 5, 0], np.float32)
+  np.testing.assert_array_equal(written, [[6.0, 448.0], [-448.0, 1.25]])
+
+
+@_each_implementation
 def test_padding_changes_the_null_block_only(append):
   pool, (k, v) = _pool(), _kv(5)
   block_ids = _ints(3, *[NULL_BLOCK_ID] * 4)
@@ -137,12 +157,28 @@ def test_a_wrong_call_names_argument_rule_and_value(changes, message):
     append_kv(**(arguments | changes))
 
 
-def test_the_kernel_names_what_it_does_not_cover():
-  k = jnp.ones((1, 2, 48))
-  pool = jnp.ones((2, 1, 2, 2, 8, 48))
-  with pytest.raises(NotImplementedError, match="K \\* D a multiple of 128"):
-    mosaic_gpu.append(pool, 0, k, k, _ints(1), _ints(0))
-  k = jnp.ones((1, 2, 64))
-  pool = jnp.ones((2, 1, 2, 2, 8, 64), jnp.float8_e4m3fn)
-  with pytest.raises(NotImplementedError, match="kv_pool: 16 or 32 bits"):
+@_each_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_8_bit_pool_needs_no_scales(dtype, append):
+  pool = jnp.zeros((_N, _L, 2, _K, _P, 2 * _D), jnp.float8_e4m3fn)
+  rng = np.random.default_rng(2)
+  k, v = jnp.asarray(rng.standard_normal((2, 3, _K, 2 * _D)), dtype)
+  block_ids, offsets = _ints(4, 1, 1), _ints(0, 6, 7)
+  result = append(pool, _LAYER, k, v, block_ids, offsets)
+  expected = _expected(pool, k, v, block_ids, offsets)
+  np.testing.assert_array_equal(np.asarray(result), expected)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "head_dim", "message"),
+  [
+    ("bfloat16", 48, "k: K . D a multiple of 128; got 96"),
+    ("float8_e4m3fn", 64, "k: K . D a multiple of 256; got 128"),
+    ("float8_e5m2", 128, "kv_pool: numbers of .* got float8_e5m2"),
+  ],
+)
+def test_the_kernel_names_what_it_does_not_cover(dtype, head_dim, message):
+  k = jnp.ones((1, 2, head_dim))
+  pool = jnp.ones((2, 1, 2, 2, 8, head_dim), dtype)
+  with pytest.raises(NotImplementedError, match=message):
     mosaic_gpu.append(pool, 0, k, k, _ints(1), _ints(0))

@@ -10,15 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.micro_attention import reference
 from pallas_kernels.micro_attention.cases import Case
 from pallas_kernels.micro_attention.decode_geometry import Tuning
-from pallas_kernels.micro_attention.mosaic_gpu_decode import (
-  decode,
-  micro_attention,
-)
+from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _ONE = {"query_lens": (1, 1, 0, 1), "kv_lens": (200, 1, 0, 64)}
 _SEVERAL = {"query_lens": (3, 8, 0, 1), "kv_lens": (150, 9, 0, 64)}
 _bf16 = functools.partial(Case, dtype="bfloat16", head_dim=64)
+_fp8 = functools.partial(_bf16, kv_dtype="float8_e4m3fn")
 
 _CASES = (
   _bf16(name="ragged", **_ONE, is_permuted=True, null_entries=2),
@@ -26,6 +24,7 @@ _CASES = (
   _bf16(name="soft_cap", **_ONE, logit_soft_cap=2.0, query_std=5.0),
   _bf16(name="nothing_seen", **_ONE, query_shift=-300),
   _bf16(name="nothing_held", query_lens=(1, 1), kv_lens=(0, 0)),
+  _bf16(name="some_held", query_lens=(1, 2, 1, 1), kv_lens=(0, 90, 0, 30)),
   _bf16(name="several_tokens", **_SEVERAL, padding_stride=3),
   Case(
     name="odd_group",
@@ -35,6 +34,19 @@ _CASES = (
     num_q_heads=14,
     num_kv_heads=2,
     block_size=128,
+  ),
+  _bf16(name="group_32", **_ONE, num_q_heads=32, num_kv_heads=1),
+  _fp8(name="fp8", **_ONE, is_permuted=True, null_entries=2),
+  _fp8(name="fp8_huge_logits", **_ONE, query_std=1e6),
+  _fp8(name="fp8_tiny_logits", **_ONE, query_std=1e-6),
+  _fp8(name="fp8_several_tokens", **_SEVERAL, padding_stride=3, head_dim=128),
+  _fp8(
+    name="fp8_f16_options",
+    **_ONE,
+    dtype="float16",
+    sliding_window=20,
+    logit_soft_cap=2.0,
+    block_size=32,
   ),
 )
 
@@ -62,15 +74,18 @@ def test_interpreted_workers_merge_to_the_whole(case):
   _assert_close(case, state, inputs)
 
 
-def test_a_worker_has_no_races():
+@pytest.mark.parametrize("name", ["ragged", "fp8"])
+def test_a_worker_has_no_races(name):
   # Of several, the merge has: the interpreter knows no semaphores, and runs
   # one worker after another.
-  case = _CASES[0]
+  case = next(case for case in _CASES if case.name == name)
   inputs = case.make_inputs()
   state = decode(
     *inputs,
     **case.options,
-    tuning=Tuning(tile_tokens=64, num_stages=2, num_workers=1),
+    tuning=Tuning(
+      tile_tokens=64, num_stages=2, num_wide_k=2, num_wide_v=1, num_workers=1
+    ),
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   _assert_close(case, state, inputs)
@@ -82,7 +97,7 @@ def test_a_gpu_agrees(case):
   inputs = case.make_inputs()
   # Outputs get memory that was NaN before.
   jax.block_until_ready(jnp.full(inputs.q.shape, jnp.nan, jnp.float32))
-  _assert_close(case, micro_attention(*inputs, **case.options), inputs)
+  _assert_close(case, decode(*inputs, **case.options), inputs)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +118,3 @@ def test_what_is_not_covered_names_the_argument(changes, message):
   )
   with pytest.raises(NotImplementedError, match=message):
     decode(*case.make_inputs(), **case.options)
-
-
-def test_a_cpu_is_refused():
-  case = _CASES[0]
-  with pytest.raises(NotImplementedError, match="a GPU kernel; got cpu"):
-    micro_attention(*case.make_inputs(), **case.options)

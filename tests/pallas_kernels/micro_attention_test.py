@@ -60,7 +60,11 @@ def _expected(case: Case) -> AttentionState:
     if not entries:
       continue
     kv = np.concatenate([kv_pool[b, layer] for b, _ in entries], axis=2)
-    kv = np.repeat(kv.astype(np.float64), group, axis=1)  # [2, H, S, D]
+    kv = kv.astype(np.float64)  # [2, K, S, D]
+    if "k_scale" in case.options:
+      scales = [case.options["k_scale"], case.options["v_scale"]]
+      kv *= np.asarray(scales, np.float64)[:, :, None, None]
+    kv = np.repeat(kv, group, axis=1)  # [2, H, S, D]
     positions = np.concatenate(
       [i * block_size + np.arange(block_size) for _, i in entries]
     )
@@ -272,7 +276,7 @@ def _wrong_call(**changes):
   inputs = _inputs(_CASES["decode_ragged"])
   arguments = inputs._asdict() | _CASES["decode_ragged"].options
   for name, change in changes.items():
-    arguments[name] = change(arguments[name])
+    arguments[name] = change(arguments.get(name))
   return micro_attention(**arguments)
 
 
@@ -332,6 +336,21 @@ def _tables_with(**changes):
       "tables.starts must be int32; got float32",
     ),
     ({"scale": lambda _: float("nan")}, "scale must be a finite Python number"),
+    (
+      {"k_scale": lambda _: jnp.ones(2)},
+      "v_scale must be given with the other scale; got None",
+    ),
+    (
+      {"k_scale": lambda _: jnp.ones(3), "v_scale": lambda _: jnp.ones(2)},
+      r"k_scale must be \[K\] = \[2\]; got \[3\]",
+    ),
+    (
+      {
+        "k_scale": lambda _: jnp.ones(2),
+        "v_scale": lambda _: jnp.ones(2, jnp.bfloat16),
+      },
+      "v_scale must be float32; got bfloat16",
+    ),
     ({"scale": lambda _: None}, "scale must be a finite Python number"),
     ({"max_query_tokens": lambda _: 0}, "max_query_tokens must be .* got 0"),
     ({"sliding_window": lambda _: 0}, "sliding_window must be .* got 0"),

@@ -46,20 +46,21 @@ def _assert_right(case: Case, state, inputs):
 
 
 @pytest.mark.parametrize(
-  ("changes", "num_splits"),
+  ("changes", "kv_tile", "num_splits"),
   [
-    ({"padding_queries": 5, "null_entries": 1, "padding_stride": 4}, 1),
-    ({"sliding_window": 19, "is_permuted": True, "num_kv_heads": 2}, 2),
+    ({"padding_queries": 5, "null_entries": 1, "padding_stride": 4}, 64, 1),
+    ({"sliding_window": 19, "is_permuted": True, "num_kv_heads": 2}, 64, 2),
+    ({"kv_lens": (300, 40, 30, 3)}, 192, 1),
   ],
-  ids=["padded", "window_permuted_mha_split"],
+  ids=["padded", "window_permuted_mha_split", "wide_tiles"],
 )
-def test_interpreted_kernel_agrees_with_float64(changes, num_splits):
+def test_interpreted_kernel_agrees_with_float64(changes, kv_tile, num_splits):
   case = dataclasses.replace(_SMALL, **changes)
   inputs = case.make_inputs()
   state = prefill(
     *inputs,
     **case.options,
-    tuning=_INTERPRETED,
+    tuning=dataclasses.replace(_INTERPRETED, kv_tile=kv_tile),
     num_splits=num_splits,
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )

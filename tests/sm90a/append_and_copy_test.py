@@ -6,6 +6,8 @@ import pytest
 
 from pallas_kernels.append_kv import mosaic_gpu as append_kv
 from pallas_kernels.copy_blocks import mosaic_gpu as copy_blocks
+from pallas_kernels.micro_attention import mosaic_gpu
+from pallas_kernels.micro_attention.block_tables import BlockTables
 
 _of = jax.ShapeDtypeStruct
 
@@ -44,6 +46,23 @@ def test_append_casts_on_the_way(sm90a):
   _assert_in_place(*result, pool)
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_append_narrows_on_the_way(sm90a, is_scaled):
+  pool = _of((4096, 32, 2, 8, 64, 128), jnp.float8_e4m3fn)
+  kv, ids = _of((500, 8, 128), jnp.bfloat16), _of((500,), jnp.int32)
+  layer, scale = _of((), jnp.int32), _of((8,), jnp.float32)
+
+  def append(*arguments):
+    *arguments, scale = arguments
+    scale = scale if is_scaled else None
+    return append_kv.append(*arguments, k_scale=scale, v_scale=scale)
+
+  result = sm90a.compile(
+    append, pool, layer, kv, kv, ids, ids, scale, donate_argnums=0
+  )
+  _assert_in_place(*result, pool)
+
+
 def test_unpack_writes_a_donated_pool_in_place(sm90a):
   pool = _of((4096, 32, 2, 8, 64, 128), jnp.bfloat16)
   blocks, ids = _of((64, *pool.shape[1:]), pool.dtype), _of((64,), jnp.int32)
@@ -61,3 +80,47 @@ def test_pack_needs_no_memory_but_its_result(sm90a):
   )
   assert spills == [0]
   assert compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+@pytest.mark.parametrize("query_tokens", [1, 512])
+def test_layers_of_append_and_attention_never_copy_the_pool(
+  sm90a, query_tokens
+):
+  pool = _of((4096, 4, 2, 8, 64, 128), jnp.bfloat16)
+  entries, num_layers = 512, 3
+
+  def ints(*shape):
+    return _of(shape, jnp.int32)
+
+  def program(pool, q, cu_seqlens, positions, tables, ids):
+    for layer in range(num_layers):
+      kv = q[:, :8]
+      pool = append_kv.append(pool, layer, kv, kv, ids, ids)
+      state = mosaic_gpu.micro_attention(
+        q,
+        cu_seqlens,
+        positions,
+        pool,
+        layer,
+        tables,
+        scale=0.1,
+        max_query_tokens=query_tokens,
+      )
+      q += state.out.astype(q.dtype)
+    return pool, q
+
+  compiled, spills = sm90a.compile(
+    program,
+    pool,
+    _of((query_tokens, 32, 128), jnp.bfloat16),
+    ints(2),
+    ints(query_tokens),
+    BlockTables(ints(entries), ints(entries), ints(1), ints(1)),
+    ints(query_tokens),
+    donate_argnums=0,
+  )
+  memory = compiled.memory_analysis()
+  pool_bytes = pool.size * pool.dtype.itemsize
+  assert len(spills) >= 2
+  assert memory.alias_size_in_bytes == pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes / 100

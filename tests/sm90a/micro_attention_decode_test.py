@@ -1,7 +1,5 @@
 """The decode kernel assembles for Hopper: no spills, no memory too many."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,6 +28,7 @@ def _compile(
   block_size=64,
   query_tokens=1,
   dtype=jnp.bfloat16,
+  kv_dtype=None,
   **options,
 ):
   of = jax.ShapeDtypeStruct
@@ -38,19 +37,26 @@ def _compile(
   def ints(*shape):
     return of(shape, jnp.int32)
 
-  return sm90a.compile(
-    functools.partial(
-      decode,
+  def call(*args):
+    *inputs, scales = args
+    return decode(
+      *inputs,
       scale=head_dim**-0.5,
       max_query_tokens=query_tokens,
       **options,
-    ),
+      **scales,
+    )
+
+  names = () if kv_dtype is None else ("k_scale", "v_scale")
+  return sm90a.compile(
+    call,
     of((rows * query_tokens, num_q_heads, head_dim), dtype),
     ints(rows + 1),
     ints(rows * query_tokens),
-    of((5000, 2, 2, num_kv_heads, block_size, head_dim), dtype),
+    of((5000, 2, 2, num_kv_heads, block_size, head_dim), kv_dtype or dtype),
     ints(),
     BlockTables(ints(entries), ints(entries), ints(rows), ints(rows)),
+    {name: of((num_kv_heads,), jnp.float32) for name in names},
   )
 
 
@@ -84,6 +90,28 @@ def test_windows_and_soft_caps_assemble_without_spills(sm90a, query_tokens):
     query_tokens=query_tokens,
     block_size=16,
     dtype=jnp.float16,
+    sliding_window=4096,
+    logit_soft_cap=30.0,
+  )
+  assert spills == [0]
+
+
+@pytest.mark.parametrize("query_tokens", [1, 8])
+@pytest.mark.parametrize(
+  "model",
+  [(32, 8, 128), (8, 1, 128), (32, 32, 128), (32, 1, 64), (16, 2, 256)],
+  ids=str,
+)
+def test_pools_of_8_bits_assemble_without_spills(sm90a, model, query_tokens):
+  num_q_heads, num_kv_heads, head_dim = model
+  _, spills = _compile(
+    sm90a,
+    num_q_heads=num_q_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    query_tokens=query_tokens,
+    kv_dtype=jnp.float8_e4m3fn,
+    block_size=16 if query_tokens > 1 else 64,
     sliding_window=4096,
     logit_soft_cap=30.0,
   )

@@ -10,7 +10,7 @@ from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_prefill import prefill
 
 # What the copying warpgroup knows of an rBlock takes registers, and it has few.
-_MOST_SPILLED = 512
+_MOST_SPILLED = 192
 
 
 def _compile(

@@ -1,0 +1,100 @@
+"""Times of GPU kernels, as the device has them."""
+
+import functools
+import glob
+import gzip
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+
+def slope_us(
+  config: ml_collections.ConfigDict,
+  call: Callable[[int, Any], Any],
+  inputs: Any,
+) -> float:
+  """Microseconds of one call: median slope over calls in one program.
+
+  Args:
+    config: Of the kernel bench; reads `timing`.
+    call: `call(n, inputs)` makes `n` calls and is traced.
+    inputs: Pytree of arrays.
+
+  Returns:
+    The time, with whatever small kernels a call needs beside the large one.
+  """
+  few, many = config.timing.calls
+  programs = [jax.jit(functools.partial(call, n)) for n in (few, many)]
+  for program in programs:
+    jax.block_until_ready(program(inputs))
+  slopes = []
+  for _ in range(config.timing.repeats):
+    elapsed = []
+    for program in programs:
+      started = time.perf_counter()
+      jax.block_until_ready(program(inputs))
+      elapsed.append(time.perf_counter() - started)
+    slopes.append((elapsed[1] - elapsed[0]) / (many - few) * 1e6)
+  return statistics.median(slopes)
+
+
+def profiled_us(
+  config: ml_collections.ConfigDict,
+  call: Callable[[int, Any], Any],
+  inputs: Any,
+  kernel: str,
+) -> list[float]:
+  """Microseconds of every run of one kernel, from the profiler.
+
+  Args:
+    config: Of the kernel bench; reads `timing`.
+    call: `call(n, inputs)` makes `n` calls and is traced.
+    inputs: Pytree of arrays.
+    kernel: Part of the kernel's name on the device.
+
+  Returns:
+    The times, in no order; `repeats` programs of the larger number of calls.
+  """
+  program = jax.jit(functools.partial(call, config.timing.calls[1]))
+  jax.block_until_ready(program(inputs))
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(config.timing.repeats):
+        jax.block_until_ready(program(inputs))
+    times = []
+    for path in glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True):
+      with gzip.open(path) as file:
+        times += device_times(json.load(file)["traceEvents"], kernel)
+  if len(times) < config.timing.repeats * config.timing.calls[1]:
+    raise RuntimeError(f"The profiler saw {len(times)} runs of {kernel!r}.")
+  return times
+
+
+def device_times(events: list[dict[str, Any]], kernel: str) -> list[float]:
+  """Picks the runs of a kernel out of a profile.
+
+  Args:
+    events: Of the trace that the profiler writes.
+    kernel: Part of the kernel's name; the host has events of that name too.
+
+  Returns:
+    Microseconds of each run on a GPU.
+  """
+  devices = {
+    event["pid"]
+    for event in events
+    if event.get("name") == "process_name" and "GPU" in event["args"]["name"]
+  }
+  return [
+    event["dur"]
+    for event in events
+    if event.get("ph") == "X"
+    and event["pid"] in devices
+    and kernel in event["name"]
+  ]
