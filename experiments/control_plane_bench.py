@@ -39,7 +39,7 @@ _AIMS_MS = {"step_ms": 1.0, "planning_round_ms": 100.0}
 _ALLOCATED_BLOCKS = 16
 """rBlocks of each timed allocation: a prefill chunk of 1,024 tokens."""
 
-_PERIOD_S = 0.1
+_PERIOD_S = 0.125  # Sums of it are exact.
 _PLAN_PERIOD_S = 1.0
 
 
