@@ -143,7 +143,9 @@ class LendingConfig:
       instances.
     resend_after_s: Seconds without an answer after which a message is sent
       again.
-    heartbeat_every_s: Seconds between heartbeats.
+    heartbeat_every_s: Seconds between heartbeats, and between renewals of
+      leases.
+    lease_s: Seconds of an owner's silence after which its leases end.
     full_heartbeat_every: Every so many heartbeats one says everything; the
       others say what changed.
     expire_after_s: Seconds of silence after which the gManager forgets an
@@ -164,6 +166,7 @@ class LendingConfig:
   exchange_blocks: int = 16
   resend_after_s: float = 0.5
   heartbeat_every_s: float = 0.1
+  lease_s: float = 10.0
   full_heartbeat_every: int = 10
   expire_after_s: float = 5.0
   leader_lease_s: float = 1.0
@@ -196,10 +199,20 @@ class LendingConfig:
       "group_chunk_s",
       "resend_after_s",
       "heartbeat_every_s",
+      "lease_s",
       "plan_every_s",
       "freeze_s",
     ):
       _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+    # One lost renewal, or one lost answer, must not end a lease.
+    for name in ("resend_after_s", "heartbeat_every_s"):
+      _require(
+        self.lease_s > 2 * getattr(self, name),
+        "lease_s",
+        f"more than twice {name} ({getattr(self, name)!r}), so that one lost"
+        " message ends no lease",
+        self.lease_s,
+      )
     for name in ("expire_after_s", "leader_lease_s"):
       _require(
         getattr(self, name) > 2 * self.heartbeat_every_s,

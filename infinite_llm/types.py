@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Annotated
 
 
@@ -26,6 +27,9 @@ RequestUid = Annotated[int, Range(low=1, high=2**32 - 1)]
 BlockId = Annotated[int, Range(low=0, high=2**31 - 1)]
 # Reservation epoch of an rBlock: uint32; that of a grant is not zero.
 Epoch = Annotated[int, Range(low=0, high=2**32 - 1)]
+
+type FaultPoint = Callable[[str], bool]
+"""Asked at a named point whether a simulation has something go wrong there."""
 
 INSTANCE_AXIS = "instance"
 """Mesh axis over instances: one row of the mesh is one model replica."""

@@ -26,12 +26,20 @@ class BlockPool:
   value (None), a wrong call an `InvariantError` that tells the block's history.
   """
 
-  def __init__(self, instance: InstanceId, num_blocks: int):
+  def __init__(
+    self,
+    instance: InstanceId,
+    num_blocks: int,
+    last_epoch: Epoch = NO_EPOCH,
+  ):
     """Makes a pool in which everything is free.
 
     Args:
       instance: The instance that it belongs to.
       num_blocks: rBlocks of the pool with the null block, at least 2.
+      last_epoch: Epoch after which its own begin. A pool that takes the place
+        of a lost one should begin beyond those, or a payload on its way to the
+        lost one may be accepted.
 
     Raises:
       ConfigError: If there is no block beside the null one.
@@ -45,7 +53,7 @@ class BlockPool:
     self._num_in = dict.fromkeys(BlockState, 0)
     self._num_in[BlockState.FREE] = num_blocks - 1
     self._num_lent = 0
-    self._last_epoch = NO_EPOCH
+    self._last_epoch = last_epoch
 
   @property
   def num_free(self) -> int:

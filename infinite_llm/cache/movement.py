@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from infinite_llm.cache.kv_pool import PoolArrays
-from infinite_llm.types import INSTANCE_AXIS
+from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
 
 
@@ -78,8 +78,8 @@ def grant_epochs(
 ) -> PoolArrays:
   """Records under which epochs rBlocks may be received.
 
-  Also clears their tags: what lay there before proves nothing for the new
-  holder.
+  A grant also clears the tag: what lay there before proves nothing for the new
+  holder. A refusal leaves it, for what has arrived may be in use.
 
   Donates: `pool`, updated in place.
 
@@ -95,5 +95,7 @@ def grant_epochs(
     epoch=pool.epoch.at[block_ids].set(
       jnp.where(block_ids == 0, jnp.uint32(0), epochs)
     ),
-    tag=pool.tag.at[block_ids].set(jnp.uint32(0)),
+    tag=pool.tag.at[jnp.where(epochs != 0, block_ids, NULL_BLOCK_ID)].set(
+      jnp.uint32(0)
+    ),
   )

@@ -211,7 +211,7 @@ class LendingGroup:
       checks = []
       rows = {}
       for uid in mine:
-        slot = _slot(manager, uid)
+        slot = manager.slot(uid)
         rows[uid] = slot
         # Full rBlocks only: a step that failed may have filled the last one
         # further than the books say.
@@ -223,14 +223,7 @@ class LendingGroup:
     for instance, mine in enumerate(uids):
       manager = self.managers[instance]
       for uid in mine:
-        is_proved = bool(proved[instance, _slot(manager, uid)])
+        is_proved = bool(proved[instance, manager.slot(uid)])
         self.num_unproved_moves += not is_proved
         manager.on_verified(uid, is_proved)
     return True
-
-
-def _slot(manager: RManager, uid: RequestUid) -> int:
-  spill = manager.spill(uid)
-  if spill is None:
-    raise InvariantError(f"Request {uid} has moved rBlocks but no spill slot.")
-  return spill.slot

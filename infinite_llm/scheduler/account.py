@@ -8,7 +8,10 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.effects import Move
-from infinite_llm.scheduler.messages import Grant, SlotName
+from infinite_llm.scheduler.lease_messages import (
+  Grant,
+  SlotName,
+)
 from infinite_llm.types import BlockId, Epoch, InstanceId
 
 
@@ -17,7 +20,8 @@ class Phase(enum.Enum):
 
   A borrow goes ASKING, RESERVING, MOVING, COMMITTING, SWITCHED, and from there
   to the next candidate or to IDLE; if it fails after the reservation, RETURNING
-  gives the grants back first.
+  gives the grants back first. A recall goes FETCHING, SWITCHED, RETURNING; if
+  it fails, it ends at once and a sync follows.
   """
 
   IDLE = "idle"
@@ -26,8 +30,31 @@ class Phase(enum.Enum):
   MOVING = "awaiting the exchange"
   COMMITTING = "awaiting the creditor's new table"
   SWITCHED = "awaiting the proof of the moved copies"
+  FETCHING = "awaiting payloads from a creditor"
   RETURNING = "awaiting the end of returned leases"
   SYNCING = "awaiting that creditors install their tables anew"
+
+
+class Reconcile(enum.Enum):
+  """What to do about a request whose step could not be proved."""
+
+  RETRY = "retry"
+  RECOMPUTE = "recompute"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpillInfo:
+  """How a group program names a request with rBlocks elsewhere.
+
+  Attributes:
+    slot: Its spill slot.
+    slot_epoch: Epoch under which it has the slot.
+    versions: Version of each creditor's hosted table to answer with.
+  """
+
+  slot: int
+  slot_epoch: Epoch
+  versions: dict[InstanceId, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +63,8 @@ class PendingMove:
 
   Attributes:
     move: What the data plane is asked to send.
-    old: The copy at home.
-    new: The copy at the creditor.
+    old: The copy to be given up once the other is proved.
+    new: The other copy.
   """
 
   move: Move
@@ -55,6 +82,8 @@ class Borrow:
     creditor: The one being dealt with.
     moves: What moves to it.
     unsent: Those of them whose payload was not exchanged yet.
+    is_planned: The gManager named the creditor, so a refusal of this one says
+      nothing about the others.
     num_moved: rBlocks that moved and were proved, over all creditors.
   """
 
@@ -67,7 +96,21 @@ class Borrow:
     default_factory=list[PendingMove]
   )
   unsent: set[Move] = dataclasses.field(default_factory=set[Move])
+  is_planned: bool = False
   num_moved: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall:
+  """One recall.
+
+  Attributes:
+    creditor: Who sends the rBlocks.
+    moves: What comes home from it.
+  """
+
+  creditor: InstanceId
+  moves: list[PendingMove]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -83,6 +126,7 @@ class Account:
     versions: Version of each creditor's hosted table that steps are to name.
     phase: What is under way.
     borrow: The borrow that is under way, if one is.
+    recall: The recall that is under way, if one is.
     unsynced: Creditors that have not answered a sync.
     must_sync: A sync is due once nothing else is under way.
     has_synced: One was made since a step last succeeded.
@@ -104,6 +148,7 @@ class Account:
   )
   phase: Phase = Phase.IDLE
   borrow: Borrow | None = None
+  recall: Recall | None = None
   unsynced: set[InstanceId] = dataclasses.field(default_factory=set[InstanceId])
   must_sync: bool = False
   has_synced: bool = False
@@ -127,6 +172,14 @@ class Account:
       )
     return self.borrow
 
+  def current_recall(self) -> Recall:
+    """The recall, in a phase that implies one."""
+    if self.recall is None:
+      raise InvariantError(
+        f"Request {self.table.uid} is {self.phase.value} without a recall."
+      )
+    return self.recall
+
   def num_movable(self) -> int:
     """How many rBlocks may move away: those full, proved and at home."""
     return len(self._movable_entries())
@@ -140,15 +193,17 @@ class Account:
     entries = self._movable_entries()
     return tuple(entries.logical_ids[:limit].tolist())
 
-  def is_readable(self) -> bool:
+  def is_settled(self) -> bool:
     """Whether the versions that a step would name are surely installed."""
-    if self.must_sync or self.phase is Phase.SYNCING:
+    if self.is_lost or self.must_sync or self.phase is Phase.SYNCING:
       return False
-    # A release replaces the version that the table was rolled back to.
-    return not (
-      self.phase is Phase.RETURNING
-      and self.current_borrow().creditor in self.table.creditors()
+    if self.phase is not Phase.RETURNING:
+      return True
+    # The release replaces the version that a step would name.
+    creditor = (
+      self.recall.creditor if self.recall else self.current_borrow().creditor
     )
+    return creditor not in self.table.creditors()
 
   def add_leases(self, creditor: InstanceId, grants: tuple[Grant, ...]) -> None:
     """Notes grants of a creditor."""

@@ -6,15 +6,16 @@ Every step waits for the acknowledgement of the last; `Phase` says for which.
 """
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.cache.content_tag import content_tag
 from infinite_llm.cache.rblock import Location
 from infinite_llm.scheduler.account import Account, Borrow, PendingMove, Phase
-from infinite_llm.scheduler.effects import Effect, Move, MoveBlocks
-from infinite_llm.scheduler.mailbox import Outbox
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  Candidates,
-  CandidatesRequest,
+from infinite_llm.scheduler.effects import (
+  Effect,
+  Move,
+  MoveBlocks,
+  full_block_move,
+)
+from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
   Grant,
@@ -24,7 +25,13 @@ from infinite_llm.scheduler.messages import (
   Reserve,
   ReserveReply,
 )
-from infinite_llm.types import InstanceId
+from infinite_llm.scheduler.mailbox import Outbox
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  Candidates,
+  CandidatesRequest,
+)
+from infinite_llm.types import FaultPoint, InstanceId
 
 
 class Borrowing:
@@ -37,13 +44,17 @@ class Borrowing:
       so, and no borrow that got nothing from anybody has shown otherwise since.
   """
 
-  def __init__(self, pool: BlockPool, outbox: Outbox[Account]):
+  def __init__(
+    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+  ):
     """Makes the borrowing side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      faults: What goes wrong.
     """
+    self._faults = faults
     self.has_room = False
     self._pool = pool
     self._outbox = outbox
@@ -55,6 +66,15 @@ class Borrowing:
     account.phase = Phase.ASKING
     request = CandidatesRequest(num_blocks=num_blocks)
     self._outbox.ask(GMANAGER, request, account)
+
+  def begin_planned(
+    self, account: Account, num_blocks: int, creditor: InstanceId
+  ) -> None:
+    """As `begin`, but to one creditor that was named."""
+    account.borrow = Borrow(
+      wanted=num_blocks, candidates=[creditor], is_planned=True
+    )
+    self._try_next(account)
 
   def on_candidates(self, account: Account, reply: Candidates) -> None:
     """Asks the first candidate for rBlocks."""
@@ -89,6 +109,11 @@ class Borrowing:
       return
     borrow.unsent.remove(move)
     if borrow.unsent:
+      return
+    if self._faults(Place.COMMIT_SKIPPED):
+      creditor = move.dst_instance
+      version = account.versions.get(creditor, 0)
+      self.on_committed(account, creditor, CommitReply(table_version=version))
       return
     account.phase = Phase.COMMITTING
     commit = Commit(
@@ -139,6 +164,25 @@ class Borrowing:
       account.versions[creditor] = reply.table_version
     self._try_next(account)
 
+  def abandon(self, account: Account) -> None:
+    """Lets go of what the table of an account to be closed does not name."""
+    is_switched = account.phase is Phase.SWITCHED
+    if is_switched or self._faults(Place.FREED_TWICE):
+      for pending in account.current_borrow().moves:
+        self._pool.free(pending.old.block_id, account.table.uid)
+
+  def on_restarted(self, account: Account, creditor: InstanceId) -> None:
+    """Ends a borrow from a creditor that lost everything."""
+    borrow = account.current_borrow()
+    is_reserving = account.phase in (Phase.ASKING, Phase.RESERVING)
+    if borrow.creditor != creditor or is_reserving:
+      return
+    for pending in borrow.moves:
+      self._pool.cancel_move(pending.old.block_id)
+      if account.phase is Phase.SWITCHED:
+        account.table.switch(pending.move.logical_id, pending.old)
+    self._end(account)
+
   def drain_effects(self) -> list[Effect]:
     """Takes what the data plane is to do now, in order."""
     effects, self._effects = self._effects, []
@@ -149,10 +193,9 @@ class Borrowing:
     wanted = min(borrow.wanted, account.num_movable())
     is_over = wanted == 0 or account.must_sync or account.is_lost
     if is_over or not borrow.candidates:
-      if not is_over and borrow.num_moved == 0:
+      if not (is_over or borrow.num_moved or borrow.is_planned):
         self.has_room = False
-      account.borrow = None
-      account.phase = Phase.IDLE
+      self._end(account)
       return
     borrow.creditor = borrow.candidates.pop(0)
     account.phase = Phase.RESERVING
@@ -160,6 +203,10 @@ class Borrowing:
       uid=account.table.uid, slot=account.current_slot(), num_blocks=wanted
     )
     self._outbox.ask(borrow.creditor, request, account)
+
+  def _end(self, account: Account) -> None:
+    account.borrow = None
+    account.phase = Phase.IDLE
 
   def _begin_move(
     self,
@@ -174,22 +221,7 @@ class Borrowing:
     new = Location(
       instance=creditor, block_id=grant.block_id, epoch=grant.epoch
     )
-    move = Move(
-      uid=table.uid,
-      logical_id=logical_id,
-      src_instance=old.instance,
-      src_block=old.block_id,
-      src_tag=table.tag(logical_id, table.block_size),
-      dst_instance=creditor,
-      dst_block=grant.block_id,
-      dst_epoch=grant.epoch,
-      dst_tag=content_tag(
-        uid=table.uid,
-        logical_id=logical_id,
-        epoch=grant.epoch,
-        filled=table.block_size,
-      ),
-    )
+    move = full_block_move(table.uid, logical_id, old, new, table.block_size)
     return PendingMove(move=move, old=old, new=new)
 
   def _return_copies(self, account: Account) -> None:

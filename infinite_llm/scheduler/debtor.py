@@ -5,83 +5,75 @@ copy goes only when the new one was proved (`DESIGN.md` section 5, rule 2).
 """
 
 import collections
-import dataclasses
-import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
+from infinite_llm.config import LendingConfig
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.account import Account, Phase
-from infinite_llm.scheduler.borrowing import Borrowing
+from infinite_llm.scheduler.account import (
+  Account,
+  Phase,
+  Reconcile,
+  SpillInfo,
+)
 from infinite_llm.scheduler.effects import Effect, Move
+from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.lease_messages import (
+  Renew,
+  Reserve,
+)
+from infinite_llm.scheduler.leases import LeaseTrust
 from infinite_llm.scheduler.mailbox import Outbox, Pending
 from infinite_llm.scheduler.messages import (
   Candidates,
-  CommitReply,
-  Grant,
-  HostedEntry,
-  Release,
-  ReleaseReply,
   Reply,
   RequestBlocks,
-  Reserve,
-  ReserveReply,
-  Sync,
-  SyncReply,
 )
 from infinite_llm.scheduler.spill_slots import SpillSlotPool
-from infinite_llm.types import Epoch, InstanceId, RequestUid
+from infinite_llm.scheduler.transfers import Transfers
+from infinite_llm.types import FaultPoint, InstanceId, RequestUid
 
 _MAX_REFUTED = 2
 """Moves in a row that are not proved before a request's KV is given up."""
 
 
-class Reconcile(enum.Enum):
-  """What to do about a request whose step could not be proved."""
-
-  RETRY = "retry"
-  RECOMPUTE = "recompute"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpillInfo:
-  """How a group program names a request with rBlocks elsewhere.
+class Debtor:
+  """Keeps the accounts of this instance's requests.
 
   Attributes:
-    slot: Its spill slot.
-    slot_epoch: Epoch under which it has the slot.
-    versions: Version of each creditor's hosted table to answer with.
+    is_frozen: Requests get no rBlocks for now, neither here nor elsewhere.
   """
-
-  slot: int
-  slot_epoch: Epoch
-  versions: dict[InstanceId, int]
-
-
-class Debtor:
-  """Keeps the accounts of this instance's requests."""
 
   def __init__(
     self,
     pool: BlockPool,
     block_size: int,
-    spill_slots: int,
+    lending: LendingConfig,
+    clock: Callable[[], float],
     outbox: Outbox[Account],
+    faults: FaultPoint,
   ):
     """Makes a debtor without requests.
 
     Args:
       pool: The instance's rBlocks.
       block_size: P, tokens per rBlock.
-      spill_slots: Requests that may have rBlocks elsewhere at once.
+      lending: How many requests may have rBlocks elsewhere, and how long
+        leases live.
+      clock: Monotonic seconds.
       outbox: Takes its messages.
+      faults: What goes wrong.
     """
+    self._faults = faults
+    self.is_frozen = False
     self._pool = pool
     self._block_size = block_size
+    self._clock = clock
     self._outbox = outbox
-    self._slots = SpillSlotPool(spill_slots)
-    self._borrowing = Borrowing(pool, outbox)
+    self._slots = SpillSlotPool(lending.spill_slots)
+    self._trust = LeaseTrust(lending.lease_s, clock)
+    self._transfers = Transfers(pool, outbox, faults)
     self._accounts: dict[RequestUid, Account] = {}
     self._closed: list[Account] = []
 
@@ -89,6 +81,10 @@ class Debtor:
   def num_free_slots(self) -> int:
     """Spill slots that no request has."""
     return self._slots.num_free
+
+  def is_open(self, uid: RequestUid) -> bool:
+    """Whether a request is open."""
+    return uid in self._accounts
 
   @property
   def num_open(self) -> int:
@@ -116,6 +112,8 @@ class Debtor:
   def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
     """Adds local rBlocks to a request, all or none."""
     account = self.account(uid)
+    if self.is_frozen:
+      return False
     locations = self._pool.allocate(num_blocks, uid)
     if locations is None:
       return False
@@ -145,9 +143,7 @@ class Debtor:
     account.is_closed = True
     for _, location in account.table.hosted_entries(self._pool.instance):
       self._pool.free(location.block_id, uid)
-    if account.phase is Phase.SWITCHED:
-      for pending in account.current_borrow().moves:
-        self._pool.free(pending.old.block_id, uid)
+    self._transfers.abandon(account)
     # Only its answer tells whether a reservation left something to give back.
     self._outbox.give_up(
       lambda pending: (
@@ -155,8 +151,10 @@ class Debtor:
       )
     )
     self._closed.append(account)
+    if self._faults(Place.RELEASE_FORGOTTEN):
+      account.leases.clear()
     for creditor in tuple(account.leases):
-      self._give_back(account, creditor, account.grants_of(creditor))
+      self._transfers.give_back(account, creditor, account.grants_of(creditor))
     self._settle(account)
 
   def spill(self, uid: RequestUid) -> SpillInfo | None:
@@ -174,15 +172,24 @@ class Debtor:
       versions={creditor: account.versions[creditor] for creditor in creditors},
     )
 
+  def is_readable(self, uid: RequestUid) -> bool:
+    """Whether all that a step over a request reads is surely there."""
+    account = self.account(uid)
+    return account.is_settled() and all(
+      self._trust.holds(creditor) or self._faults(Place.TRUST_UNLIMITED)
+      for creditor in account.table.creditors()
+    )
+
   def reconcile(self, uid: RequestUid) -> Reconcile:
     """Reacts to a step of a request that could not be proved."""
     account = self.account(uid)
     if account.is_lost:
       return Reconcile.RECOMPUTE
-    if not account.is_readable():
+    if not self.is_readable(uid):
       return Reconcile.RETRY
     if account.phase is Phase.SWITCHED:
-      self._borrowing.roll_back(account)
+      self._transfers.roll_back(account)
+      self._settle(account)
       return Reconcile.RETRY
     if account.has_synced or not account.table.creditors():
       return Reconcile.RECOMPUTE
@@ -212,22 +219,48 @@ class Debtor:
     """Starts to move a request's oldest rBlocks to creditors."""
     account = self.account(uid)
     wanted = min(num_blocks, self.movable_blocks(uid))
-    if wanted <= 0 or not self._borrowing.has_room:
+    if wanted <= 0 or self.is_frozen or not self._transfers.borrowing.has_room:
       return False
     account.slot = account.slot or self._slots.take()
-    self._borrowing.begin(account, wanted)
+    self._transfers.borrowing.begin(account, wanted)
+    return True
+
+  def move_kvcache(
+    self, uid: RequestUid, num_blocks: int, dst: InstanceId
+  ) -> bool:
+    """Starts to move a request's oldest rBlocks to one creditor."""
+    account = self.account(uid)
+    wanted = min(num_blocks, self.movable_blocks(uid))
+    if wanted <= 0 or self.is_frozen:
+      return False
+    account.slot = account.slot or self._slots.take()
+    self._transfers.borrowing.begin_planned(account, wanted, dst)
+    return True
+
+  def recall_kvcache(
+    self, uid: RequestUid, num_blocks: int, src: InstanceId
+  ) -> bool:
+    """Starts to move a request's newest rBlocks at a creditor home."""
+    account = self.account(uid)
+    if account.phase is not Phase.IDLE or not self.is_readable(uid):
+      return False
+    num_there = len(account.table.hosted_entries(src))
+    wanted = min(num_blocks, num_there, self._pool.num_free)
+    if wanted <= 0:
+      return False
+    self._transfers.recalling.begin(account, src, wanted)
     return True
 
   def on_status(self, has_room: bool) -> None:
     """Notes whether any other instance would lend."""
-    self._borrowing.has_room = has_room
+    self._transfers.borrowing.has_room = has_room
 
   def on_exchanged(self, moves: Iterable[Move]) -> None:
     """Notes that payloads were sent; those of closed requests are ignored."""
     for move in moves:
       account = self._accounts.get(move.uid)
       if account:
-        self._borrowing.on_exchanged(account, move)
+        self._transfers.borrowing.on_exchanged(account, move)
 
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
@@ -242,15 +275,15 @@ class Debtor:
     account = self._accounts.get(uid)
     if account is None or account.phase is not Phase.SWITCHED:
       return
-    if is_proved:
+    if is_proved or self._faults(Place.PROOF_SKIPPED):
       account.num_refuted = 0
-      self._borrowing.on_proved(account)
+      self._transfers.on_proved(account)
     else:
       account.num_refuted += 1
       # The old copies themselves, or rBlocks that did not move, may be what
       # cannot be proved, and no step will tell while the request lacks room.
       account.is_lost |= account.num_refuted >= _MAX_REFUTED
-      self._borrowing.roll_back(account)
+      self._transfers.roll_back(account)
     self._settle(account)
 
   def borrowed(self) -> dict[InstanceId, int]:
@@ -287,52 +320,59 @@ class Debtor:
     """
     account = pending.context
     if isinstance(reply, Candidates):
-      self._borrowing.on_candidates(account, reply)
+      self._transfers.borrowing.on_candidates(account, reply)
     elif isinstance(pending.receiver, int):
-      self._on_creditor(account, pending.receiver, pending, reply)
+      creditor = pending.receiver
+      self.on_acknowledged(creditor, pending.first_s)
+      self._transfers.on_reply(creditor, pending, reply)
+      if not self._trust.is_recent(pending.first_s):
+        # The leases that it speaks of may have ended since.
+        account.must_sync |= creditor in account.table.creditors()
     self._settle(account)
+
+  def on_acknowledged(self, creditor: InstanceId, sent_s: float) -> None:
+    """Notes that a creditor heard a message that was first sent at `sent_s`."""
+    self._end_lapsed_trust()
+    self._trust.acknowledge(creditor, sent_s)
+
+  def on_restarted(self, creditor: InstanceId) -> None:
+    """Gives up what lay at a creditor that began anew."""
+    self._trust.forget(creditor)
+    # A reservation is asked of the new incarnation; all else named old leases.
+    self._outbox.give_up(
+      lambda pending: (
+        pending.receiver == creditor and not isinstance(pending.body, Reserve)
+      )
+    )
+    for account in (*self._accounts.values(), *self._closed):
+      account.leases.pop(creditor, None)
+      if not account.is_closed:
+        self._transfers.on_restarted(account, creditor)
+        account.is_lost |= creditor in account.table.creditors()
+      self._settle(account)
+
+  def tick(self) -> None:
+    """Stops to trust leases whose creditors did not answer for too long."""
+    self._end_lapsed_trust()
+
+  def renew(self) -> None:
+    """Tells all creditors that this owner lives."""
+    for creditor in sorted(self.borrowed()):
+      self._outbox.tell(creditor, Renew(sent_s=self._clock()))
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the data plane is to do now, in order."""
-    return self._borrowing.drain_effects()
+    return self._transfers.drain_effects()
 
-  def _on_creditor(
-    self,
-    account: Account,
-    creditor: InstanceId,
-    pending: Pending[Account],
-    reply: Reply,
-  ) -> None:
-    match pending.body, reply:
-      case Reserve(), ReserveReply() if account.is_closed:
-        account.add_leases(creditor, reply.grants)
-        self._give_back(account, creditor, reply.grants)
-      case Reserve(), ReserveReply():
-        self._borrowing.on_reserved(account, creditor, reply)
-      case _, CommitReply():
-        self._borrowing.on_committed(account, creditor, reply)
-      case Release(grants=grants), ReleaseReply():
-        account.end_leases(creditor, grants)
-        if not account.is_closed:
-          self._borrowing.on_returned(account, creditor, reply)
-      case _, SyncReply():
-        self._on_synced(account, creditor, reply)
-      case _:
-        raise InvariantError(
-          f"{type(reply).__name__} from instance {creditor} does not answer"
-          f" {type(pending.body).__name__}."
-        )
-
-  def _on_synced(
-    self, account: Account, creditor: InstanceId, reply: SyncReply
-  ) -> None:
-    account.unsynced.discard(creditor)
-    if reply.table_version is None:
-      account.is_lost = True
-    else:
-      account.versions[creditor] = reply.table_version
-    if not account.unsynced:
-      account.phase = Phase.IDLE
+  def _end_lapsed_trust(self) -> None:
+    for creditor in self._trust.take_lapsed():
+      if self._faults(Place.TRUST_UNLIMITED):
+        continue
+      for account in self._accounts.values():
+        is_read = creditor in account.table.creditors()
+        if is_read and creditor not in account.unsynced:
+          account.must_sync = True
+          self._settle(account)
 
   def _settle(self, account: Account) -> None:
     """Does what is due once nothing else is under way with an account."""
@@ -341,36 +381,10 @@ class Debtor:
         self._closed.remove(account)
         self._give_slot_back(account)
     elif account.phase is Phase.IDLE:
-      if account.must_sync:
-        account.must_sync = False
-        self._begin_sync(account)
-      if not account.leases:
+      if account.must_sync and not account.is_lost:
+        self._transfers.syncing.begin(account)
+      if not (account.leases or account.table.creditors()):
         self._give_slot_back(account)
-
-  def _begin_sync(self, account: Account) -> None:
-    """Has all creditors of an account install its tables anew."""
-    account.unsynced = set(account.table.creditors())
-    for creditor in account.table.creditors():
-      account.phase = Phase.SYNCING
-      sync = Sync(
-        uid=account.table.uid,
-        slot=account.current_slot(),
-        entries=tuple(
-          HostedEntry(
-            logical_id=logical_id,
-            grant=Grant(block_id=location.block_id, epoch=location.epoch),
-          )
-          for logical_id, location in account.table.hosted_entries(creditor)
-        ),
-      )
-      self._outbox.ask(creditor, sync, account)
-
-  def _give_back(
-    self, account: Account, creditor: InstanceId, grants: tuple[Grant, ...]
-  ) -> None:
-    if grants:
-      release = Release(slot=account.current_slot(), grants=grants)
-      self._outbox.ask(creditor, release, account)
 
   def _give_slot_back(self, account: Account) -> None:
     if account.slot is not None:

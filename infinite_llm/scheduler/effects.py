@@ -5,12 +5,14 @@ The data plane carries effects out in the order in which a manager emits them.
 
 import dataclasses
 
+from infinite_llm.cache.content_tag import content_tag
+from infinite_llm.cache.rblock import Location
 from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrantEpochs:
-  """A creditor's device is to accept payloads only under these epochs.
+  """A receiver's device is to accept payloads only under these epochs.
 
   Attributes:
     block_ids: rBlocks of the instance that emits this.
@@ -28,12 +30,12 @@ class Move:
   Attributes:
     uid: Request that it belongs to.
     logical_id: Its number in the request.
-    src_instance: The owner, who holds it now.
+    src_instance: Who holds it now: the owner, or a creditor whom it recalls.
     src_block: Its place there.
     src_tag: Content tag that it must have there.
-    dst_instance: The creditor.
+    dst_instance: The creditor, or the owner.
     dst_block: Its place there.
-    dst_epoch: Epoch under which the creditor granted that place.
+    dst_epoch: Epoch under which that place was granted.
     dst_tag: Content tag that it has there.
   """
 
@@ -53,10 +55,44 @@ class MoveBlocks:
   """rBlocks to send, as soon as the exchange has room.
 
   Attributes:
-    moves: All from the instance that emits this, to one creditor.
+    moves: All from the instance that emits this to one other.
   """
 
   moves: tuple[Move, ...]
+
+
+def full_block_move(
+  uid: RequestUid, logical_id: int, old: Location, new: Location, filled: int
+) -> Move:
+  """Names the sending of a full rBlock from one place to another.
+
+  Args:
+    uid: Request that it belongs to.
+    logical_id: Its number in the request.
+    old: Where it lies.
+    new: Where it is to lie.
+    filled: P, tokens in it.
+
+  Returns:
+    The move, with the content tag that the rBlock has under each epoch.
+  """
+  src_tag, dst_tag = (
+    content_tag(
+      uid=uid, logical_id=logical_id, epoch=location.epoch, filled=filled
+    )
+    for location in (old, new)
+  )
+  return Move(
+    uid=uid,
+    logical_id=logical_id,
+    src_instance=old.instance,
+    src_block=old.block_id,
+    src_tag=src_tag,
+    dst_instance=new.instance,
+    dst_block=new.block_id,
+    dst_epoch=new.epoch,
+    dst_tag=dst_tag,
+  )
 
 
 type Effect = GrantEpochs | MoveBlocks

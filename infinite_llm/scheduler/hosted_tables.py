@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 
 from infinite_llm.cache.block_entries import EntrySpan
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import (
+  SlotName,
+)
 from infinite_llm.types import BlockId, Epoch, InstanceId
 
 
@@ -131,6 +133,27 @@ class HostedTables:
     previous = table.current if table else None
     return self._install(owner, slot, dict(entries), previous)
 
+  def retire(
+    self, owner: InstanceId, slot: SlotName, block_ids: Iterable[BlockId]
+  ) -> int | None:
+    """Installs a next version with fewer entries; the previous one stays.
+
+    The owner has its own copies of these rBlocks, and may yet return to ours.
+
+    Args:
+      owner: Whose slot it is.
+      slot: Which slot.
+      block_ids: rBlocks that the next version is not to name.
+
+    Returns:
+      The new version; None if the slot has no table.
+    """
+    table = self.table(owner, slot)
+    if table is None:
+      return None
+    left = _without(table.logical_ids, set(block_ids))
+    return self._install(owner, slot, left, table.current)
+
   def remove(
     self, owner: InstanceId, slot: SlotName, block_ids: Iterable[BlockId]
   ) -> int | None:
@@ -155,8 +178,15 @@ class HostedTables:
     previous = table.previous.block_ids.tolist() if table.previous else ()
     if removed.isdisjoint(table.logical_ids) and removed.isdisjoint(previous):
       return table.version
-    left = {b: n for b, n in table.logical_ids.items() if b not in removed}
+    left = _without(table.logical_ids, removed)
     return self._install(owner, slot, left, None)
+
+  def drop(self, owner: InstanceId) -> None:
+    """Forgets all tables of an owner whose leases have ended."""
+    dropped = [key for key in self._tables if key[0] == owner]
+    for key in dropped:
+      del self._tables[key]
+    self.generation += bool(dropped)
 
   def versions(self) -> tuple[HostedVersion, ...]:
     """All versions that an owner may name, by owner and slot, newest first."""
@@ -215,3 +245,9 @@ def _ascending(entries: dict[BlockId, int]) -> tuple[list[BlockId], list[int]]:
   """`block_ids` and `logical_ids`, by rising logical number."""
   block_ids = sorted(entries, key=entries.__getitem__)
   return block_ids, [entries[block_id] for block_id in block_ids]
+
+
+def _without(
+  entries: dict[BlockId, int], block_ids: set[BlockId]
+) -> dict[BlockId, int]:
+  return {b: n for b, n in entries.items() if b not in block_ids}

@@ -4,9 +4,12 @@ import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from infinite_llm.errors import MessageError, Refusal
+from infinite_llm.scheduler.fault_points import Place, no_fault
+from infinite_llm.scheduler.lease_messages import (
+  Introduction,
+  Renewed,
+)
 from infinite_llm.scheduler.messages import (
-  ANSWER_TO,
   GMANAGER,
   Address,
   Body,
@@ -15,6 +18,7 @@ from infinite_llm.scheduler.messages import (
   Reply,
   Request,
 )
+from infinite_llm.types import FaultPoint
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -25,12 +29,14 @@ class Pending[Context]:
     receiver: Who is to answer.
     body: What was asked.
     context: What the asker needs to go on.
+    first_s: When it was first sent.
     sent_s: When it was last sent.
   """
 
   receiver: Address
   body: Request
   context: Context
+  first_s: float
   sent_s: float
 
 
@@ -57,6 +63,7 @@ class Outbox[Context]:
     self._clock = clock
     self._resend_after_s = resend_after_s
     self._last_seq = 0
+    self._incarnation_of: dict[Address, int] = {}
     self._leader: GManagerAddress = GMANAGER
     self._pending: dict[int, Pending[Context]] = {}
     self._outgoing: list[Envelope] = []
@@ -70,8 +77,9 @@ class Outbox[Context]:
       context: Given back with the answer.
     """
     self._last_seq += 1
+    now = self._clock()
     pending = Pending(
-      receiver=receiver, body=body, context=context, sent_s=self._clock()
+      receiver=receiver, body=body, context=context, first_s=now, sent_s=now
     )
     self._pending[self._last_seq] = pending
     self._send(self._last_seq, self._route(receiver), body)
@@ -94,13 +102,13 @@ class Outbox[Context]:
   def ask_leader(self, leader: GManagerAddress) -> None:
     """Asks another gManager from now on, also what has no answer yet."""
     self._leader = leader
-    now = self._clock()
     for seq, pending in self._pending.items():
       if pending.receiver == GMANAGER:
-        pending.sent_s = now
-        self._send(seq, self._route(GMANAGER), pending.body)
+        self._resend_one(seq, pending)
 
-  def reply(self, request: Envelope, body: Reply) -> None:
+  def reply(
+    self, request: Envelope, body: Reply | Renewed | Introduction
+  ) -> None:
     """Answers a request."""
     answer = Envelope(
       sender=self._sender,
@@ -108,20 +116,18 @@ class Outbox[Context]:
       incarnation=request.incarnation,
       seq=request.seq,
       body=body,
+      responder=self._incarnation,
     )
     self._outgoing.append(answer)
 
-  def take_answered(self, reply: Envelope) -> Pending[Context] | None:
-    """Finds the request that an answer belongs to, and ends it.
+  def find(self, reply: Envelope) -> Pending[Context] | None:
+    """Finds the request that an answer belongs to.
 
     Args:
       reply: An answer.
 
     Returns:
       The request; None if it was answered or given up before.
-
-    Raises:
-      MessageError: If it is an answer to something else than was asked.
     """
     pending = self._pending.get(reply.seq)
     if (
@@ -130,14 +136,11 @@ class Outbox[Context]:
       or self._route(pending.receiver) != reply.sender
     ):
       return None
-    wanted = ANSWER_TO[type(pending.body)]
-    if type(reply.body) is not wanted:
-      raise MessageError(
-        Refusal.MISDIRECTED,
-        f"The answer to request {reply.seq} must be a {wanted.__name__}; got"
-        f" {type(reply.body).__name__}.",
-      )
-    return self._pending.pop(reply.seq)
+    return pending
+
+  def end(self, seq: int) -> None:
+    """Notes that a request has its answer."""
+    del self._pending[seq]
 
   def give_up(self, unwanted: Callable[[Pending[Context]], bool]) -> None:
     """Stops asking; answers that come all the same are ignored."""
@@ -151,18 +154,32 @@ class Outbox[Context]:
     """Whether a request of this context has no answer yet."""
     return any(p.context is context for p in self._pending.values())
 
+  def introduce(self, receiver: Address, incarnation: int) -> None:
+    """Means messages for this incarnation of a receiver from now on.
+
+    What it has not answered is asked again: it executes nothing that was meant
+    for another.
+    """
+    self._incarnation_of[receiver] = incarnation
+    for seq, pending in self._pending.items():
+      if pending.receiver == receiver:
+        self._resend_one(seq, pending)
+
   def resend(self) -> None:
     """Sends those requests again that waited too long."""
     now = self._clock()
     for seq, pending in self._pending.items():
       if now - pending.sent_s >= self._resend_after_s:
-        pending.sent_s = now
-        self._send(seq, self._route(pending.receiver), pending.body)
+        self._resend_one(seq, pending)
 
   def drain(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
     outgoing, self._outgoing = self._outgoing, []
     return outgoing
+
+  def _resend_one(self, seq: int, pending: Pending[Context]) -> None:
+    pending.sent_s = self._clock()
+    self._send(seq, self._route(pending.receiver), pending.body)
 
   def _route(self, receiver: Address) -> Address:
     return self._leader if receiver == GMANAGER else receiver
@@ -180,6 +197,7 @@ class Outbox[Context]:
       seq=seq,
       body=body,
       settled=min(awaited, default=seq),
+      meant_for=self._incarnation_of.get(receiver, 0),
     )
     self._outgoing.append(envelope)
 
@@ -190,8 +208,8 @@ class _Heard:
 
   incarnation: int = 0
   settled: int = 0
-  replies: dict[int, Reply] = dataclasses.field(
-    default_factory=dict[int, Reply]
+  replies: dict[int, Reply | None] = dataclasses.field(
+    default_factory=dict[int, Reply | None]
   )
 
 
@@ -202,22 +220,29 @@ class Inbox:
   older than that is a late repetition and is dropped.
   """
 
-  def __init__(self):
+  def __init__(self, faults: FaultPoint = no_fault):
+    """Makes an inbox that has heard of nobody.
+
+    Args:
+      faults: What goes wrong.
+    """
+    self._faults = faults
     self._heard: collections.defaultdict[Address, _Heard] = (
       collections.defaultdict(_Heard)
     )
 
   def answer(
-    self, request: Envelope, execute: Callable[[], Reply]
+    self, request: Envelope, execute: Callable[[], Reply | None]
   ) -> Reply | None:
     """Executes a request, unless that was done before.
 
     Args:
       request: The request.
-      execute: Does what it asks.
+      execute: Does what it asks; None if the answer comes `later`.
 
     Returns:
-      The answer, the same for every repetition; None if nobody awaits one.
+      The answer, the same for every repetition; None if nobody awaits one, or
+      it is still to come.
     """
     heard = self._heard[request.sender]
     if request.incarnation > heard.incarnation:
@@ -232,6 +257,25 @@ class Inbox:
         for seq, reply in heard.replies.items()
         if seq >= request.settled
       }
-    if request.seq not in heard.replies:
+    is_new = request.seq not in heard.replies
+    if is_new or self._faults(Place.REPETITION_EXECUTED):
       heard.replies[request.seq] = execute()
     return heard.replies[request.seq]
+
+  def later(self, request: Envelope, reply: Reply) -> bool:
+    """Keeps the answer to a request that took some time.
+
+    Args:
+      request: A request that was executed without an answer.
+      reply: Its answer.
+
+    Returns:
+      Whether the sender may still await it.
+    """
+    heard = self._heard[request.sender]
+    is_awaited = (
+      request.incarnation == heard.incarnation and request.seq in heard.replies
+    )
+    if is_awaited:
+      heard.replies[request.seq] = reply
+    return is_awaited

@@ -1,19 +1,35 @@
 """What managers say to each other.
 
-A *request* (`Reserve`, `Commit`, `Release`, `Sync`, `CandidatesRequest`) is
-sent again until its answer arrives; its receiver executes it once and answers
-repetitions with the same answer. All others are sent once. A heartbeat says
-what changed since the last one; if that was lost, the gManager asks for all.
+A *request* (`Reserve`, `Commit`, `Release`, `Sync`, `Fetch`,
+`CandidatesRequest`) is sent again until its answer arrives; its receiver
+executes it once and answers repetitions with the same answer. All others are
+sent once. A heartbeat says what changed since the last one; if that was lost,
+the gManager asks for all.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Final, Literal
 
+from infinite_llm.scheduler.lease_messages import (
+  Commit,
+  CommitReply,
+  Fetch,
+  FetchReply,
+  Introduction,
+  LeaseReply,
+  LeaseRequest,
+  Release,
+  ReleaseReply,
+  Renew,
+  Renewed,
+  Reserve,
+  ReserveReply,
+  Sync,
+  SyncReply,
+)
 from infinite_llm.types import (
   NO_EPOCH,
-  NULL_BLOCK_ID,
-  BlockId,
   Epoch,
   InstanceId,
   PoolCounts,
@@ -31,51 +47,6 @@ type Address = InstanceId | GManagerAddress
 
 type BlocksOf = tuple[tuple[InstanceId, int], ...]
 """`(instance, number of rBlocks)`, by rising instance."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SlotName:
-  """A spill slot of an owner while one request has it.
-
-  Attributes:
-    slot: Its number, from 0.
-    epoch: Rises each time the owner gives the slot to a request.
-  """
-
-  slot: int
-  epoch: Epoch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Grant:
-  """An rBlock that a creditor keeps for the debtor who asked.
-
-  Attributes:
-    block_id: Its place in the creditor's pool.
-    epoch: The reservation's epoch; with the creditor it names the lease.
-  """
-
-  block_id: BlockId
-  epoch: Epoch
-
-  def __post_init__(self):
-    if self.block_id == NULL_BLOCK_ID or self.epoch == NO_EPOCH:
-      raise ValueError(
-        f"A grant must name a real rBlock and epoch; got {self}."
-      )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class HostedEntry:
-  """A line of a hosted table: which rBlock of a request a lease holds.
-
-  Attributes:
-    logical_id: Number of the rBlock in its request.
-    grant: Where it lies at the creditor.
-  """
-
-  logical_id: int
-  grant: Grant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,121 +179,15 @@ class Candidates:
   instances: tuple[InstanceId, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reserve:
-  """A debtor asks a creditor to keep rBlocks for it.
-
-  Attributes:
-    uid: The request whose rBlocks are to move.
-    slot: Spill slot that the request has.
-    num_blocks: How many are wanted.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  num_blocks: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReserveReply:
-  """What the creditor keeps.
-
-  Attributes:
-    grants: As many as wanted or fewer; none is a refusal.
-  """
-
-  grants: tuple[Grant, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Commit:
-  """The payloads are sent: the creditor is to serve them.
-
-  Attributes:
-    uid: The request.
-    slot: Its spill slot.
-    entries: rBlocks to add to the slot's hosted table.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  entries: tuple[HostedEntry, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CommitReply:
-  """How a commit ended.
-
-  Attributes:
-    table_version: Version of the hosted table that has the new entries; None
-      if a lease is unknown, in which case nothing was changed.
-  """
-
-  table_version: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Release:
-  """A debtor gives rBlocks back. Unknown leases are given back already.
-
-  Attributes:
-    slot: Spill slot of the request that had them.
-    grants: The leases that end.
-  """
-
-  slot: SlotName
-  grants: tuple[Grant, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReleaseReply:
-  """The leases have ended.
-
-  Attributes:
-    table_version: Version of the slot's hosted table without them; None if the
-      creditor has no table for the slot.
-  """
-
-  table_version: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sync:
-  """A debtor says what the creditor should be hosting for a request.
-
-  Attributes:
-    uid: The request.
-    slot: Its spill slot.
-    entries: All of its rBlocks there.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  entries: tuple[HostedEntry, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SyncReply:
-  """Whether the creditor hosts all that.
-
-  Attributes:
-    table_version: Version under which just these entries are installed anew;
-      None if some are missing, in which case nothing was changed.
-    missing: Logical numbers of the rBlocks that it does not host.
-  """
-
-  table_version: int | None
-  missing: tuple[int, ...]
-
-
-type LeaseRequest = Reserve | Commit | Release | Sync
-type LeaseReply = ReserveReply | CommitReply | ReleaseReply | SyncReply
 type Request = LeaseRequest | CandidatesRequest
 type Reply = LeaseReply | Candidates
 type Plan = MoveKvcache | RecallKvcache
 type Body = (
   Request
   | Reply
+  | Renew
+  | Renewed
+  | Introduction
   | Heartbeat
   | FullHeartbeatRequest
   | ClusterStatus
@@ -336,6 +201,7 @@ ANSWER_TO: Final[Mapping[type[Request], type[Reply]]] = {
   Commit: CommitReply,
   Release: ReleaseReply,
   Sync: SyncReply,
+  Fetch: FetchReply,
 }
 """Which kind of answer each kind of request gets."""
 
@@ -353,6 +219,9 @@ class Envelope:
     body: What it says.
     settled: The sender needs no answer any more from this receiver to requests
       with smaller numbers; 0 in answers.
+    meant_for: The receiver's incarnation that a debtor's message is for; 0 if
+      the sender has not heard of any, and in other messages.
+    responder: In a creditor's answer, its own incarnation; else 0.
     leader_epoch: In a message of a leading gManager, the epoch of its
       leadership; else 0.
   """
@@ -363,4 +232,6 @@ class Envelope:
   seq: int
   body: Body
   settled: int = 0
+  meant_for: int = 0
+  responder: int = 0
   leader_epoch: Epoch = NO_EPOCH

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.config import LendingConfig
-from infinite_llm.errors import MessageError, Refusal
 from infinite_llm.scheduler.account import Account
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
@@ -20,6 +19,7 @@ class Reporter:
   """Sends heartbeats to all gManagers and follows the one that leads.
 
   Attributes:
+    gmanagers: Those that are told.
     leader_epoch: Newest epoch of a leading gManager that was heard of.
     num_fenced: Messages of older epochs that were ignored.
   """
@@ -39,12 +39,12 @@ class Reporter:
       clock: Monotonic seconds.
       gmanagers: Whom to tell.
     """
+    self.gmanagers = tuple(gmanagers)
     self.leader_epoch: Epoch = NO_EPOCH
     self.num_fenced = 0
     self._outbox = outbox
     self._lending = lending
     self._clock = clock
-    self._gmanagers = tuple(gmanagers)
     self._told: Heartbeat | None = None
     self._told_s = 0.0
     self._told_seq = 0
@@ -77,7 +77,7 @@ class Reporter:
       )
     self._told = state
     self._told_s = self._clock()
-    self._told_seq = self._outbox.tell_all(self._gmanagers, heartbeat)
+    self._told_seq = self._outbox.tell_all(self.gmanagers, heartbeat)
 
   def follow(self, envelope: Envelope) -> bool:
     """Decides whether a gManager is to be listened to.
@@ -87,27 +87,18 @@ class Reporter:
     message of a newer epoch moves all questions to its sender.
 
     Args:
-      envelope: A message of a gManager.
+      envelope: A message of one of `gmanagers`.
 
     Returns:
       Whether it counts.
-
-    Raises:
-      MessageError: If the sender is no gManager.
     """
-    sender = envelope.sender
-    if isinstance(sender, int) or sender not in self._gmanagers:
-      raise MessageError(
-        Refusal.MISDIRECTED,
-        f"{type(envelope.body).__name__} must come from a gManager; got"
-        f" {sender!r}.",
-      )
     if envelope.leader_epoch < self.leader_epoch:
       self.num_fenced += 1
       return False
     if envelope.leader_epoch > self.leader_epoch:
       self.leader_epoch = envelope.leader_epoch
-      self._outbox.ask_leader(sender)
+      if not isinstance(envelope.sender, int):
+        self._outbox.ask_leader(envelope.sender)
     return True
 
 

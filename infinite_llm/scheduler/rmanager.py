@@ -5,48 +5,31 @@ from collections.abc import Callable, Iterable, Sequence
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
-from infinite_llm.errors import ConfigError, MessageError, Refusal
-from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.creditor import Creditor
-from infinite_llm.scheduler.debtor import Debtor, Reconcile, SpillInfo
-from infinite_llm.scheduler.effects import Effect, GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.debtor import Debtor
+from infinite_llm.scheduler.effects import Effect, Move
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.mailbox import Inbox, Outbox
+from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
-  Address,
-  Candidates,
-  CandidatesRequest,
   ClusterStatus,
-  Commit,
-  CommitReply,
   Envelope,
   FullHeartbeatRequest,
   GManagerAddress,
   Heartbeat,
-  Leadership,
-  LeaseRequest,
   MoveKvcache,
   RecallKvcache,
-  Release,
-  ReleaseReply,
-  Reserve,
-  ReserveReply,
-  Sync,
-  SyncReply,
 )
+from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
+from infinite_llm.scheduler.reception import Reception
 from infinite_llm.scheduler.reporter import Reporter
-from infinite_llm.types import InstanceId, PoolCounts, RequestUid
+from infinite_llm.types import FaultPoint, InstanceId, PoolCounts, RequestUid
 
-__all__ = [
-  "GrantEpochs",
-  "Move",
-  "MoveBlocks",
-  "RManager",
-  "Reconcile",
-  "SpillInfo",
-]
+__all__ = ["RManager", "Reconcile", "SpillInfo"]
 
 
 class RManager:
@@ -61,7 +44,8 @@ class RManager:
     instance: The instance.
     pool: Books of its rBlocks.
     hosted: Tables of what it hosts for others.
-    num_plans_declined: Plans of the gManager that were not followed.
+    plans: What it does about the gManager's plans.
+    refused: Messages that no sane sender would send, by the name of their kind.
   """
 
   def __init__(
@@ -74,6 +58,7 @@ class RManager:
     clock: Callable[[], float],
     incarnation: int = 1,
     gmanagers: Sequence[GManagerAddress] = (GMANAGER,),
+    faults: FaultPoint = no_fault,
   ):
     """Makes the manager of an instance without requests.
 
@@ -86,6 +71,7 @@ class RManager:
       clock: Monotonic seconds.
       incarnation: Rises each time this manager starts anew.
       gmanagers: Those that it reports to; it listens to the one that leads.
+      faults: What goes wrong, in a simulation.
 
     Raises:
       ConfigError: If `instance` is not one of the group, or it may lend more
@@ -103,18 +89,33 @@ class RManager:
       )
     self.instance = instance
     self.pool = pool
-    self.num_plans_declined = 0
     self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
-    self._clock = clock
-    self._inbox = Inbox()
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
-    self._creditor = Creditor(pool, lending)
-    self._debtor = Debtor(pool, block_size, lending.spill_slots, self._outbox)
+    self._creditor = Creditor(pool, block_size, lending, clock, faults)
+    self._debtor = Debtor(
+      pool, block_size, lending, clock, self._outbox, faults
+    )
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
+    self._reception = Reception(
+      instance,
+      incarnation,
+      num_instances,
+      lending.spill_slots,
+      clock,
+      self._creditor,
+      self._debtor,
+      self._outbox,
+      self._reporter,
+      faults,
+    )
+    self.plans = PlanFollower(
+      self._creditor, self._debtor, clock, lending.lease_s
+    )
+    self.refused = self._reception.refused
     self._lendable_elsewhere = 0
     self._waiting = (0, 0)
 
@@ -208,21 +209,22 @@ class RManager:
     """
     return self._debtor.spill(uid)
 
+  def slot(self, uid: RequestUid) -> int:
+    """Spill slot of a request that has one: also once all of it came home."""
+    return self._debtor.account(uid).current_slot().slot
+
   def is_readable(self, uid: RequestUid) -> bool:
     """Whether a step may read a request's rBlocks now.
 
     While creditors install a table anew the version in force is not known, and
-    a step would fail to no purpose.
+    leases of a creditor that has not answered for long may have ended; a step
+    would fail to no purpose.
     """
-    return self._debtor.account(uid).is_readable()
+    return self._debtor.is_readable(uid)
 
   def phase(self, uid: RequestUid) -> Phase:
     """What is under way with a request's rBlocks."""
     return self._debtor.account(uid).phase
-
-  def is_busy(self, uid: RequestUid) -> bool:
-    """Whether a borrow, a return or a sync of a request is under way."""
-    return self.phase(uid) is not Phase.IDLE
 
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone, so that they must recompute."""
@@ -283,9 +285,51 @@ class RManager:
     """
     return self._debtor.borrow(uid, num_blocks)
 
+  def move_kvcache(
+    self, uid: RequestUid, num_blocks: int, dst: InstanceId
+  ) -> bool:
+    """Starts to move a request's oldest rBlocks to one other instance.
+
+    As `borrow`, but the creditor is named: nobody is asked for candidates, and
+    a refusal (`Creditor.try_move_kvcache`) ends it.
+
+    Args:
+      uid: An open request.
+      num_blocks: At most how many.
+      dst: Another instance of the group.
+
+    Returns:
+      Whether it was started. False if the request is busy, has nothing to move
+      or cannot get a spill slot, and while the instance is frozen.
+    """
+    self._check_peer("dst", dst)
+    return self._debtor.move_kvcache(uid, num_blocks, dst)
+
+  def recall_kvcache(
+    self, uid: RequestUid, num_blocks: int, src: InstanceId
+  ) -> bool:
+    """Starts to move a request's newest rBlocks at a creditor home.
+
+    Args:
+      uid: An open request.
+      num_blocks: At most how many.
+      src: The creditor.
+
+    Returns:
+      Whether it was started. False if the request is busy or cannot be read,
+      has nothing there, or no rBlock is free at home.
+    """
+    self._check_peer("src", src)
+    return self._debtor.recall_kvcache(uid, num_blocks, src)
+
+  @property
+  def is_frozen(self) -> bool:
+    """Whether requests get no rBlocks for now, here or elsewhere."""
+    return self._debtor.is_frozen
+
   def on_exchanged(self, moves: Iterable[Move]) -> None:
     """Notes that payloads of this instance were sent."""
-    self._debtor.on_exchanged(moves)
+    self._reception.on_exchanged(tuple(moves))
 
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests that read moved rBlocks which no step has proved yet."""
@@ -298,38 +342,29 @@ class RManager:
   # Messages and effects.
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message, perhaps late or repeated.
+    """Takes a message, perhaps late or repeated; a nonsensical one is refused.
 
-    Raises:
-      MessageError: If it is none for an rManager; nothing has changed then.
+    Refused messages change nothing and are counted in `refused`.
     """
-    match envelope.body:
-      case Reserve() | Commit() | Release() | Sync() as request:
-        owner = self._debtor_of(envelope.sender, request)
-        reply = self._inbox.answer(
-          envelope, lambda: self._creditor.execute(owner, request)
-        )
-        if reply is not None:
-          self._outbox.reply(envelope, reply)
-      case (
-        ReserveReply() | CommitReply() | ReleaseReply() | SyncReply() as reply
-      ):
-        pending = self._outbox.take_answered(envelope)
-        if pending is not None:
-          self._debtor.on_reply(pending, reply)
-      case Heartbeat() | CandidatesRequest() | Leadership() as body:
-        raise MessageError(
-          Refusal.MISDIRECTED,
-          f"{type(body).__name__} is for the gManager, not for instance"
-          f" {self.instance}.",
-        )
-      case _:
-        self._on_gmanager(envelope)
+    match self._reception.on_message(envelope):
+      case ClusterStatus(lendable=lendable):
+        self._lendable_elsewhere = lendable
+        self._debtor.on_status(lendable > 0)
+      case FullHeartbeatRequest():
+        self._reporter.tell(self._heartbeat(), is_full=True)
+      case MoveKvcache() | RecallKvcache() as plan:
+        self.plans.follow(plan)
+      case None:
+        pass
 
   def tick(self) -> None:
-    """Sends what is due: unanswered requests again, and heartbeats."""
+    """Does what is due: ends and renews leases, asks again, reports."""
+    self.plans.thaw_if_due()
+    self._creditor.end_expired()
+    self._debtor.tick()
     self._outbox.resend()
     if self._reporter.is_due():
+      self._debtor.renew()
       self._reporter.tell(self._heartbeat())
 
   def drain_messages(self) -> list[Envelope]:
@@ -340,49 +375,12 @@ class RManager:
     """Takes what the devices are to do now, in this order."""
     return self._creditor.drain_effects() + self._debtor.drain_effects()
 
-  def _debtor_of(self, sender: Address, request: LeaseRequest) -> InstanceId:
-    """The instance that asks, if it is one that this one could lend to."""
-    if not isinstance(sender, int) or sender >= self._num_instances:
-      raise MessageError(
-        Refusal.MISDIRECTED,
-        f"sender must be an instance below {self._num_instances}; got"
-        f" {sender!r}.",
+  def _check_peer(self, name: str, peer: InstanceId) -> None:
+    if peer == self.instance or not 0 <= peer < self._num_instances:
+      raise InvariantError(
+        f"{name} must be another instance in [0, {self._num_instances}); got"
+        f" {peer} on instance {self.instance}."
       )
-    if request.slot.slot >= self._lending.spill_slots:
-      raise MessageError(
-        Refusal.MALFORMED,
-        f"slot must be below {self._lending.spill_slots}; got"
-        f" {request.slot.slot}.",
-      )
-    return sender
-
-  def _check_creditors(self, reply: Candidates) -> None:
-    for instance in reply.instances:
-      if instance >= self._num_instances or instance == self.instance:
-        raise MessageError(
-          Refusal.MALFORMED,
-          f"candidates must be other instances below {self._num_instances};"
-          f" got {instance}.",
-        )
-
-  def _on_gmanager(self, envelope: Envelope) -> None:
-    body = envelope.body
-    if isinstance(body, Candidates):
-      self._check_creditors(body)
-    if not self._reporter.follow(envelope):
-      return
-    if isinstance(body, Candidates):
-      pending = self._outbox.take_answered(envelope)
-      if pending is not None:
-        self._debtor.on_reply(pending, body)
-    elif isinstance(body, ClusterStatus):
-      self._lendable_elsewhere = body.lendable
-      self._debtor.on_status(body.lendable > 0)
-    elif isinstance(body, FullHeartbeatRequest):
-      self._reporter.tell(self._heartbeat(), is_full=True)
-    elif isinstance(body, MoveKvcache | RecallKvcache):
-      # A plan is advice: who does not follow it waits for the next.
-      self.num_plans_declined += 1
 
   def _heartbeat(self) -> Heartbeat:
     num_waiting, next_blocks = self._waiting

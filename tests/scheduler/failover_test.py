@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   STANDBY,
@@ -83,8 +85,8 @@ def test_the_standby_serves_within_a_period_after_the_lease(cluster):
   del cluster.gmanagers[GMANAGER]
   cluster.managers[0].borrow(UID, 2)
   cluster.settle()
-  assert cluster.managers[0].is_busy(UID)  # Nobody answers.
-  while cluster.managers[0].is_busy(UID):
+  assert cluster.managers[0].phase(UID) is not Phase.IDLE  # Nobody answers.
+  while cluster.managers[0].phase(UID) is not Phase.IDLE:
     assert cluster.now_s - dead_s < _LEASE_S + _PERIOD_S
     _periods(cluster, 1)
 
@@ -130,14 +132,17 @@ def test_no_word_of_the_dead_leader_counts_once_another_leads(cluster, network):
     manager.lent(),
   ) == before
   assert manager.drain_messages() == []
-  assert manager.num_plans_declined == 0
+  assert manager.plans.num_declined == 0
   # The same words of the one that leads now do count.
   new = dataclasses.replace(late, sender=STANDBY, leader_epoch=3)
   for body in plans:
     manager.on_message(dataclasses.replace(new, body=body))
   assert manager.lendable_elsewhere() == 99
-  assert manager.num_plans_declined == 2
-  assert {type(m.body) for m in manager.drain_messages()} == {Heartbeat}
+  assert manager.plans.num_declined == 1  # The move is under way by then.
+  assert {type(m.body) for m in manager.drain_messages()} == {
+    Reserve,
+    Heartbeat,
+  }
 
 
 def test_a_question_to_the_dead_leader_is_put_to_the_new_one(cluster):

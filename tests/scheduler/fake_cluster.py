@@ -7,6 +7,7 @@ same refusals and the same coverage as a real group.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 from infinite_llm.cache.block_entries import EntrySpan
@@ -20,11 +21,21 @@ from infinite_llm.distributed.transport.in_process import (
   Interceptor,
 )
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.gmanager import GManager
-from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
+from infinite_llm.scheduler.lease_messages import (
+  Renew,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  STANDBY,
+  Envelope,
+)
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
+from infinite_llm.types import NO_EPOCH, FaultPoint
 
 BLOCK_SIZE = 8
+EPOCHS_PER_INCARNATION = 1000
 
 
 def until(done: Callable[[], bool], most: int = 200) -> Iterator[None]:
@@ -55,47 +66,68 @@ class FakeCluster:
     interceptor: Interceptor | None = None,
     transport: Transport | None = None,
     has_standby: bool = False,
+    faults: FaultPoint = no_fault,
     **lending,
   ):
     self.now_s = 0.0
+    self.faults = faults
     self.lending = LendingConfig(**lending)
     self.num_blocks = num_blocks
-    addresses = (GMANAGER, STANDBY) if has_standby else (GMANAGER,)
+    self.incarnations = [1] * num_instances
+    self.addresses = (GMANAGER, STANDBY) if has_standby else (GMANAGER,)
     self.managers = [
-      RManager(
-        instance=instance,
-        num_instances=num_instances,
-        pool=BlockPool(instance, num_blocks),
-        block_size=BLOCK_SIZE,
-        lending=self.lending,
-        clock=lambda: self.now_s,
-        gmanagers=addresses,
-      )
+      self._manager(instance, num_instances)
       for instance in range(num_instances)
     ]
-    self.devices = [
-      FakeDevice([0] * num_blocks, [0] * num_blocks)
-      for _ in range(num_instances)
-    ]
+    self.devices = [self._device() for _ in range(num_instances)]
     # Those that live, by address; messages to others are lost.
     self.gmanagers = {
       address: GManager(
         self.lending,
         lambda: self.now_s,
         address=address,
-        peers=[other for other in addresses if other != address],
+        peers=[other for other in self.addresses if other != address],
         is_leader=address == GMANAGER,
       )
-      for address in addresses
+      for address in self.addresses
     }
     self.transport = transport or InProcessTransport(interceptor)
     for instance, manager in enumerate(self.managers):
       self.transport.register(instance, manager.on_message)
-    for address in addresses:
+    for address in self.addresses:
       self.transport.register(address, self._to_gmanager)
     self.moves: collections.deque[Move] = collections.deque()
     self.refused_payloads = 0
     self.proved: dict[int, int] = {}
+
+  def _manager(self, instance: int, num_instances: int) -> RManager:
+    incarnation = self.incarnations[instance]
+    return RManager(
+      instance=instance,
+      num_instances=num_instances,
+      pool=BlockPool(
+        instance, self.num_blocks, (incarnation - 1) * EPOCHS_PER_INCARNATION
+      ),
+      block_size=BLOCK_SIZE,
+      lending=self.lending,
+      clock=lambda: self.now_s,
+      incarnation=incarnation,
+      gmanagers=self.addresses,
+      faults=self.faults,
+    )
+
+  def _device(self) -> FakeDevice:
+    return FakeDevice([0] * self.num_blocks, [0] * self.num_blocks)
+
+  def restart(self, instance: int) -> None:
+    """An instance loses all that it had, and begins anew."""
+    self.incarnations[instance] += 1
+    self.managers[instance] = self._manager(instance, len(self.managers))
+    self.devices[instance] = self._device()
+    self.transport.register(instance, self.managers[instance].on_message)
+    self.moves = collections.deque(
+      move for move in self.moves if move.src_instance != instance
+    )
 
   # Control plane.
 
@@ -121,7 +153,8 @@ class FakeCluster:
           case GrantEpochs(block_ids=block_ids, epochs=epochs):
             for block_id, epoch in zip(block_ids, epochs, strict=True):
               device.epoch[block_id] = epoch
-              device.tag[block_id] = 0
+              if epoch != NO_EPOCH:
+                device.tag[block_id] = 0
           case MoveBlocks(moves=moves):
             self.moves.extend(moves)
     return happened
@@ -142,6 +175,12 @@ class FakeCluster:
       if mine:
         manager.on_exchanged(mine)
     return bool(sent)
+
+  def lose_payload(self) -> None:
+    """A payload goes out but is not received."""
+    move = self.moves.popleft()
+    self.refused_payloads += 1
+    self.managers[move.src_instance].on_exchanged([move])
 
   def receive(self, move: Move) -> None:
     """Writes one payload to its destination, or refuses it."""
@@ -174,6 +213,23 @@ class FakeCluster:
         return
     raise AssertionError("The managers did not come to rest.")
 
+  def introduce(self) -> None:
+    """Everybody has heard of everybody, as after some time together."""
+    for sender, receiver in itertools.permutations(
+      range(len(self.managers)), 2
+    ):
+      self.managers[receiver].on_message(
+        Envelope(
+          sender=sender,
+          receiver=receiver,
+          incarnation=self.incarnations[sender],
+          seq=1,
+          body=Renew(sent_s=self.now_s),
+          meant_for=self.incarnations[receiver],
+        )
+      )
+    self.settle()
+
   def heartbeat(self) -> None:
     """Everybody knows of everybody's room, and nothing is under way."""
     for _ in range(2):
@@ -195,7 +251,7 @@ class FakeCluster:
     start = self.proved[uid]
     end = start + num_tokens
     missing = -(-end // BLOCK_SIZE) - manager.table(uid).num_blocks
-    assert manager.allocate(uid, missing)
+    assert missing <= 0 or manager.allocate(uid, missing)
     self.write(instance, uid, start, end)
     assert self.covers(instance, uid, end)
     manager.confirm(uid, end)

@@ -6,6 +6,9 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, MessageError
 from infinite_llm.scheduler.cluster_view import LedgerLine
 from infinite_llm.scheduler.gmanager import GManager
+from infinite_llm.scheduler.lease_messages import (
+  ReserveReply,
+)
 from infinite_llm.scheduler.link_costs import LinkCosts
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -20,7 +23,6 @@ from infinite_llm.scheduler.messages import (
   MoveKvcache,
   RecallKvcache,
   RequestBlocks,
-  ReserveReply,
 )
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.types import PoolCounts

@@ -1,5 +1,7 @@
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import (
+  SlotName,
+)
 
 _SLOT = SlotName(slot=1, epoch=4)
 
@@ -147,3 +149,30 @@ def test_every_change_is_a_new_generation():
   seen.append(tables.generation)
 
   assert seen == sorted(set(seen))
+
+
+def test_retired_blocks_stay_in_the_previous_version():
+  tables = HostedTables()
+  assert tables.retire(0, _SLOT, [5]) is None
+  tables.add(0, _SLOT, [(3, 0), (5, 1), (4, 2)])
+
+  assert tables.retire(0, _SLOT, [5]) == 1
+  assert _versions(tables) == {
+    (0, 1, 0): [(3, 0), (5, 1), (4, 2)],
+    (0, 1, 1): [(3, 0), (4, 2)],
+  }
+  assert tables.remove(0, _SLOT, [5]) == 2
+  assert _versions(tables) == {(0, 1, 2): [(3, 0), (4, 2)]}
+
+
+def test_the_tables_of_a_dead_owner_are_dropped():
+  tables = HostedTables()
+  tables.add(0, _SLOT, [(3, 0)])
+  tables.add(1, _SLOT, [(4, 0)])
+  generation = tables.generation
+  tables.drop(2)
+  assert tables.generation == generation
+  tables.drop(0)
+
+  assert _versions(tables) == {(1, 1, 0): [(4, 0)]}
+  assert tables.generation == generation + 1

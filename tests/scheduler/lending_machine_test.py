@@ -1,4 +1,7 @@
-"""Borrowing over a network that loses, repeats and reorders every message."""
+"""Lending over a network that loses, repeats and reorders every message.
+
+Instances sleep, and begin anew with nothing of what they had.
+"""
 
 import collections
 
@@ -6,19 +9,32 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from infinite_llm.cache.rblock import BlockState
+from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.messages import GMANAGER
-from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
+from tests.scheduler.fake_cluster import (
+  BLOCK_SIZE,
+  EPOCHS_PER_INCARNATION,
+  FakeCluster,
+  until,
+)
 
 _INSTANCES = 3
 _BLOCKS = 9
+_LEASE_S = 5.0
 
 
 class LendingMachine(stateful.RuleBasedStateMachine):
   """Each rule is one event; the books must be right after each of them."""
 
+  faults = staticmethod(no_fault)
+
   def __init__(self):
     super().__init__()
     self.wire = []
+    self.borrowers = set()
+    self.spoiled = set()
     self.cluster = FakeCluster(
       _INSTANCES,
       _BLOCKS,
@@ -26,6 +42,8 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       spill_slots=2,
       max_lent_blocks=6,
       headroom_blocks=1,
+      lease_s=_LEASE_S,
+      faults=self.faults,
     )
     self.last_uid = 0
     self.owner = {}
@@ -48,7 +66,10 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def begin_with_requests(self, num_tokens):
     for instance, count in enumerate(num_tokens):
       self._open(instance, count)
-    self.run_a_round()
+    self.come_to_rest()
+    for uid in self.owner:
+      self._move(uid, 2, 1)
+    self.come_to_rest()
 
   @stateful.precondition(lambda self: len(self.owner) < 4)
   @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
@@ -69,14 +90,53 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     room = (
       manager.pool.num_free + manager.table(uid).num_blocks
     ) * BLOCK_SIZE - self.cluster.proved[uid]
-    if manager.is_readable(uid) and num_tokens <= room:
+    is_possible = manager.is_readable(uid) and not manager.is_frozen
+    if is_possible and num_tokens <= room and self._can_be_proved(uid):
       self.cluster.compute(instance, uid, num_tokens)
 
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(data=st.data(), num_blocks=st.integers(1, 4))
   def borrow_blocks(self, data, num_blocks):
     uid = data.draw(st.sampled_from(sorted(self.owner)))
-    self.cluster.managers[self.owner[uid]].borrow(uid, num_blocks)
+    if self.cluster.managers[self.owner[uid]].borrow(uid, num_blocks):
+      self.borrowers.add(uid)
+
+  @stateful.precondition(lambda self: self.owner)
+  @stateful.rule(
+    data=st.data(), num_blocks=st.integers(1, 4), to=st.integers(1, 2)
+  )
+  def move_blocks(self, data, num_blocks, to):
+    uid = data.draw(st.sampled_from(sorted(self.owner)))
+    self._move(uid, num_blocks, to)
+
+  def _move(self, uid, num_blocks, to):
+    instance = self.owner[uid]
+    dst = (instance + to) % _INSTANCES
+    if self.cluster.managers[instance].move_kvcache(uid, num_blocks, dst):
+      self.borrowers.add(uid)
+
+  @stateful.precondition(lambda self: self._recallable())
+  @stateful.rule(data=st.data(), num_blocks=st.integers(1, 4))
+  def recall_blocks(self, data, num_blocks):
+    uid, creditor = data.draw(st.sampled_from(self._recallable()))
+    manager = self.cluster.managers[self.owner[uid]]
+    is_full = manager.pool.num_free == 0
+    assert manager.recall_kvcache(uid, num_blocks, creditor) is not is_full
+
+  def _recallable(self):
+    return [
+      (uid, creditor)
+      for uid, instance in sorted(self.owner.items())
+      for creditor in self.cluster.managers[instance].table(uid).creditors()
+      if self.cluster.managers[instance].is_readable(uid)
+      and self.cluster.managers[instance].phase(uid) is Phase.IDLE
+    ]
+
+  @stateful.rule(
+    instance=st.integers(0, _INSTANCES - 1), seconds=st.sampled_from((0.0, 1.0))
+  )
+  def freeze_an_instance(self, instance, seconds):
+    self.cluster.managers[instance].plans.freeze(seconds)
 
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(data=st.data())
@@ -90,16 +150,42 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(data=st.data(), is_preempted=st.booleans())
   def close_request(self, data, is_preempted):
     uid = data.draw(st.sampled_from(sorted(self.owner)))
-    self.cluster.managers[self.owner[uid]].close(uid)
+    manager = self.cluster.managers[self.owner[uid]]
+    manager.close(uid)
     if is_preempted:  # The same uid begins anew while its leases still end.
-      room = self.cluster.managers[self.owner[uid]].pool.num_free
+      room = 0 if manager.is_frozen else manager.pool.num_free
       self.cluster.open(self.owner[uid], uid, room // 2 * BLOCK_SIZE)
     else:
       del self.owner[uid]
 
+  @stateful.rule(seconds=st.sampled_from((0.2, 1.0, 2.0)))
+  def let_time_pass(self, seconds):
+    self.cluster.tick(seconds)
+
+  @stateful.rule(
+    sleeper=st.integers(0, _INSTANCES - 1),
+    seconds=st.sampled_from((1.0, _LEASE_S)),
+  )
+  def let_an_instance_sleep(self, sleeper, seconds):
+    self.cluster.now_s += seconds
+    for instance, manager in enumerate(self.cluster.managers):
+      if instance != sleeper:
+        manager.tick()
+
+  @stateful.precondition(lambda self: max(self.cluster.incarnations) < 3)
+  @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
+  def restart_an_instance(self, instance):
+    self.cluster.restart(instance)
+    for uid in [uid for uid, home in self.owner.items() if home == instance]:
+      del self.owner[uid]
+
   @stateful.rule()
-  def let_time_pass(self):
-    self.cluster.tick()
+  def recompute_what_is_lost(self):
+    for uid, instance in self.owner.items():
+      manager = self.cluster.managers[instance]
+      if uid in manager.lost():
+        manager.close(uid)
+        self.cluster.open(instance, uid, 0)
 
   @stateful.precondition(lambda self: self.wire)
   @stateful.rule(data=st.data(), is_kept=st.booleans())
@@ -124,6 +210,20 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     self.cluster.carry()
     self.cluster.exchange()
 
+  @stateful.rule()
+  def come_to_rest(self):
+    """All that needs no time happens, and what is due."""
+    self.cluster.tick(0.2)
+    for _ in until(lambda: not self._make_a_step()):
+      pass
+
+  def _make_a_step(self):
+    happened = self.cluster.carry()
+    happened |= bool(self.wire)
+    self.deliver_all_messages()
+    happened |= self.cluster.exchange()
+    return self.cluster.verify() or happened
+
   @stateful.precondition(lambda self: self.wire)
   @stateful.rule(data=st.data())
   def lose_a_message(self, data):
@@ -132,6 +232,12 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(quota=st.integers(1, 4))
   def exchange_payloads(self, quota):
     self.cluster.exchange(quota)
+
+  @stateful.precondition(lambda self: self.cluster.moves)
+  @stateful.rule()
+  def lose_a_payload(self):
+    self.spoiled.add(self.cluster.moves[0].uid)
+    self.cluster.lose_payload()
 
   @stateful.rule()
   def verify_moves(self):
@@ -148,29 +254,72 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     self.cluster.carry()  # Puts what managers say on the wire.
     self.cluster.check()
     self._check_that_nothing_is_shared()
+    self._check_that_nobody_forwards()
     for uid, instance in self.owner.items():
-      if self.cluster.managers[instance].is_readable(uid):
+      manager = self.cluster.managers[instance]
+      if manager.is_readable(uid) and self._can_be_proved(uid):
         assert self.cluster.covers(instance, uid, self.cluster.proved[uid])
+        self._check_that_its_leases_live(instance, uid)
+
+  def _can_be_proved(self, uid):
+    """Whether a step of a readable request cannot but be proved.
+
+    It fails while it reads copies that were spoiled on their way, and while it
+    reads an instance that began anew and has not been heard since.
+    """
+    phase = self.cluster.managers[self.owner[uid]].phase(uid)
+    is_spoiled = uid in self.spoiled and phase is Phase.SWITCHED
+    return not is_spoiled and all(map(self._is_alive, self._locations(uid)))
+
+  def _locations(self, uid):
+    table = self.cluster.managers[self.owner[uid]].table(uid)
+    return map(table.location, range(table.num_blocks))
+
+  def _is_alive(self, location):
+    """Whether the incarnation that granted an rBlock still lives."""
+    incarnation = location.epoch // EPOCHS_PER_INCARNATION + 1
+    return incarnation == self.cluster.incarnations[location.instance]
+
+  def _check_that_its_leases_live(self, instance, uid):
+    table = self.cluster.managers[instance].table(uid)
+    for creditor in table.creditors():
+      pool = self.cluster.managers[creditor].pool
+      for _, location in table.hosted_entries(creditor):
+        block = pool.block(location.block_id)
+        assert (block.owner, block.uid) == (instance, uid)
+        assert (block.epoch, block.state) == (
+          location.epoch,
+          BlockState.HOSTED,
+        )
+
+  def _check_that_nobody_forwards(self):
+    """Who borrows was told to, and is not serving somebody else."""
+    for uid, instance in self.owner.items():
+      phase = self.cluster.managers[instance].phase(uid)
+      if phase in (Phase.ASKING, Phase.RESERVING):
+        assert uid in self.borrowers
+      elif phase is Phase.IDLE:
+        self.borrowers.discard(uid)
 
   def _check_that_nothing_is_shared(self):
     named = collections.Counter()
     for uid, instance in self.owner.items():
-      table = self.cluster.managers[instance].table(uid)
-      for logical_id in range(table.num_blocks):
-        location = table.location(logical_id)
-        named[location.instance, location.block_id] += 1
+      # What is not readable may have ended, and belong to somebody else.
+      is_readable = self.cluster.managers[instance].is_readable(uid)
+      for location in self._locations(uid):
+        is_held = is_readable or location.instance == instance
+        if is_held and self._is_alive(location):
+          named[location.instance, location.block_id] += 1
     assert all(count == 1 for count in named.values())
 
   def teardown(self):
     for uid, instance in self.owner.items():
       self.cluster.managers[instance].close(uid)
-    for _ in range(6):  # A reservation may still be asked for, then returned.
+    # A reservation may still be asked for, then returned; and leases of those
+    # who are gone must end.
+    for _ in range(12):
       self.cluster.tick()
-      self.cluster.carry()
-      self.deliver_all_messages()
-      self.cluster.exchange()
-    self.cluster.carry()
-    self.deliver_all_messages()
+      self.come_to_rest()
     self.cluster.check_agreement()
     self.cluster.check_empty()
 

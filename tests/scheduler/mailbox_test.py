@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 
-from infinite_llm.errors import MessageError
 from infinite_llm.scheduler.mailbox import Inbox, Outbox
 from infinite_llm.scheduler.messages import (
   ANSWER_TO,
@@ -10,7 +9,6 @@ from infinite_llm.scheduler.messages import (
   CandidatesRequest,
   Reply,
   Request,
-  ReserveReply,
 )
 from tests.scheduler.any_message import kinds
 
@@ -67,7 +65,8 @@ def test_a_request_is_sent_again_until_it_is_answered(outbox, clock):
   outbox.resend()
   assert outbox.drain() == []
 
-  assert outbox.take_answered(_answer_to(request)).context == "a"
+  assert outbox.find(_answer_to(request)).context == "a"
+  outbox.end(request.seq)
   clock.now = 9.0
   outbox.resend()
   assert outbox.drain() == []
@@ -77,8 +76,9 @@ def test_an_answer_counts_once(outbox):
   outbox.ask(1, _ASK, "a")
   answer = _answer_to(*outbox.drain())
 
-  assert outbox.take_answered(answer) is not None
-  assert outbox.take_answered(answer) is None
+  assert outbox.find(answer) is not None
+  outbox.end(answer.seq)
+  assert outbox.find(answer) is None
 
 
 @pytest.mark.parametrize(
@@ -88,18 +88,7 @@ def test_an_answer_to_something_else_is_ignored(outbox, change):
   outbox.ask(1, _ASK, "a")
   answer = _answer_to(*outbox.drain())
 
-  assert outbox.take_answered(dataclasses.replace(answer, **change)) is None
-  assert outbox.awaits("a")
-
-
-def test_an_answer_of_another_kind_is_refused(outbox):
-  outbox.ask(1, _ASK, "a")
-  answer = dataclasses.replace(
-    _answer_to(*outbox.drain()), body=ReserveReply(grants=())
-  )
-
-  with pytest.raises(MessageError, match=r"must be a Candidates; got Reserve"):
-    outbox.take_answered(answer)
+  assert outbox.find(dataclasses.replace(answer, **change)) is None
   assert outbox.awaits("a")
 
 
@@ -118,7 +107,7 @@ def test_a_request_given_up_is_not_sent_again(outbox, clock):
 
   assert [m.seq for m in outbox.drain()] == [2]
   assert not outbox.awaits("a")
-  assert outbox.take_answered(_answer_to(first)) is None
+  assert outbox.find(_answer_to(first)) is None
 
 
 def test_messages_say_which_answers_are_awaited_of_their_receiver(outbox):
@@ -128,7 +117,7 @@ def test_messages_say_which_answers_are_awaited_of_their_receiver(outbox):
   first, second, third = outbox.drain()
   assert [m.settled for m in (first, second, third)] == [1, 2, 1]
 
-  outbox.take_answered(_answer_to(first))
+  outbox.end(first.seq)
   outbox.ask(1, _ASK, "d")  # 4: number 3 is still open
 
   assert outbox.drain()[0].settled == 3
@@ -195,3 +184,48 @@ def test_a_new_incarnation_counts_from_the_start_and_ends_the_old_one():
   assert inbox.answer(_request(1, incarnation=2), execute) is not None
   assert inbox.answer(_request(6, settled=5), execute) is None
   assert execute.count == 2
+
+
+def test_an_answer_that_takes_time_is_given_to_all_repetitions():
+  inbox, execute = Inbox(), _Executor()
+  request = _request(5)
+  assert inbox.answer(request, lambda: None) is None
+  assert inbox.answer(request, execute) is None  # not executed again
+
+  assert inbox.later(request, _ANSWER)
+
+  assert inbox.answer(request, execute) is _ANSWER
+  assert execute.count == 0
+
+
+def test_an_answer_that_comes_too_late_is_dropped():
+  inbox = Inbox()
+  request = _request(5)
+  inbox.answer(request, lambda: None)
+  inbox.answer(_request(6, settled=6), lambda: None)
+  assert not inbox.later(request, _ANSWER)
+
+  inbox.answer(_request(1, incarnation=2), lambda: None)
+  assert not inbox.later(_request(6), _ANSWER)
+
+
+def test_a_stranger_is_asked_again_when_it_is_known(outbox):
+  outbox.ask(1, _ASK, "a")
+  outbox.ask(2, _ASK, "b")
+  assert [m.meant_for for m in outbox.drain()] == [0, 0]
+
+  outbox.introduce(1, 3)
+
+  assert [(m.seq, m.meant_for) for m in outbox.drain()] == [(1, 3)]
+  outbox.ask(1, _ASK, "c")
+  assert [m.meant_for for m in outbox.drain()] == [3]
+
+
+def test_the_first_sending_is_remembered(outbox, clock):
+  outbox.ask(1, _ASK, "a")
+  (request,) = outbox.drain()
+  clock.now = 3.0
+  outbox.resend()
+
+  pending = outbox.find(_answer_to(request))
+  assert (pending.first_s, pending.sent_s) == (0.0, 3.0)

@@ -8,21 +8,23 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  CandidatesRequest,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
   Grant,
   HostedEntry,
   Release,
   ReleaseReply,
-  RequestBlocks,
   Reserve,
   ReserveReply,
   SlotName,
   Sync,
   SyncReply,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  CandidatesRequest,
+  RequestBlocks,
 )
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import PoolCounts
@@ -34,6 +36,7 @@ UID = 7
 def _cluster(num_instances=2, num_blocks=9, **kwargs):
   """A cluster that knows itself; 8 rBlocks of 8 tokens per instance."""
   cluster = FakeCluster(num_instances, num_blocks, **kwargs)
+  cluster.introduce()
   cluster.heartbeat()
   return cluster
 
@@ -173,7 +176,7 @@ class TestBorrowing:
     cluster.open(0, UID, 4 * BLOCK_SIZE + 3)
     manager.borrow(UID, 2)
     phases = set()
-    for _ in until(lambda: not manager.is_busy(UID)):
+    for _ in until(lambda: manager.phase(UID) is Phase.IDLE):
       phases.add(manager.phase(UID))
       assert manager.is_readable(UID)
       assert cluster.covers(0, UID, cluster.proved[UID])
@@ -479,13 +482,13 @@ class TestMessages:
     cluster = _cluster(interceptor=spy)
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
-    assert cluster.managers[0].is_busy(UID)
+    assert cluster.managers[0].phase(UID) is not Phase.IDLE
 
     spy.copies.clear()
     cluster.tick()
     cluster.settle()
 
-    assert not cluster.managers[0].is_busy(UID)
+    assert cluster.managers[0].phase(UID) is Phase.IDLE
     assert cluster.managers[0].borrowed() == {1: 2}
     cluster.check_agreement()
     assert cluster.covers(0, UID, 4 * BLOCK_SIZE)
@@ -591,6 +594,7 @@ class TestMessages:
     cluster = _cluster(
       interceptor=spy,
       heartbeat_every_s=10.0,
+      lease_s=30.0,
       expire_after_s=30.0,
       leader_lease_s=30.0,
     )

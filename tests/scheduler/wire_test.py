@@ -6,16 +6,18 @@ import pytest
 from hypothesis import strategies as st
 
 from infinite_llm.errors import ConfigError, MessageError, Refusal
+from infinite_llm.scheduler.lease_messages import (
+  Commit,
+  Grant,
+  HostedEntry,
+  SlotName,
+)
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   Body,
   CandidatesRequest,
-  Commit,
   Envelope,
-  Grant,
   Heartbeat,
-  HostedEntry,
-  SlotName,
 )
 from infinite_llm.scheduler.wire import MAX_BYTES, VERSION, WireCodec
 from infinite_llm.types import PoolCounts
@@ -107,7 +109,7 @@ class TestFrames:
     assert _CODEC.encode(_ask()) == (
       b'ILLM\0\1\0{"sender":1,"receiver":"gmanager","incarnation":2,"seq":3,'
       b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1,'
-      b'"leader_epoch":0}'
+      b'"meant_for":0,"responder":0,"leader_epoch":0}'
     )
 
   @pytest.mark.parametrize("kind", kinds(Body), ids=lambda kind: kind.__name__)

@@ -1,0 +1,1 @@
+"""Clusters without devices: a network, clocks and faults out of one seed."""
