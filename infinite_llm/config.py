@@ -128,6 +128,8 @@ class LendingConfig:
     policy: Name of the policy, out of `POLICIES`: "borrow" on demand, "greedy"
       moves for throughput, and to compare with, "static" (no sharing), "swap"
       (own host memory) and "migrate" (whole requests).
+    performance_profile: JSON file that says how fast an instance is; only
+      "greedy" needs one (`scheduler/performance_model.py`).
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself. None has an
@@ -159,6 +161,7 @@ class LendingConfig:
   """
 
   policy: str = "borrow"
+  performance_profile: str | None = None
   spill_slots: int = 4
   max_lent_blocks: int | None = None
   headroom_blocks: int | None = None

@@ -18,11 +18,13 @@ from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.performance_model import load_performance_model
+from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import RequestUid
 
-_POLICIES = ("borrow", "static")
-"""Policies that the engine carries out; the others plan what it cannot do."""
+_POLICIES = ("borrow", "greedy", "static")
+"""Policies that the engine carries out; the others ask for what it cannot."""
 
 _MAX_ROUNDS = 1000
 """Rounds of messages between two programs; more are an endless conversation."""
@@ -55,7 +57,8 @@ class LendingGroup:
       transport: Carries messages; nobody else uses it.
 
     Raises:
-      ConfigError: If the policy is one for the simulator only.
+      ConfigError: If the policy is one for the simulator only, or lacks a
+        performance profile.
     """
     if config.lending.policy not in _POLICIES:
       raise ConfigError(
@@ -76,7 +79,12 @@ class LendingGroup:
       )
       for instance in range(config.num_instances)
     ]
-    self._gmanager = GManager(config.lending, clock)
+    profile = config.lending.performance_profile
+    planning = PlanningConfig(
+      block_size=config.cache.block_size,
+      performance=profile and load_performance_model(profile),
+    )
+    self._gmanager = GManager(config.lending, clock, planning=planning)
     for instance, manager in enumerate(self.managers):
       transport.register(instance, manager.on_message)
     transport.register(GMANAGER, self._gmanager.on_message)

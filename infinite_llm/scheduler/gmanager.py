@@ -84,7 +84,8 @@ class GManager:
     self._planning = planning or PlanningConfig()
     if lending.policy == "greedy" and self._planning.performance is None:
       raise ConfigError(
-        "performance must be a model for the policy 'greedy'; got None."
+        "performance (LendingConfig.performance_profile) must be a model for"
+        " the policy 'greedy'; got None."
       )
     if address in peers:
       raise ConfigError(

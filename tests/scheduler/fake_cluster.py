@@ -31,6 +31,7 @@ from infinite_llm.scheduler.messages import (
   STANDBY,
   Envelope,
 )
+from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import NO_EPOCH, FaultPoint
 
@@ -66,6 +67,7 @@ class FakeCluster:
     interceptor: Interceptor | None = None,
     transport: Transport | None = None,
     has_standby: bool = False,
+    planning: PlanningConfig | None = None,
     faults: FaultPoint = no_fault,
     **lending,
   ):
@@ -85,6 +87,7 @@ class FakeCluster:
       address: GManager(
         self.lending,
         lambda: self.now_s,
+        planning=planning,
         address=address,
         peers=[other for other in self.addresses if other != address],
         is_leader=address == GMANAGER,

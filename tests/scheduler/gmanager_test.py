@@ -400,7 +400,7 @@ class TestConstruction:
   @pytest.mark.parametrize(
     ("policy", "options", "text"),
     [
-      ("greedy", {}, "performance must be a model for the policy 'greedy'"),
+      ("greedy", {}, "performance .* must be a model for the policy 'greedy'"),
       ("borrow", {"peers": [GMANAGER]}, r"peers must be others than address"),
       ("borrow", {"incarnation": 0}, "incarnation must be at least 1; got 0"),
     ],

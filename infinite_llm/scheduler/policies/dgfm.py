@@ -16,6 +16,9 @@ from infinite_llm.types import InstanceId, RequestUid
 type Debts = dict[InstanceId, dict[InstanceId, int]]
 """rBlocks by debtor and creditor; no zeros."""
 
+type _Held = dict[tuple[InstanceId, InstanceId], list[tuple[int, RequestUid]]]
+"""`(rBlocks, request)` of each debtor at each creditor."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Circle:
@@ -48,7 +51,7 @@ def plan_recalls(
   recalled: collections.Counter[tuple[InstanceId, InstanceId]] = (
     collections.Counter()
   )
-  for circle in circles(debts(view), config.max_circles):
+  for circle in circles(_agreed(view, held), config.max_circles):
     creditors = (*circle.members[1:], circle.members[0])
     for edge in zip(circle.members, creditors, strict=True):
       recalled[edge] += circle.num_blocks
@@ -67,6 +70,11 @@ def plan_recalls(
 
 def debts(view: ClusterView) -> Debts:
   """The debt graph: what creditors lent, as far as the debtors say for whom."""
+  return _agreed(view, _held(view))
+
+
+def _agreed(view: ClusterView, held: _Held) -> Debts:
+  """`debts`, given what the debtors say."""
   lent = {
     (debtor, line.instance): count
     for line in view.lines
@@ -75,7 +83,7 @@ def debts(view: ClusterView) -> Debts:
   graph: collections.defaultdict[InstanceId, dict[InstanceId, int]] = (
     collections.defaultdict(dict)
   )
-  for (debtor, creditor), requests in sorted(_held(view).items()):
+  for (debtor, creditor), requests in sorted(held.items()):
     named = sum(count for count, _ in requests)
     weight = min(named, lent.get((debtor, creditor), 0))
     if weight:
@@ -159,15 +167,13 @@ def _edges(
   return list(zip(members, (*members[1:], members[0]), strict=True))
 
 
-def _held(
-  view: ClusterView,
-) -> dict[tuple[InstanceId, InstanceId], list[tuple[int, RequestUid]]]:
-  """`(rBlocks, request)` of each debtor at each creditor."""
+def _held(view: ClusterView) -> _Held:
   held: collections.defaultdict[
     tuple[InstanceId, InstanceId], list[tuple[int, RequestUid]]
   ] = collections.defaultdict(list)
   for placement in view.placements:
+    owner = placement.owner
     for holder, count in placement.blocks.holders:
-      if holder != placement.owner:
-        held[placement.owner, holder].append((count, placement.blocks.uid))
+      if holder != owner:
+        held[owner, holder].append((count, placement.blocks.uid))
   return dict(held)

@@ -6,6 +6,7 @@ rBlocks of the first to the second makes room for a larger batch at little cost,
 for attention does not care who does it (arXiv 2401.02669v2, Algorithm 1).
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -20,7 +21,7 @@ from infinite_llm.scheduler.policies.borrow import (
   rank_creditors,
 )
 from infinite_llm.scheduler.policies.dgfm import plan_recalls
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import RequestUid
 
 __all__ = [
   "BORROWS",
@@ -34,7 +35,7 @@ __all__ = [
 BORROWS = True
 SWAPS_TO_HOST = False
 
-_MAX_CHOICES = 512
+_MAX_CHOICES = 128
 """Numbers of rBlocks that are tried for a move; more are sampled evenly."""
 
 
@@ -72,6 +73,25 @@ def plan_moves(
   return tuple(planner.plan)
 
 
+_NUM_SLOWEST = 3
+"""Without a debtor and a creditor, one of these is still the slowest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Group:
+  """Instances that step together.
+
+  Attributes:
+    members: `[n]` positions.
+    batch: Requests that they run.
+    slowest: `(layer_s, position)` of the slowest of them, slowest first.
+  """
+
+  members: NDArray[np.int64]
+  batch: int
+  slowest: list[tuple[float, int]]
+
+
 class _Planner:
   """What the cluster is thought to be like after the moves planned so far.
 
@@ -91,6 +111,7 @@ class _Planner:
     self._batch = np.array([line.num_running for line in lines], np.float64)
     self._free = np.array([line.free for line in lines], np.int64)
     self._capacity = np.array([line.capacity for line in lines], np.int64)
+    self._use = 1 - self._free / np.maximum(self._capacity, 1)
     self._waiting = [
       line.num_waiting if line.free < line.next_blocks else 0 for line in lines
     ]
@@ -107,50 +128,62 @@ class _Planner:
 
   def _read_placements(self) -> None:
     """Notes who attends how much, who owes whom, and what could move."""
-    self._tokens = np.zeros(len(self._lines))
-    self._debts: list[tuple[InstanceId, InstanceId]] = []
+    position_of = self._at
+    blocks_at = [0] * len(self._lines)
+    may_borrow = [
+      line.num_running < self._config.debtor_batch for line in self._lines
+    ]
+    self._debts: list[tuple[int, int]] = []
     # Debtors of each position: they must not become its creditors.
     self._debtors_of: list[set[int]] = [set() for _ in self._lines]
     self._movable: list[list[tuple[int, RequestUid, int]]] = [
       [] for _ in self._lines
     ]
     for placement in self._view.placements:
-      owner = self._at.get(placement.owner)
+      blocks = placement.blocks
+      owner = position_of.get(placement.owner)
       size = 0
-      for holder, count in placement.blocks.holders:
-        position = self._at.get(holder)
+      for holder, count in blocks.holders:
         size += count
+        position = position_of.get(holder)
         if position is None:
           continue
-        self._tokens[position] += count * self._config.block_size
+        blocks_at[position] += count
         if owner is not None and position != owner:
           self._debts.append((owner, position))
           self._debtors_of[position].add(owner)
-      if owner is not None and placement.blocks.movable:
-        self._movable[owner].append(
-          (size, -placement.blocks.uid, placement.blocks.movable)
-        )
+      if owner is not None and blocks.movable and may_borrow[owner]:
+        self._movable[owner].append((size, -blocks.uid, blocks.movable))
     for requests in self._movable:
       requests.sort()  # The longest is last; of equals the lowest uid.
+    self._tokens = np.array(blocks_at, np.float64) * self._config.block_size
 
   def _couple(self) -> None:
     """Finds the groups of instances that step together."""
+    self._root = list(coupled(range(len(self._lines)), self._debts).values())
     members: dict[int, list[int]] = {}
-    for position, root in coupled(range(len(self._lines)), self._debts).items():
+    for position, root in enumerate(self._root):
       members.setdefault(root, []).append(position)
-    self._group = [0] * len(self._lines)
-    self._members = dict(members)
-    for root, positions in members.items():
-      for position in positions:
-        self._group[position] = root
+    self._groups = {
+      root: self._group(np.array(positions))
+      for root, positions in members.items()
+    }
+
+  def _group(self, members: NDArray[np.int64]) -> _Group:
+    """What is to be known of instances that step together."""
+    times_s = self._layer_s[members]
+    count = min(_NUM_SLOWEST, len(members))
+    top = np.argpartition(times_s, -count)[-count:].tolist()
+    slowest = [(float(times_s[n]), int(members[n])) for n in top]
+    return _Group(
+      members=members,
+      batch=int(self._batch[members].sum()),
+      slowest=sorted(slowest, reverse=True),
+    )
 
   def debtors(self) -> list[int]:
     """Positions that may borrow, smallest batch first."""
-    order = [
-      n
-      for n, line in enumerate(self._lines)
-      if line.num_running < self._config.debtor_batch and self._movable[n]
-    ]
+    order = [n for n, requests in enumerate(self._movable) if requests]
     return sorted(order, key=lambda n: (self._lines[n].num_running, n))
 
   def try_move(self, debtor: int) -> bool:
@@ -189,9 +222,7 @@ class _Planner:
     possible = (self._room > 0) & ~self._is_debtor
     possible[debtor] = False
     possible[list(self._debtors_of[debtor])] = False
-    use = np.where(
-      possible, 1 - self._free / np.maximum(self._capacity, 1), np.inf
-    )
+    use = np.where(possible, self._use, np.inf)
     owner = self._lines[debtor].instance
     while (emptiest := float(use.min())) < math.inf:
       equals = np.flatnonzero(use == emptiest).tolist()
@@ -209,12 +240,14 @@ class _Planner:
     """Numbers of rBlocks worth trying, rising."""
     if most <= _MAX_CHOICES:
       return np.arange(1, most + 1)
-    choices = np.linspace(1, most, _MAX_CHOICES).astype(np.int64)
+    stride = -(-most // _MAX_CHOICES)
+    choices = np.arange(most, 0, -stride)
     # One more request runs at each of these, which is where gains jump.
     needed = self._lines[debtor].next_blocks
     num_more = min(self._waiting[debtor], _MAX_CHOICES)
     jumps = needed * np.arange(1, num_more + 1) - self._free[debtor]
-    return np.union1d(choices, jumps[(jumps > 0) & (jumps <= most)])
+    jumps = jumps[(jumps > 0) & (jumps <= most)]
+    return np.sort(np.concatenate([choices, jumps]))
 
   def _admitted(
     self, debtor: int, num_blocks: NDArray[np.int64]
@@ -243,24 +276,30 @@ class _Planner:
   ) -> int:
     """The number of rBlocks that gains the most; 0 if none gains enough."""
     admitted, owned, hosted = self._loads(debtor, creditor, choices)
-    batch = self._batch[creditor] + np.zeros(len(choices))
-    slowest_s = np.maximum(
-      self._model.layers_s(self._batch[debtor] + admitted, owned),
-      self._model.layers_s(batch, hosted),
+    # Both in one go, as this runs for every move that is tried.
+    both_s = self._model.layers_s(
+      np.concatenate(
+        [
+          self._batch[debtor] + admitted,
+          np.full(len(choices), self._batch[creditor]),
+        ]
+      ),
+      np.concatenate([owned, hosted]),
     )
+    slowest_s = both_s.reshape(2, -1).max(axis=0)
     before = 0.0
     total_batch = admitted.astype(np.float64)
-    for group in {self._group[debtor], self._group[creditor]}:
-      members = self._members[group]
-      group_batch = float(self._batch[members].sum())
-      group_s = float(self._layer_s[members].max())
-      if len(members) > 1:
+    for root in {self._root[debtor], self._root[creditor]}:
+      group = self._groups[root]
+      group_s = group.slowest[0][0]
+      if len(group.members) > 1:
         group_s += self._model.exchange_s
-      before += self._model.throughput(int(group_batch), group_s)
-      total_batch += group_batch
-      others = [n for n in members if n not in (debtor, creditor)]
-      if others:
-        slowest_s = np.maximum(slowest_s, self._layer_s[others].max())
+      before += self._model.throughput(group.batch, group_s)
+      total_batch += group.batch
+      for others_s, position in group.slowest:
+        if position not in (debtor, creditor):
+          slowest_s = np.maximum(slowest_s, others_s)
+          break
     slowest_s += self._model.exchange_s
     # Nobody may have anything to do, and gains nothing then.
     slowest_s = np.maximum(slowest_s, np.finfo(np.float64).tiny)
@@ -282,14 +321,18 @@ class _Planner:
     self._free[debtor] += num_blocks - admitted * needed
     self._free[creditor] -= num_blocks
     self._room[creditor] -= num_blocks
+    self._use[creditor] = 1 - self._free[creditor] / self._capacity[creditor]
     self._tokens[debtor], self._tokens[creditor] = owned, hosted
     self._is_debtor[debtor] = self._is_creditor[creditor] = True
     both = [debtor, creditor]
     self._layer_s[both] = self._model.layers_s(
       self._batch[both], self._tokens[both]
     )
-    joined, kept = self._group[debtor], self._group[creditor]
+    joined, kept = self._root[debtor], self._root[creditor]
+    members = self._groups[kept].members
     if joined != kept:
-      for position in self._members[joined]:
-        self._group[position] = kept
-      self._members[kept] += self._members.pop(joined)
+      moved = self._groups.pop(joined).members
+      for position in moved.tolist():
+        self._root[position] = kept
+      members = np.concatenate([members, moved])
+    self._groups[kept] = self._group(members)
