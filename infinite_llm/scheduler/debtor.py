@@ -179,6 +179,8 @@ class Debtor:
   def is_readable(self, uid: RequestUid) -> bool:
     """Whether all that a step over a request reads is surely there."""
     account = self.account(uid)
+    if account.slot is None:  # Nearly always, and all of it is at home.
+      return account.is_settled()
     return account.is_settled() and all(
       self._trust.holds(creditor) or self._faults(Place.TRUST_UNLIMITED)
       for creditor in account.table.creditors()
