@@ -343,8 +343,8 @@ class EngineConfig:
     """Compiled programs, instances that differ in nothing else counted once.
 
     Every bucket of every kind of step is one. So is each of the two ways of
-    sampling for each number of rows, and marking the tokens seen; a group has
-    its exchange, coverage check and reservation epochs.
+    sampling for each number of rows, marking the tokens seen and writing table
+    entries; a group has its exchange, coverage check and reservation epochs.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
@@ -352,7 +352,7 @@ class EngineConfig:
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets) + 3
       row_counts |= {lending.spill_slots, 1}
-    return steps + 2 * len(row_counts) + 1
+    return steps + 2 * len(row_counts) + 2
 
 
 _PARTS: dict[str, type] = {

@@ -28,15 +28,16 @@ def test_a_headroom_that_was_asked_for_is_kept(headroom):
 
 class TestProgramKinds:
   def test_one_instance_has_its_steps_and_their_sampling(self):
-    # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark.
-    assert EngineConfig().num_program_kinds == 5 + 6 + 1
+    # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark, one
+    # to write entries.
+    assert EngineConfig().num_program_kinds == 5 + 6 + 2
 
   def test_a_group_adds_its_own(self):
     # Decode, two prefill, exchange, check and epochs.
     config = engine_config(num_instances=2)
-    assert config.num_program_kinds == 5 + 6 + 1 + 6
+    assert config.num_program_kinds == 5 + 6 + 2 + 6
     config = engine_config(num_instances=2, spill_slots=3)
-    assert config.num_program_kinds == 5 + 6 + 1 + 6 + 2
+    assert config.num_program_kinds == 5 + 6 + 2 + 6 + 2
 
   def test_instances_that_lend_nothing_are_no_group(self):
     config = engine_config(num_instances=2, policy="static")

@@ -100,11 +100,16 @@ def change_table(rig, lie):
         pair[:] = pair[::-1].copy()
       case "other block":
         block_ids[first] = 1  # That of a short request.
+      case "elsewhere":
+        # What lies behind may be an old entry of this very table, and to read
+        # that one instead would be right.
+        block_ids[first + hosted.counts[place]] = 1
 
   match lie:
     case "fewer":
       hosted.counts[place] -= 1
     case "elsewhere":
+      rig.change_entries(creditor, change_entries)
       hosted.starts[place] += 1
     case "epoch":
       hosted.epoch[row] += 1
@@ -192,18 +197,22 @@ class TestStaleOwnTable:
     self, rig, monkeypatch, stage, lie
   ):
     def change(block_ids, logical_ids):
-      uid = rig.request(LONG).uid
-      mine = rig.engine.group.managers[OWNER].table(uid).local_entries()
-      # Every place that names its oldest rBlock at home, in use or not.
+      request = rig.request(LONG)
+      table = rig.engine.group.managers[OWNER].table(request.uid)
+      mine = table.local_entries()
+      # The newest full one: older ones may be about to move away.
+      last = len(mine.below(request.num_computed_tokens // 16)) - 1
+      # Every place that names it, in use or not.
       (places,) = np.nonzero(
-        (block_ids == mine.block_ids[0]) & (logical_ids == mine.logical_ids[0])
+        (block_ids == mine.block_ids[last])
+        & (logical_ids == mine.logical_ids[last])
       )
-      assert len(places)
+      assert last > 0 and len(places)
       match lie:
         case "other number":
           logical_ids[places] += 1
         case "other block":
-          block_ids[places] = mine.block_ids[-1]
+          block_ids[places] = mine.block_ids[0]
 
     start(rig)
     calls = during(
