@@ -28,8 +28,8 @@ def test_a_headroom_that_was_asked_for_is_kept(headroom):
 
 class TestProgramKinds:
   def test_one_instance_has_its_steps_and_their_sampling(self):
-    # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark, one
-    # to write entries.
+    # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark,
+    # one to write entries.
     assert EngineConfig().num_program_kinds == 5 + 6 + 2
 
   def test_a_group_adds_its_own(self):
