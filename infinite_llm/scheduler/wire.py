@@ -46,8 +46,9 @@ class WireCodec:
       max_bytes: Longest frame that is written or read.
       secret: Known to all of the cluster and to nobody else: frames carry a
         keyed hash (HMAC-SHA256), and others are refused. It proves that a
-        member wrote the frame, and hides nothing. None neither writes nor
-        accepts one.
+        member wrote the frame once; it hides nothing, and a frame may be
+        repeated, which managers bear anyway. None neither writes nor accepts
+        such frames.
 
     Raises:
       ConfigError: If the secret is too short or the limit not positive.

@@ -22,8 +22,12 @@ class TransportCounters:
     expired: Not taken by the peer within their deadline.
     broken_off: Lost with a connection; they may have arrived.
     refused_by_peer: Sent from here and refused there.
-    refused: Sent from elsewhere and refused here, by reason; those that a
-      handler refused are among them.
+    malformed: Refused here as no message, or one that makes no sense.
+    oversized: Refused here as longer than the limit.
+    unversioned: Refused here as of another version, or of something else.
+    unauthenticated: Refused here as not written by a member.
+    misdirected: Refused here as not for this process or this kind of manager,
+      or as from a stranger.
     overflowed: Refused here because too many waited for `deliver`.
     cut_short: Calls to here whose frame never came whole: longer than twice the
       limit, or the connection was lost.
@@ -41,12 +45,21 @@ class TransportCounters:
   expired: int
   broken_off: int
   refused_by_peer: int
-  refused: dict[Refusal, int]
+  malformed: int
+  oversized: int
+  unversioned: int
+  unauthenticated: int
+  misdirected: int
   overflowed: int
   cut_short: int
   handshakes: int
   connections: int
   last_refusal: str | None
+
+  @property
+  def refused(self) -> int:
+    """Messages that were refused here, for whatever reason."""
+    return sum(getattr(self, refusal.value) for refusal in Refusal)
 
 
 class Tally:
@@ -92,7 +105,11 @@ class Tally:
         expired=self._counts["expired"],
         broken_off=self._counts["broken_off"],
         refused_by_peer=self._counts["refused_by_peer"],
-        refused={refusal: self._refused[refusal] for refusal in Refusal},
+        malformed=self._refused[Refusal.MALFORMED],
+        oversized=self._refused[Refusal.OVERSIZED],
+        unversioned=self._refused[Refusal.UNVERSIONED],
+        unauthenticated=self._refused[Refusal.UNAUTHENTICATED],
+        misdirected=self._refused[Refusal.MISDIRECTED],
         overflowed=self._counts["overflowed"],
         cut_short=self._counts["cut_short"],
         handshakes=self._counts["handshakes"],

@@ -37,14 +37,14 @@ from infinite_llm.errors import (
   Refusal,
 )
 from infinite_llm.scheduler.messages import (
+  ANSWER_TO,
   Address,
-  ClusterStatus,
   Envelope,
-  Heartbeat,
 )
 from infinite_llm.scheduler.wire import WireCodec
 
-_REPLACEABLE = (Heartbeat, ClusterStatus)
+_AWAITED = frozenset({*ANSWER_TO, *ANSWER_TO.values()})
+"""Kinds of messages that somebody waits for; reports are not among them."""
 
 
 class GrpcTransport:
@@ -99,8 +99,7 @@ class GrpcTransport:
   def connect(self, address: Address, target: str) -> None:
     """Says where an address is served; connects on the first message to it.
 
-    Messages from addresses that are neither registered nor connected are
-    refused.
+    Messages from addresses that were never connected are refused.
 
     Args:
       address: A manager of another process.
@@ -135,7 +134,7 @@ class GrpcTransport:
       )
     frame = Waiting(
       frame=self._codec.encode(envelope),
-      is_replaceable=isinstance(envelope.body, _REPLACEABLE),
+      is_replaceable=type(envelope.body) not in _AWAITED,
       expires_s=self._clock() + self._options.deadline_s,
     )
     self._link(self._targets[receiver]).queue.put(frame)
