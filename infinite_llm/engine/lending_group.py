@@ -215,4 +215,3 @@ class LendingGroup:
         self.num_unproved_moves += not is_proved
         manager.on_verified(uid, is_proved)
     return True
-

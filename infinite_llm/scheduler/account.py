@@ -32,6 +32,28 @@ class Phase(enum.Enum):
   SYNCING = "awaiting that creditors install their tables anew"
 
 
+class Reconcile(enum.Enum):
+  """What to do about a request whose step could not be proved."""
+
+  RETRY = "retry"
+  RECOMPUTE = "recompute"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpillInfo:
+  """How a group program names a request with rBlocks elsewhere.
+
+  Attributes:
+    slot: Its spill slot.
+    slot_epoch: Epoch under which it has the slot.
+    versions: Version of each creditor's hosted table to answer with.
+  """
+
+  slot: int
+  slot_epoch: Epoch
+  versions: dict[InstanceId, int]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PendingMove:
   """An rBlock with two copies, until one of them is given up.

@@ -14,6 +14,7 @@ from infinite_llm.scheduler.effects import (
   MoveBlocks,
   full_block_move,
 )
+from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -28,7 +29,7 @@ from infinite_llm.scheduler.messages import (
   Reserve,
   ReserveReply,
 )
-from infinite_llm.types import InstanceId
+from infinite_llm.types import FaultPoint, InstanceId
 
 
 class Borrowing:
@@ -41,13 +42,17 @@ class Borrowing:
       so, and no borrow that got nothing from anybody has shown otherwise since.
   """
 
-  def __init__(self, pool: BlockPool, outbox: Outbox[Account]):
+  def __init__(
+    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+  ):
     """Makes the borrowing side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      faults: What goes wrong.
     """
+    self._faults = faults
     self.has_room = False
     self._pool = pool
     self._outbox = outbox
@@ -103,6 +108,11 @@ class Borrowing:
     borrow.unsent.remove(move)
     if borrow.unsent:
       return
+    if self._faults(Place.COMMIT_SKIPPED):
+      creditor = move.dst_instance
+      version = account.versions.get(creditor, 0)
+      self.on_committed(account, creditor, CommitReply(table_version=version))
+      return
     account.phase = Phase.COMMITTING
     commit = Commit(
       uid=account.table.uid,
@@ -154,7 +164,8 @@ class Borrowing:
 
   def abandon(self, account: Account) -> None:
     """Lets go of what the table of an account to be closed does not name."""
-    if account.phase is Phase.SWITCHED:
+    is_switched = account.phase is Phase.SWITCHED
+    if is_switched or self._faults(Place.FREED_TWICE):
       for pending in account.current_borrow().moves:
         self._pool.free(pending.old.block_id, account.table.uid)
 

@@ -14,6 +14,7 @@ from infinite_llm.scheduler.effects import (
   MoveBlocks,
   full_block_move,
 )
+from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.leases import LeaseDeadlines, Owner
 from infinite_llm.scheduler.messages import (
@@ -35,7 +36,14 @@ from infinite_llm.scheduler.messages import (
   Sync,
   SyncReply,
 )
-from infinite_llm.types import NO_EPOCH, BlockId, Epoch, InstanceId, RequestUid
+from infinite_llm.types import (
+  NO_EPOCH,
+  BlockId,
+  Epoch,
+  FaultPoint,
+  InstanceId,
+  RequestUid,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +102,7 @@ class Creditor:
     block_size: int,
     lending: LendingConfig,
     clock: Callable[[], float],
+    faults: FaultPoint,
   ):
     """Makes a creditor that lends nothing yet.
 
@@ -102,7 +111,9 @@ class Creditor:
       block_size: P, tokens per rBlock.
       lending: How much of it may be lent, and for how long.
       clock: Monotonic seconds.
+      faults: What goes wrong.
     """
+    self._faults = faults
     self.hosted = HostedTables()
     self.is_frozen = False
     self._pool = pool
@@ -119,6 +130,8 @@ class Creditor:
     """rBlocks that it would grant now."""
     if self._lending.policy == "static" or self.is_frozen:
       return 0
+    if self._faults(Place.CAP_IGNORED):
+      return self._pool.num_free
     spare = self._pool.num_free - self._lending.headroom_blocks
     if self._lending.max_lent_blocks is not None:
       spare = min(spare, self._lending.max_lent_blocks - self._pool.num_lent)
@@ -135,7 +148,8 @@ class Creditor:
   def end_expired(self) -> None:
     """Ends the leases of owners that were silent for too long."""
     for owner in self._deadlines.take_expired():
-      self.end_leases_of(owner)
+      if not self._faults(Place.EXPIRY_SKIPPED):
+        self.end_leases_of(owner)
 
   def end_leases_of(self, owner: InstanceId) -> None:
     """Takes back all that an owner holds, and forgets its tables."""
@@ -198,6 +212,8 @@ class Creditor:
       As many grants as wanted or fewer; none is a refusal.
     """
     count = min(request.num_blocks, self.lendable)
+    if not count:
+      self._faults(Place.REFUSAL)
     granted = self._pool.reserve_for(owner.instance, request.uid, count)
     grants = tuple(
       Grant(block_id=location.block_id, epoch=location.epoch)
@@ -238,12 +254,12 @@ class Creditor:
     return effects
 
   def _commit(self, owner: Owner, request: Commit) -> CommitReply:
-    is_known = all(
-      self._has_lease(owner, request, entry) for entry in request.entries
-    )
+    leased = [e for e in request.entries if self._has_lease(owner, request, e)]
+    is_known = len(leased) == len(request.entries)
+    is_known = is_known or self._faults(Place.COMMIT_UNRESERVED)
     if not is_known or self.hosted.is_taken(owner.instance, request.slot):
       return CommitReply(table_version=None)
-    for entry in request.entries:
+    for entry in leased:
       lease = self._leases[entry.grant.block_id]
       if not lease.is_hosted:
         self._pool.commit_hosted(entry.grant.block_id, lease.epoch)
@@ -259,9 +275,11 @@ class Creditor:
     ended: list[BlockId] = []
     for grant in request.grants:
       lease = self._leases.get(grant.block_id)
-      if lease and (lease.owner, lease.epoch) == (owner, grant.epoch):
+      if lease and lease.owner == owner and self._is_of(lease, grant.epoch):
         ended.append(grant.block_id)
     self._end(ended)
+    if self._faults(Place.TABLE_KEPT):
+      ended = []
     version = self.hosted.remove(owner.instance, request.slot, ended)
     return ReleaseReply(table_version=version)
 
@@ -318,7 +336,8 @@ class Creditor:
       lease = self._leases.pop(block_id)
       self._pool.release_hosted(block_id, lease.epoch)
       self._count_lent(lease.owner.instance, -1)
-    self._set_epochs(dict.fromkeys(block_ids, NO_EPOCH))
+    if not self._faults(Place.EPOCHS_KEPT):
+      self._set_epochs(dict.fromkeys(block_ids, NO_EPOCH))
 
   def _is_hosted(
     self,
@@ -338,13 +357,16 @@ class Creditor:
     entry: HostedEntry | FetchedEntry,
   ) -> bool:
     lease = self._leases.get(entry.grant.block_id)
-    named = (owner, request.uid, request.slot, entry.grant.epoch)
-    return lease is not None and named == (
-      lease.owner,
-      lease.uid,
-      lease.slot,
-      lease.epoch,
+    named = (owner, request.uid, request.slot)
+    return (
+      lease is not None
+      and named == (lease.owner, lease.uid, lease.slot)
+      and self._is_of(lease, entry.grant.epoch)
     )
+
+  def _is_of(self, lease: _Lease, epoch: Epoch) -> bool:
+    """Whether a lease is the one that a debtor means."""
+    return lease.epoch == epoch or self._faults(Place.EPOCH_UNCHECKED)
 
   def _count_lent(self, owner: InstanceId, change: int) -> None:
     self._num_lent[owner] += change

@@ -5,16 +5,20 @@ copy goes only when the new one was proved (`DESIGN.md` section 5, rule 2).
 """
 
 import collections
-import dataclasses
-import enum
 from collections.abc import Callable, Iterable
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.scheduler.account import (
+  Account,
+  Phase,
+  Reconcile,
+  SpillInfo,
+)
 from infinite_llm.scheduler.effects import Effect, Move
+from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.leases import LeaseTrust
 from infinite_llm.scheduler.mailbox import Outbox, Pending
 from infinite_llm.scheduler.messages import (
@@ -30,32 +34,10 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.spill_slots import SpillSlotPool
 from infinite_llm.scheduler.transfers import Transfers
-from infinite_llm.types import Epoch, InstanceId, RequestUid
+from infinite_llm.types import FaultPoint, InstanceId, RequestUid
 
 _MAX_REFUTED = 2
 """Moves in a row that are not proved before a request's KV is given up."""
-
-
-class Reconcile(enum.Enum):
-  """What to do about a request whose step could not be proved."""
-
-  RETRY = "retry"
-  RECOMPUTE = "recompute"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpillInfo:
-  """How a group program names a request with rBlocks elsewhere.
-
-  Attributes:
-    slot: Its spill slot.
-    slot_epoch: Epoch under which it has the slot.
-    versions: Version of each creditor's hosted table to answer with.
-  """
-
-  slot: int
-  slot_epoch: Epoch
-  versions: dict[InstanceId, int]
 
 
 class Debtor:
@@ -72,6 +54,7 @@ class Debtor:
     lending: LendingConfig,
     clock: Callable[[], float],
     outbox: Outbox[Account],
+    faults: FaultPoint,
   ):
     """Makes a debtor without requests.
 
@@ -82,7 +65,9 @@ class Debtor:
         leases live.
       clock: Monotonic seconds.
       outbox: Takes its messages.
+      faults: What goes wrong.
     """
+    self._faults = faults
     self.is_frozen = False
     self._pool = pool
     self._block_size = block_size
@@ -90,7 +75,7 @@ class Debtor:
     self._outbox = outbox
     self._slots = SpillSlotPool(lending.spill_slots)
     self._trust = LeaseTrust(lending.lease_s, clock)
-    self._transfers = Transfers(pool, outbox)
+    self._transfers = Transfers(pool, outbox, faults)
     self._accounts: dict[RequestUid, Account] = {}
     self._closed: list[Account] = []
 
@@ -159,6 +144,8 @@ class Debtor:
       )
     )
     self._closed.append(account)
+    if self._faults(Place.RELEASE_FORGOTTEN):
+      account.leases.clear()
     for creditor in tuple(account.leases):
       self._give_back(account, creditor, account.grants_of(creditor))
     self._settle(account)
@@ -180,7 +167,8 @@ class Debtor:
     """Whether all that a step over a request reads is surely there."""
     account = self.account(uid)
     return account.is_settled() and all(
-      self._trust.holds(creditor) for creditor in account.table.creditors()
+      self._trust.holds(creditor) or self._faults(Place.TRUST_UNLIMITED)
+      for creditor in account.table.creditors()
     )
 
   def reconcile(self, uid: RequestUid) -> Reconcile:
@@ -272,7 +260,7 @@ class Debtor:
     account = self._accounts.get(uid)
     if account is None or account.phase is not Phase.SWITCHED:
       return
-    if is_proved:
+    if is_proved or self._faults(Place.PROOF_SKIPPED):
       account.num_refuted = 0
       self._transfers.on_proved(account)
     else:
@@ -349,6 +337,8 @@ class Debtor:
 
   def _end_lapsed_trust(self) -> None:
     for creditor in self._trust.take_lapsed():
+      if self._faults(Place.TRUST_UNLIMITED):
+        continue
       for account in self._accounts.values():
         is_read = creditor in account.table.creditors()
         if is_read and creditor not in account.unsynced:

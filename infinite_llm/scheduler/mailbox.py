@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+from infinite_llm.scheduler.fault_points import Place, no_fault
 from infinite_llm.scheduler.messages import (
   Address,
   Body,
@@ -13,6 +14,7 @@ from infinite_llm.scheduler.messages import (
   Reply,
   Request,
 )
+from infinite_llm.types import FaultPoint
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -189,7 +191,13 @@ class Inbox:
   older than that is a late repetition and is dropped.
   """
 
-  def __init__(self):
+  def __init__(self, faults: FaultPoint = no_fault):
+    """Makes an inbox that has heard of nobody.
+
+    Args:
+      faults: What goes wrong.
+    """
+    self._faults = faults
     self._heard: collections.defaultdict[Address, _Heard] = (
       collections.defaultdict(_Heard)
     )
@@ -220,7 +228,8 @@ class Inbox:
         for seq, reply in heard.replies.items()
         if seq >= request.settled
       }
-    if request.seq not in heard.replies:
+    is_new = request.seq not in heard.replies
+    if is_new or self._faults(Place.REPETITION_EXECUTED):
       heard.replies[request.seq] = execute()
     return heard.replies[request.seq]
 

@@ -10,6 +10,7 @@ from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Account, PendingMove, Phase, Recall
 from infinite_llm.scheduler.effects import Effect, GrantEpochs, full_block_move
+from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   Fetch,
@@ -19,7 +20,7 @@ from infinite_llm.scheduler.messages import (
   Release,
   ReleaseReply,
 )
-from infinite_llm.types import NO_EPOCH, InstanceId
+from infinite_llm.types import NO_EPOCH, FaultPoint, InstanceId
 
 
 class Recalling:
@@ -28,13 +29,17 @@ class Recalling:
   When a recall has ended, its account is in `Phase.IDLE` without a `recall`.
   """
 
-  def __init__(self, pool: BlockPool, outbox: Outbox[Account]):
+  def __init__(
+    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+  ):
     """Makes the recalling side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      faults: What goes wrong.
     """
+    self._faults = faults
     self._pool = pool
     self._outbox = outbox
     self._effects: list[Effect] = []
@@ -170,6 +175,8 @@ class Recalling:
       self._pool.free(pending.new.block_id, account.table.uid)
 
   def _refuse_payloads(self, recall: Recall) -> None:
+    if self._faults(Place.HOME_EPOCHS_KEPT):
+      return
     block_ids = tuple(pending.new.block_id for pending in recall.moves)
     self._effects.append(
       GrantEpochs(block_ids=block_ids, epochs=(NO_EPOCH,) * len(block_ids))

@@ -9,6 +9,7 @@ from infinite_llm.scheduler.account import Account
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Move
+from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.mailbox import Inbox, Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -33,7 +34,7 @@ from infinite_llm.scheduler.messages import (
   SyncReply,
 )
 from infinite_llm.scheduler.screening import fault_in, fault_in_answer
-from infinite_llm.types import InstanceId
+from infinite_llm.types import FaultPoint, InstanceId
 
 _LOG_EVERY_S = 10
 
@@ -59,6 +60,7 @@ class Reception:
     creditor: Creditor,
     debtor: Debtor,
     outbox: Outbox[Account],
+    faults: FaultPoint,
   ):
     """Makes the reception of one instance.
 
@@ -71,7 +73,9 @@ class Reception:
       creditor: Takes requests for leases.
       debtor: Takes answers.
       outbox: Takes messages.
+      faults: What goes wrong.
     """
+    self._faults = faults
     self.refused: collections.Counter[str] = collections.Counter()
     self._instance = instance
     self._incarnation = incarnation
@@ -80,7 +84,7 @@ class Reception:
     self._clock = clock
     self._creditor = creditor
     self._debtor = debtor
-    self._inbox = Inbox()
+    self._inbox = Inbox(faults)
     self._outbox = outbox
     self._incarnation_of: dict[InstanceId, int] = {}
 
@@ -126,11 +130,12 @@ class Reception:
     incarnation = envelope.responder or envelope.incarnation
     known = self._incarnation_of.get(sender, 0)
     if incarnation < known:
-      return False
+      return self._faults(Place.DEAD_HEARD)
     if incarnation > known:
       self._incarnation_of[sender] = incarnation
       self._creditor.end_leases_of(sender)
-      self._debtor.on_restarted(sender)
+      if not self._faults(Place.RESTART_OVERLOOKED):
+        self._debtor.on_restarted(sender)
       self._outbox.introduce(sender, incarnation)
     self._creditor.hear(sender)
     return True
@@ -138,7 +143,7 @@ class Reception:
   def _on_instance(self, sender: InstanceId, envelope: Envelope) -> None:
     match envelope.body:
       case Reserve() | Commit() | Release() | Sync() | Fetch() | Renew() if (
-        envelope.meant_for != self._incarnation
+        not self._is_meant(envelope)
       ):
         self._outbox.reply(envelope, Introduction())
       case Reserve() | Commit() | Release() | Sync() | Fetch() as request:
@@ -157,6 +162,11 @@ class Reception:
         self._on_renewed(sender, envelope, sent_s)
       case _:
         pass  # An introduction has said all by its envelope.
+
+  def _is_meant(self, envelope: Envelope) -> bool:
+    return envelope.meant_for == self._incarnation or self._faults(
+      Place.MISDIRECTED_EXECUTED
+    )
 
   def _on_lease_request(
     self, owner: InstanceId, envelope: Envelope, request: LeaseRequest

@@ -7,10 +7,16 @@ from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
-from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.scheduler.account import (
+  Account,
+  Phase,
+  Reconcile,
+  SpillInfo,
+)
 from infinite_llm.scheduler.creditor import Creditor
-from infinite_llm.scheduler.debtor import Debtor, Reconcile, SpillInfo
-from infinite_llm.scheduler.effects import Effect, GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.debtor import Debtor
+from infinite_llm.scheduler.effects import Effect, Move
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
@@ -21,16 +27,9 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.reception import Reception
-from infinite_llm.types import InstanceId, PoolCounts, RequestUid
+from infinite_llm.types import FaultPoint, InstanceId, PoolCounts, RequestUid
 
-__all__ = [
-  "GrantEpochs",
-  "Move",
-  "MoveBlocks",
-  "RManager",
-  "Reconcile",
-  "SpillInfo",
-]
+__all__ = ["RManager", "Reconcile", "SpillInfo"]
 
 
 class RManager:
@@ -56,6 +55,7 @@ class RManager:
     lending: LendingConfig,
     clock: Callable[[], float],
     incarnation: int = 1,
+    faults: FaultPoint = no_fault,
   ):
     """Makes the manager of an instance without requests.
 
@@ -67,6 +67,7 @@ class RManager:
       lending: How the group shares its pools.
       clock: Monotonic seconds.
       incarnation: Rises each time this manager starts anew.
+      faults: What goes wrong, in a simulation.
 
     Raises:
       ConfigError: If `instance` is not one of the group.
@@ -84,8 +85,10 @@ class RManager:
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
-    self._creditor = Creditor(pool, block_size, lending, clock)
-    self._debtor = Debtor(pool, block_size, lending, clock, self._outbox)
+    self._creditor = Creditor(pool, block_size, lending, clock, faults)
+    self._debtor = Debtor(
+      pool, block_size, lending, clock, self._outbox, faults
+    )
     self._reception = Reception(
       instance,
       incarnation,
@@ -95,6 +98,7 @@ class RManager:
       self._creditor,
       self._debtor,
       self._outbox,
+      faults,
     )
     self._frozen_until_s = clock()
     self._lendable: dict[InstanceId, int] = {}

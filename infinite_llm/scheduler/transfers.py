@@ -17,7 +17,7 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.recalling import Recalling
 from infinite_llm.scheduler.syncing import Syncing
-from infinite_llm.types import InstanceId
+from infinite_llm.types import FaultPoint, InstanceId
 
 
 class Transfers:
@@ -29,15 +29,18 @@ class Transfers:
     syncing: Installs tables anew.
   """
 
-  def __init__(self, pool: BlockPool, outbox: Outbox[Account]):
+  def __init__(
+    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+  ):
     """Makes the moving side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      faults: What goes wrong.
     """
-    self.borrowing = Borrowing(pool, outbox)
-    self.recalling = Recalling(pool, outbox)
+    self.borrowing = Borrowing(pool, outbox, faults)
+    self.recalling = Recalling(pool, outbox, faults)
     self.syncing = Syncing(outbox)
 
   def on_proved(self, account: Account) -> None:

@@ -21,10 +21,11 @@ from infinite_llm.distributed.transport.in_process import (
   Interceptor,
 )
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER, Envelope, Renew
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
-from infinite_llm.types import NO_EPOCH
+from infinite_llm.types import NO_EPOCH, FaultPoint
 
 BLOCK_SIZE = 8
 EPOCHS_PER_INCARNATION = 1000
@@ -57,9 +58,11 @@ class FakeCluster:
     *,
     interceptor: Interceptor | None = None,
     transport: Transport | None = None,
+    faults: FaultPoint = no_fault,
     **lending,
   ):
     self.now_s = 0.0
+    self.faults = faults
     self.lending = LendingConfig(**lending)
     self.num_blocks = num_blocks
     self.incarnations = [1] * num_instances
@@ -89,6 +92,7 @@ class FakeCluster:
       lending=self.lending,
       clock=lambda: self.now_s,
       incarnation=incarnation,
+      faults=self.faults,
     )
 
   def _device(self) -> FakeDevice:
@@ -141,6 +145,12 @@ class FakeCluster:
       if mine:
         manager.on_exchanged(mine)
     return bool(sent)
+
+  def lose_payload(self) -> None:
+    """A payload goes out but is not received."""
+    move = self.moves.popleft()
+    self.refused_payloads += 1
+    self.managers[move.src_instance].on_exchanged([move])
 
   def receive(self, move: Move) -> None:
     """Writes one payload to its destination, or refuses it."""

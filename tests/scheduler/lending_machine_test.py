@@ -10,11 +10,14 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 from infinite_llm.cache.rblock import BlockState
+from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.messages import GMANAGER
 from tests.scheduler.fake_cluster import (
   BLOCK_SIZE,
   EPOCHS_PER_INCARNATION,
   FakeCluster,
+  until,
 )
 
 _INSTANCES = 3
@@ -25,9 +28,13 @@ _LEASE_S = 5.0
 class LendingMachine(stateful.RuleBasedStateMachine):
   """Each rule is one event; the books must be right after each of them."""
 
+  faults = staticmethod(no_fault)
+
   def __init__(self):
     super().__init__()
     self.wire = []
+    self.borrowers = set()
+    self.spoiled = set()
     self.cluster = FakeCluster(
       _INSTANCES,
       _BLOCKS,
@@ -36,6 +43,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       max_lent_blocks=6,
       headroom_blocks=1,
       lease_s=_LEASE_S,
+      faults=self.faults,
     )
     self.last_uid = 0
     self.owner = {}
@@ -58,7 +66,10 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def begin_with_requests(self, num_tokens):
     for instance, count in enumerate(num_tokens):
       self._open(instance, count)
-    self.run_a_round()
+    self.come_to_rest()
+    for uid in self.owner:
+      self._move(uid, 2, 1)
+    self.come_to_rest()
 
   @stateful.precondition(lambda self: len(self.owner) < 4)
   @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
@@ -80,14 +91,15 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       manager.pool.num_free + manager.table(uid).num_blocks
     ) * BLOCK_SIZE - self.cluster.proved[uid]
     is_possible = manager.is_readable(uid) and not manager.is_frozen
-    if is_possible and num_tokens <= room and not self._is_orphan(uid):
+    if is_possible and num_tokens <= room and self._can_be_proved(uid):
       self.cluster.compute(instance, uid, num_tokens)
 
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(data=st.data(), num_blocks=st.integers(1, 4))
   def borrow_blocks(self, data, num_blocks):
     uid = data.draw(st.sampled_from(sorted(self.owner)))
-    self.cluster.managers[self.owner[uid]].borrow(uid, num_blocks)
+    if self.cluster.managers[self.owner[uid]].borrow(uid, num_blocks):
+      self.borrowers.add(uid)
 
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(
@@ -95,18 +107,30 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   )
   def move_blocks(self, data, num_blocks, to):
     uid = data.draw(st.sampled_from(sorted(self.owner)))
-    instance = self.owner[uid]
-    self.cluster.managers[instance].move_kvcache(
-      uid, num_blocks, (instance + to) % _INSTANCES
-    )
+    self._move(uid, num_blocks, to)
 
-  @stateful.precondition(lambda self: self.owner)
+  def _move(self, uid, num_blocks, to):
+    instance = self.owner[uid]
+    dst = (instance + to) % _INSTANCES
+    if self.cluster.managers[instance].move_kvcache(uid, num_blocks, dst):
+      self.borrowers.add(uid)
+
+  @stateful.precondition(lambda self: self._recallable())
   @stateful.rule(data=st.data(), num_blocks=st.integers(1, 4))
   def recall_blocks(self, data, num_blocks):
-    uid = data.draw(st.sampled_from(sorted(self.owner)))
+    uid, creditor = data.draw(st.sampled_from(self._recallable()))
     manager = self.cluster.managers[self.owner[uid]]
-    for creditor in manager.table(uid).creditors():
-      manager.recall_kvcache(uid, num_blocks, creditor)
+    is_full = manager.pool.num_free == 0
+    assert manager.recall_kvcache(uid, num_blocks, creditor) is not is_full
+
+  def _recallable(self):
+    return [
+      (uid, creditor)
+      for uid, instance in sorted(self.owner.items())
+      for creditor in self.cluster.managers[instance].table(uid).creditors()
+      if self.cluster.managers[instance].is_readable(uid)
+      and not self.cluster.managers[instance].is_busy(uid)
+    ]
 
   @stateful.rule(
     instance=st.integers(0, _INSTANCES - 1), seconds=st.sampled_from((0.0, 1.0))
@@ -140,7 +164,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
 
   @stateful.rule(
     sleeper=st.integers(0, _INSTANCES - 1),
-    seconds=st.sampled_from((1.0, 2.0, _LEASE_S)),
+    seconds=st.sampled_from((1.0, _LEASE_S)),
   )
   def let_an_instance_sleep(self, sleeper, seconds):
     self.cluster.now_s += seconds
@@ -148,6 +172,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       if instance != sleeper:
         manager.tick()
 
+  @stateful.precondition(lambda self: max(self.cluster.incarnations) < 3)
   @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
   def restart_an_instance(self, instance):
     self.cluster.restart(instance)
@@ -185,6 +210,20 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     self.cluster.carry()
     self.cluster.exchange()
 
+  @stateful.rule()
+  def come_to_rest(self):
+    """All that needs no time happens, and what is due."""
+    self.cluster.tick(0.2)
+    for _ in until(lambda: not self._make_a_step()):
+      pass
+
+  def _make_a_step(self):
+    happened = self.cluster.carry()
+    happened |= bool(self.wire)
+    self.deliver_all_messages()
+    happened |= self.cluster.exchange()
+    return self.cluster.verify() or happened
+
   @stateful.precondition(lambda self: self.wire)
   @stateful.rule(data=st.data())
   def lose_a_message(self, data):
@@ -193,6 +232,12 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(quota=st.integers(1, 4))
   def exchange_payloads(self, quota):
     self.cluster.exchange(quota)
+
+  @stateful.precondition(lambda self: self.cluster.moves)
+  @stateful.rule()
+  def lose_a_payload(self):
+    self.spoiled.add(self.cluster.moves[0].uid)
+    self.cluster.lose_payload()
 
   @stateful.rule()
   def verify_moves(self):
@@ -209,23 +254,31 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     self.cluster.carry()  # Puts what managers say on the wire.
     self.cluster.check()
     self._check_that_nothing_is_shared()
+    self._check_that_nobody_forwards()
     for uid, instance in self.owner.items():
       manager = self.cluster.managers[instance]
-      if manager.is_readable(uid) and not self._is_orphan(uid):
+      if manager.is_readable(uid) and self._can_be_proved(uid):
         assert self.cluster.covers(instance, uid, self.cluster.proved[uid])
         self._check_that_its_leases_live(instance, uid)
 
-  def _is_orphan(self, uid):
-    """Whether a request names rBlocks of an instance that began anew.
+  def _can_be_proved(self, uid):
+    """Whether a step of a readable request cannot but be proved.
 
-    Its owner learns of that by the first message; until then its steps fail.
+    It fails while it reads copies that were spoiled on their way, and while it
+    reads an instance that began anew and has not been heard since.
     """
+    phase = self.cluster.managers[self.owner[uid]].phase(uid)
+    is_spoiled = uid in self.spoiled and phase is Phase.SWITCHED
+    return not is_spoiled and all(map(self._is_alive, self._locations(uid)))
+
+  def _locations(self, uid):
     table = self.cluster.managers[self.owner[uid]].table(uid)
-    return any(
-      location.epoch // EPOCHS_PER_INCARNATION + 1
-      != self.cluster.incarnations[location.instance]
-      for location in map(table.location, range(table.num_blocks))
-    )
+    return map(table.location, range(table.num_blocks))
+
+  def _is_alive(self, location):
+    """Whether the incarnation that granted an rBlock still lives."""
+    incarnation = location.epoch // EPOCHS_PER_INCARNATION + 1
+    return incarnation == self.cluster.incarnations[location.instance]
 
   def _check_that_its_leases_live(self, instance, uid):
     table = self.cluster.managers[instance].table(uid)
@@ -239,13 +292,24 @@ class LendingMachine(stateful.RuleBasedStateMachine):
           BlockState.HOSTED,
         )
 
+  def _check_that_nobody_forwards(self):
+    """Who borrows was told to, and is not serving somebody else."""
+    for uid, instance in self.owner.items():
+      phase = self.cluster.managers[instance].phase(uid)
+      if phase in (Phase.ASKING, Phase.RESERVING):
+        assert uid in self.borrowers
+      elif phase is Phase.IDLE:
+        self.borrowers.discard(uid)
+
   def _check_that_nothing_is_shared(self):
     named = collections.Counter()
     for uid, instance in self.owner.items():
-      table = self.cluster.managers[instance].table(uid)
-      for logical_id in range(table.num_blocks):
-        location = table.location(logical_id)
-        named[location.instance, location.block_id] += 1
+      # What is not readable may have ended, and belong to somebody else.
+      is_readable = self.cluster.managers[instance].is_readable(uid)
+      for location in self._locations(uid):
+        is_held = is_readable or location.instance == instance
+        if is_held and self._is_alive(location):
+          named[location.instance, location.block_id] += 1
     assert all(count == 1 for count in named.values())
 
   def teardown(self):
@@ -255,11 +319,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     # who are gone must end.
     for _ in range(12):
       self.cluster.tick()
-      self.cluster.carry()
-      self.deliver_all_messages()
-      self.cluster.exchange()
-    self.cluster.carry()
-    self.deliver_all_messages()
+      self.come_to_rest()
     self.cluster.check_agreement()
     self.cluster.check_empty()
 
