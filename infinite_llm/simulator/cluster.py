@@ -1,0 +1,210 @@
+"""A simulated cluster: instances, gManagers, requests, and what befalls them."""
+
+import itertools
+import random
+from collections.abc import Callable
+
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.gmanager import GManager
+from infinite_llm.scheduler.messages import GMANAGER, Envelope
+from infinite_llm.scheduler.request import Request
+from infinite_llm.simulator.data_plane import DataPlane
+from infinite_llm.simulator.instance import Instance, Violation, World
+from infinite_llm.simulator.invariants import (
+  check_agreement,
+  check_empty,
+  check_ownership,
+)
+from infinite_llm.simulator.network import SimulatedNetwork
+from infinite_llm.simulator.scenario import Scenario
+from infinite_llm.simulator.trace import Observer
+from infinite_llm.types import FaultPoint, InstanceId
+
+_STALL_S = 2.0
+"""Seconds without any progress after which the youngest request gives way."""
+
+
+class Cluster:
+  """All of a simulated cluster, on one thread.
+
+  Attributes:
+    world: What the instances share.
+    accepted: Requests that were accepted, by name; the last life of each.
+  """
+
+  def __init__(
+    self,
+    scenario: Scenario,
+    rng: random.Random,
+    *,
+    observer: Observer | None = None,
+    note: Callable[[float, str], None] | None = None,
+    faults: Callable[[InstanceId], FaultPoint] | None = None,
+  ):
+    """Starts all instances and the gManager at time 0.
+
+    Args:
+      scenario: Sizes and troubles.
+      rng: Decides all that happens by chance.
+      observer: Hears of every message; None costs nothing.
+      note: Hears of all else; None costs nothing.
+      faults: Gives each instance its fault points; None has no fault.
+    """
+    network = SimulatedNetwork(rng, scenario.network, observer)
+    self.world = World(
+      scenario=scenario,
+      rng=rng,
+      network=network,
+      plane=DataPlane(
+        scenario.num_instances, scenario.num_blocks, scenario.block_size
+      ),
+      note=note,
+    )
+    self.accepted: dict[str, Request] = {}
+    self._faults = faults or (lambda _: _no_fault)
+    self._uids = itertools.count(1)
+    self._incarnations = [1] * scenario.num_instances
+    self._journal: dict[InstanceId, list[Request]] = {}
+    for number in range(scenario.num_instances):
+      instance = self._instance(number)
+      self.world.instances.append(instance)
+      network.register(number, instance.on_message)
+    self.gmanager = GManager(scenario.lending.policy)
+    network.register(GMANAGER, self._on_gmanager)
+    for instance in self.world.instances:
+      instance.start()
+
+  @property
+  def up(self) -> list[Instance]:
+    """Instances that live."""
+    return [instance for instance in self.world.instances if instance.is_up]
+
+  @property
+  def num_open(self) -> int:
+    """Requests that were accepted and have not ended."""
+    return sum(not r.status.is_finished for r in self.accepted.values())
+
+  # Requests.
+
+  def add_request(self, instance: Instance, prompt: int, output: int) -> None:
+    """Has an instance accept a request.
+
+    Args:
+      instance: One that is up.
+      prompt: Tokens of its prompt.
+      output: Tokens that it is to have beside.
+    """
+    uid = next(self._uids)
+    request = Request(
+      uid=uid,
+      request_id=f"request-{uid}",
+      prompt_token_ids=tuple(range(prompt)),
+      sampling=SamplingParams(max_tokens=output),
+      arrival=uid,
+      max_total_tokens=prompt + output,
+    )
+    self.world.tell(
+      f"request {uid} with {prompt}+{output} tokens to {instance.number}"
+    )
+    self.accepted[request.request_id] = request
+    instance.add(request)
+
+  def abort(self, instance: Instance, request: Request) -> None:
+    """Ends a request of an instance at somebody's wish."""
+    self.world.tell(f"abort of request {request.uid} on {instance.number}")
+    instance.abort(request.uid)
+
+  # Life and death.
+
+  def crash(self, number: InstanceId) -> None:
+    """Takes an instance down, with all that it has."""
+    instance = self.world.instances[number]
+    self._journal[number] = list(instance.stop())
+    self.world.network.crash(number)
+    self.world.plane.reset(number)
+
+  def restart(self, number: InstanceId) -> None:
+    """Brings an instance back; what it had accepted begins anew."""
+    self._incarnations[number] += 1
+    instance = self._instance(number)
+    self.world.instances[number] = instance
+    self.world.network.restart(number, instance.on_message)
+    for lost in self._journal.pop(number):
+      # A uid is never used twice in a lending group.
+      replayed = Request(
+        uid=next(self._uids),
+        request_id=lost.request_id,
+        prompt_token_ids=lost.prompt_token_ids,
+        sampling=lost.sampling,
+        arrival=lost.arrival,
+        max_total_tokens=lost.max_total_tokens,
+      )
+      self.accepted[lost.request_id] = replayed
+      instance.add(replayed)
+    instance.start()
+
+  def crash_gmanager(self) -> None:
+    """Takes the gManager down, with all that it knows."""
+    self.world.network.crash(GMANAGER)
+
+  def restart_gmanager(self) -> None:
+    """Brings the gManager back, knowing nothing."""
+    self.gmanager = GManager(self.world.scenario.lending.policy)
+    self.world.network.restart(GMANAGER, self._on_gmanager)
+
+  # Stalls.
+
+  def break_stall(self) -> None:
+    """As the engine: requests may wait for each other's rBlocks for ever."""
+    world = self.world
+    if world.network.now_s - world.progress_s < _STALL_S:
+      return
+    world.progress_s = world.network.now_s
+    running = [
+      (request.arrival, request.uid, instance)
+      for instance in self.up
+      if not instance.has_flight
+      for request in instance.batcher.running
+    ]
+    if len(running) > 1:
+      _, uid, instance = max(running, key=lambda entry: entry[0])
+      world.tell(f"stall: request {uid} on {instance.number} gives way")
+      instance.batcher.preempt(uid)
+      instance.settle()
+
+  # Checks.
+
+  def check(self) -> None:
+    """What must hold at any moment.
+
+    Raises:
+      Violation: If it does not.
+    """
+    check_ownership(self.world.instances, self.world.plane)
+
+  def check_quiescent(self) -> None:
+    """What must hold when no request is left and all has been said.
+
+    Raises:
+      Violation: If it does not.
+    """
+    self.check()
+    check_agreement(self.world.instances)
+    check_empty(self.world.instances, self.world.plane)
+    for name, request in self.accepted.items():
+      if not request.status.is_finished:
+        raise Violation(f"{name} never ended: {request.status}.")
+
+  def _instance(self, number: InstanceId) -> Instance:
+    return Instance(
+      number, self._incarnations[number], self.world, self._faults(number)
+    )
+
+  def _on_gmanager(self, envelope: Envelope) -> None:
+    self.gmanager.on_message(envelope)
+    for answer in self.gmanager.drain_messages():
+      self.world.network.send(answer)
+
+
+def _no_fault(_: str) -> bool:
+  return False
