@@ -43,15 +43,12 @@ class Adversary:
       self._skew,
       self._abort,
       self._preempt,
-      self._move,
-      self._move,
-      self._recall,
-      self._recall,
       self._freeze,
     )
     self._request()
     self._wait(self._scenario.request_every_s, self._request_again)
     self._wait(self._scenario.trouble_every_s, self._trouble)
+    self._wait(self._scenario.plan_every_s, self._plan)
     self._network.call_later(_SELF, _HOUSEKEEPING_S, self._keep_house)
 
   def heal(self) -> None:
@@ -82,14 +79,14 @@ class Adversary:
   def _request(self) -> None:
     """A short request, or one that needs the memory of several."""
     up = self._cluster.up
-    if not up or self._cluster.num_open > 3 * self._scenario.num_instances:
+    if not up or self._cluster.num_open > self._scenario.num_instances + 2:
       return
     rng, size = self._rng, self._scenario.block_size
     own = (self._scenario.num_blocks - 1) * size
     longest = own // 3
-    if rng.random() < 0.4:
+    if rng.random() < 0.5:
       longest = self._scenario.reachable_blocks * size
-    output = rng.randint(1, 12)
+    output = rng.randint(1, 6)
     prompt = rng.randint(1, max(longest - output, 1))
     self._cluster.add_request(rng.choice(up), prompt, output)
 
@@ -97,6 +94,11 @@ class Adversary:
     if self._is_active:
       self._rng.choice(self._troubles)()
       self._wait(self._scenario.trouble_every_s, self._trouble)
+
+  def _plan(self) -> None:
+    if self._is_active:
+      self._rng.choice((self._move, self._recall))()
+      self._wait(self._scenario.plan_every_s, self._plan)
 
   def _crash_instance(self) -> None:
     up = self._cluster.up
@@ -173,16 +175,14 @@ class Adversary:
 
   def _recall(self) -> None:
     """A recall, as a gManager may order it."""
-    instance = self._busy_instance()
-    if instance is None:
-      return
     spilled = [
-      (request.uid, creditor)
+      (instance, request.uid, creditor)
+      for instance in self._cluster.up
       for request in instance.batcher.running
       for creditor in instance.manager.table(request.uid).creditors()
     ]
     if spilled:
-      uid, creditor = self._rng.choice(spilled)
+      instance, uid, creditor = self._rng.choice(spilled)
       count = self._rng.randint(1, 4)
       if instance.manager.recall_kvcache(uid, count, creditor):
         self.counts["recall"] += 1

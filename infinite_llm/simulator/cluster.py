@@ -84,6 +84,16 @@ class Cluster:
     """Requests that were accepted and have not ended."""
     return sum(not r.status.is_finished for r in self.accepted.values())
 
+  @property
+  def is_empty(self) -> bool:
+    """Whether nobody holds anything, and nothing is under way."""
+    return all(
+      instance.is_quiet
+      and instance.manager.counts().free == instance.manager.counts().total
+      and not instance.manager.borrowed()
+      for instance in self.world.instances
+    )
+
   # Requests.
 
   def add_request(self, instance: Instance, prompt: int, output: int) -> None:

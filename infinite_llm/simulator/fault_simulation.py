@@ -140,8 +140,10 @@ def _drain(cluster: Cluster) -> None:
       ]
       raise Violation(f"Not ended {_MAX_DRAIN_S} s after the last fault: {late}")
   # Leases of those who are gone end, and what they freed is given back.
-  lending = cluster.world.scenario.lending
-  network.run_until(network.now_s + 2 * lending.lease_s)
+  deadline_s = network.now_s + 3 * cluster.world.scenario.lending.lease_s
+  while not cluster.is_empty and network.now_s < deadline_s:
+    network.run_until(network.now_s + 0.5)
+  network.run_until(network.now_s + 0.5)
 
 
 def _faults(cluster: Cluster) -> collections.Counter[str]:

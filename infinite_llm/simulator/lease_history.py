@@ -168,10 +168,12 @@ class LeaseHistory:
     if now_s - self._ticked_s > self._lease_s / 2:  # It slept: all live on.
       self._heard_s = dict.fromkeys(self._heard_s, now_s)
     self._now_s = self._ticked_s = now_s
-    for owner, heard_s in sorted(self._heard_s.items()):
-      if now_s - heard_s >= self._lease_s:
-        del self._heard_s[owner]
-        self._end_all(owner, "expire")
+    oldest_s = min(self._heard_s.values(), default=now_s)
+    if now_s - oldest_s >= self._lease_s:
+      for owner, heard_s in tuple(self._heard_s.items()):
+        if now_s - heard_s >= self._lease_s:
+          del self._heard_s[owner]
+          self._end_all(owner, "expire")
 
   def on_answered(
     self, request: Envelope, answer: Envelope, now_s: float

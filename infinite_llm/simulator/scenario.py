@@ -24,6 +24,7 @@ class Scenario:
     exchange_s: Seconds within which waiting payloads are exchanged.
     request_every_s: Mean seconds between two requests.
     trouble_every_s: Mean seconds between two faults that the adversary makes.
+    plan_every_s: Mean seconds between two moves that the adversary orders.
     crash_s: Seconds for which somebody is down, at most.
     partition_s: Seconds for which a partition lasts, at most.
     clock_rate: How much faster or slower a clock may go, as a share.
@@ -40,17 +41,18 @@ class Scenario:
   lending: LendingConfig
   scheduler: SchedulerConfig
   network: NetworkFaults
-  tick_s: float = 0.2
-  step_s: float = 0.05
+  tick_s: float = 0.1
+  step_s: float = 0.03
   exchange_s: float = 0.1
   request_every_s: float = 0.5
   trouble_every_s: float = 0.4
-  crash_s: float = 3.0
-  partition_s: float = 3.0
+  plan_every_s: float = 0.3
+  crash_s: float = 2.0
+  partition_s: float = 2.0
   clock_rate: float = 0.04
   payload_lost: float = 0.0
   payload_repeated: float = 0.0
-  min_s: float = 4.0
+  min_s: float = 3.0
   min_messages: int = 300
   min_faults: int = 5
 
@@ -96,7 +98,7 @@ def draw_scenario(
     max_lent_blocks=rng.choice((None, None, num_blocks // 2)),
     headroom_blocks=rng.choice((0, 0, 1)),
     resend_after_s=0.3,
-    heartbeat_every_s=0.2,
+    heartbeat_every_s=0.1,
     lease_s=rng.choice((1.5, 2.5)),
   )
   scheduler = SchedulerConfig(
@@ -120,7 +122,8 @@ def draw_scenario(
     scheduler=scheduler,
     network=network,
     request_every_s=rng.choice((0.2, 0.5)),
-    trouble_every_s=rng.choice((0.2, 0.6)),
+    trouble_every_s=rng.choice((0.15, 0.4)),
+    plan_every_s=rng.choice((0.05, 0.2)),
     payload_lost=rng.choice((0.0, 0.0, 0.1)),
     payload_repeated=rng.choice((0.0, 0.3)),
     min_messages=min_messages,
