@@ -50,6 +50,10 @@ def get_config() -> ConfigDict:
   config.lending.spill_slots = 2
   config.lending.max_lent_blocks = placeholder(int)
   config.lending.headroom_blocks = 16  # Kept for the short requests.
+  config.lending.group_prefill_buckets = (1024,)
+  # On a few CPU cores a chunk takes seconds, and no more tokens a second come
+  # out of smaller ones.
+  config.lending.group_chunk_s = 5.0
   config.lending.exchange_blocks = 16
   config.lending.resend_after_s = 0.5
   config.lending.heartbeat_every_s = 0.1

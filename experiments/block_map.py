@@ -8,8 +8,8 @@ from infinite_llm.types import InstanceId
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-  """One rBlock.
+class BlockUse:
+  """What one rBlock is used for.
 
   Attributes:
     state: Where it is in its life.
@@ -34,12 +34,12 @@ class BlockMap:
   """
 
   block_size: int
-  pools: tuple[tuple[Cell, ...], ...]
+  pools: tuple[tuple[BlockUse, ...], ...]
   holders: dict[str, tuple[InstanceId, ...]]
 
   def num_hosted(self, instance: InstanceId, debtor: InstanceId) -> int:
     """How many rBlocks an instance holds, or will, for another one."""
-    return sum(cell.owner == debtor for cell in self.pools[instance])
+    return sum(use.owner == debtor for use in self.pools[instance])
 
 
 def take_block_map(engine: Engine) -> BlockMap:
@@ -57,7 +57,7 @@ def take_block_map(engine: Engine) -> BlockMap:
     blocks = map(manager.pool.block, range(1, manager.counts().total + 1))
     pools.append(
       tuple(
-        Cell(
+        BlockUse(
           state=block.state,
           request=None if block.uid is None else names.get(block.uid, "ended"),
           owner=block.owner,

@@ -116,7 +116,7 @@ def make_engine_config(
     cache["num_blocks"] = (
       1 + math.ceil(share / max(block_size, 1)) + config.lending.headroom_blocks
     )
-  return config_from_options(
+  engine_config = config_from_options(
     num_instances=config.cluster.num_instances,
     tensor_parallel=config.cluster.tensor_parallel,
     dtype=config.model.dtype,
@@ -125,6 +125,7 @@ def make_engine_config(
     **config.lending.to_dict(),
     **config.scheduler.to_dict(),
   )
+  return engine_config.with_num_blocks(cache["num_blocks"])
 
 
 def _depths(depths: Sequence[object]) -> tuple[float, ...] | None:
@@ -341,12 +342,11 @@ class _Job:
         lent[debtor] = max(lent[debtor], count)
     if self._first_token_s is None or _LONG in self._outputs:
       return
-    block_map = take_block_map(self._engine)
-    # The moment with the most short requests shows most.
-    if self.block_map is None or len(block_map.holders) > len(
-      self.block_map.holders
-    ):
-      self.block_map = block_map
+    # The moment with the most short requests shows most. Looking at every
+    # rBlock takes time, so it is done for few steps.
+    num_running = sum(len(b.running) for b in self._engine.batchers)
+    if self.block_map is None or num_running > len(self.block_map.holders):
+      self.block_map = take_block_map(self._engine)
 
   def _num_leaked(self) -> int:
     return sum(c.total - c.free for c in self._engine.pool_counts())

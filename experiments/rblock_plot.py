@@ -10,7 +10,7 @@ from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from experiments.block_map import BlockMap, Cell
+from experiments.block_map import BlockMap, BlockUse
 from infinite_llm.cache.rblock import BlockState
 from infinite_llm.types import InstanceId
 
@@ -22,7 +22,7 @@ _INK = "#333333"
 _HATCH = "////"
 _MOST_CUTS = 300  # Of the bar.
 _LEFT, _WIDTH = 0.035, 0.93  # Of the figure.
-_MOST_LINED_CELLS = 4000  # Of a pool; more would be all lines.
+_MOST_LINED_BLOCKS = 4000  # Of a pool; more would be all lines.
 
 
 def plot_block_map(
@@ -68,8 +68,8 @@ def plot_block_map(
   _draw_bar(bar, block_map, request, owner, marks or {})
   write(
     2.18,
-    f"The memory of all instances: a cell is one rBlock, the keys and values of"
-    f" {block_map.block_size} tokens in all layers:",
+    f"The memory of all instances: a square is one rBlock, the keys and values"
+    f" of {block_map.block_size} tokens in all layers:",
     fontsize=10.5,
   )
   grid = figure.add_gridspec(
@@ -82,9 +82,9 @@ def plot_block_map(
     wspace=0.08,
     hspace=0.25,
   )
-  for instance, cells in enumerate(block_map.pools):
+  for instance, uses in enumerate(block_map.pools):
     axes = figure.add_subplot(grid[divmod(instance, columns)])
-    _draw_pool(axes, cells, instance, request, colors)
+    _draw_pool(axes, uses, instance, request, colors)
     axes.set_title(
       _pool_title(block_map, instance, owner),
       fontsize=10.5,
@@ -106,15 +106,15 @@ def plot_block_map(
 
 def _owner(block_map: BlockMap, request: str) -> InstanceId:
   return next(
-    cell.owner
-    for cell in itertools.chain(*block_map.pools)
-    if cell.request == request and cell.owner is not None
+    use.owner
+    for use in itertools.chain(*block_map.pools)
+    if use.request == request and use.owner is not None
   )
 
 
 def _colors(block_map: BlockMap, request: str) -> dict[str, str]:
   """Returns a colour for each request; the long one comes first."""
-  names = {cell.request for cell in itertools.chain(*block_map.pools)}
+  names = {use.request for use in itertools.chain(*block_map.pools)}
   others = sorted(names - {request, None}, key=_natural)
   colors = itertools.chain(_SHORT, itertools.repeat(_OTHER))
   return {request: _LONG, **dict(zip(others, colors, strict=False))}
@@ -158,8 +158,8 @@ def _draw_bar(
         },
       )
     start += length
-  _add_cells(axes, at_home, _LONG)
-  _add_cells(axes, lent, _LONG, hatch=_HATCH)
+  _add_rectangles(axes, at_home, _LONG)
+  _add_rectangles(axes, lent, _LONG, hatch=_HATCH)
   if len(cuts) <= _MOST_CUTS:
     axes.add_collection(LineCollection(cuts, colors="white", linewidths=2))
   for label, position in marks.items():
@@ -191,19 +191,19 @@ def _part_label(holder: InstanceId, owner: InstanceId, share: float) -> str:
 
 def _draw_pool(
   axes: Axes,
-  cells: Sequence[Cell],
+  uses: Sequence[BlockUse],
   instance: InstanceId,
   request: str,
   colors: Mapping[str, str],
 ) -> None:
   """A pool as a grid, row by row from the top left."""
-  width = math.ceil(math.sqrt(len(cells) * 0.85))
+  width = math.ceil(math.sqrt(len(uses) * 0.85))
   plain, hosted, reserved = [], [], []
-  for run, cell in _runs(cells, width):
-    color = _FREE if cell.request is None else colors.get(cell.request, _OTHER)
-    if cell.owner not in (None, instance):
+  for run, use in _runs(uses, width):
+    color = _FREE if use.request is None else colors.get(use.request, _OTHER)
+    if use.owner not in (None, instance):
       hosted.append((run, color))
-    elif cell.state is BlockState.RESERVED:
+    elif use.state is BlockState.RESERVED:
       reserved.append((run, color))
     else:
       plain.append((run, color))
@@ -213,9 +213,9 @@ def _draw_pool(
     (hosted, {"hatch": _HATCH}),
   ):
     if colored:
-      _add_cells(axes, *zip(*colored, strict=True), **style)
-  height = -(-len(cells) // width)
-  if len(cells) <= _MOST_LINED_CELLS:
+      _add_rectangles(axes, *zip(*colored, strict=True), **style)
+  height = -(-len(uses) // width)
+  if len(uses) <= _MOST_LINED_BLOCKS:
     lines = [[(x, 0), (x, height)] for x in range(width + 1)]
     lines += [[(0, y), (width, y)] for y in range(height + 1)]
     axes.add_collection(
@@ -227,37 +227,37 @@ def _draw_pool(
   axes.axis("off")
 
 
-def _add_cells(
+def _add_rectangles(
   axes: Axes,
-  cells: Sequence[Rectangle],
+  rectangles: Sequence[Rectangle],
   colors: str | Sequence[str],
   **style: object,
 ) -> None:
   axes.add_collection(
     PatchCollection(
-      cells, facecolors=colors, edgecolors="white", linewidths=0, **style
+      rectangles, facecolors=colors, edgecolors="white", linewidths=0, **style
     )
   )
 
 
 def _runs(
-  cells: Sequence[Cell], width: int
-) -> Iterator[tuple[Rectangle, Cell]]:
-  """Equal cells beside each other in a row, as one rectangle."""
-  for y, start in enumerate(range(0, len(cells), width)):
+  uses: Sequence[BlockUse], width: int
+) -> Iterator[tuple[Rectangle, BlockUse]]:
+  """Equal rBlocks beside each other in a row, as one rectangle."""
+  for y, start in enumerate(range(0, len(uses), width)):
     x = 0
-    for cell, group in itertools.groupby(cells[start : start + width]):
+    for use, group in itertools.groupby(uses[start : start + width]):
       length = len(list(group))
-      yield Rectangle((x, y), length, 1), cell
+      yield Rectangle((x, y), length, 1), use
       x += length
 
 
 def _pool_title(
   block_map: BlockMap, instance: InstanceId, owner: InstanceId
 ) -> str:
-  cells = block_map.pools[instance]
-  in_use = sum(cell.request is not None for cell in cells)
-  use = f"{in_use} of {len(cells)} rBlocks in use"
+  uses = block_map.pools[instance]
+  in_use = sum(use.request is not None for use in uses)
+  use = f"{in_use} of {len(uses)} rBlocks in use"
   lent = block_map.num_hosted(instance, owner)
   if instance == owner:
     role = "runs the long request"

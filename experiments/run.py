@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import runpy
 import shlex
 import sys
@@ -99,7 +100,12 @@ def _run(
       **{name: _version(name) for name in _PACKAGES},
     },
   }
-  _write_json(workdir / "result.json", {**result, "run": about})
+  # Linux counts in KiB.
+  peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  _write_json(
+    workdir / "result.json",
+    {**result, "peak_rss_bytes": peak_rss_bytes, "run": about},
+  )
   return result
 
 

@@ -10,7 +10,24 @@ import itertools
 
 from infinite_llm.errors import ConfigError
 
-KV_DTYPES = ("float32", "bfloat16")
+MAX_GROUP_CHUNK_TOKENS = 1024
+"""Query tokens of a group prefill step: they go to all that hold context."""
+
+MAX_GROUP_ROWS = 512
+"""Rows of a group decode step, over all instances."""
+
+MAX_PROGRAM_KINDS = 24
+"""Compiled programs that differ in more than the instance; more are a lot."""
+
+DTYPES = ("float32", "bfloat16")
+"""What weights, activations, keys and values can be."""
+
+POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
+"""Names of the policies; `scheduler/policies/` has them."""
+
+_MAX_DEFAULT_HEADROOM = 4
+"""At most this part of a pool, one in four, is headroom unless asked for: a
+small pool would lend nothing otherwise."""
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -21,6 +38,23 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 def _require_integer(name: str, value: object) -> None:
   is_integer = isinstance(value, int) and not isinstance(value, bool)
   _require(is_integer, name, "an integer", value)
+
+
+def _require_buckets(config: object, *names: str) -> None:
+  """Makes fields tuples; they must be rising token or row counts."""
+  for name in names:
+    buckets = tuple(getattr(config, name))
+    object.__setattr__(config, name, buckets)
+    for bucket in buckets:
+      _require_integer(f"{name}[...]", bucket)
+    _require(
+      bool(buckets)
+      and buckets[0] >= 1
+      and all(a < b for a, b in itertools.pairwise(buckets)),
+      name,
+      "positive, rising and not empty",
+      buckets,
+    )
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -36,34 +70,53 @@ class CacheConfig:
 
   Attributes:
     block_size: Tokens per rBlock, a multiple of 8.
-    num_blocks: rBlocks per instance, the null block included.
+    num_blocks: rBlocks per instance, the null block included. None has the
+      engine find out what fits on the devices.
+    memory_fraction: Part of a device's memory that may be used, if `num_blocks`
+      is to be found out; the rest is a margin.
     kv_dtype: Dtype of keys and values; None takes the model's.
   """
 
   block_size: int = 64
-  num_blocks: int = 1024
+  num_blocks: int | None = None
+  memory_fraction: float = 0.92
   kv_dtype: str | None = None
 
   def __post_init__(self):
     _require_integer("block_size", self.block_size)
-    _require_integer("num_blocks", self.num_blocks)
     _require(
       self.block_size > 0 and self.block_size % 8 == 0,
       "block_size",
       "a positive multiple of 8",
       self.block_size,
     )
-    _require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
+    if self.num_blocks is not None:
+      _require_integer("num_blocks", self.num_blocks)
+      _require(
+        self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks
+      )
     _require(
-      self.kv_dtype is None or self.kv_dtype in KV_DTYPES,
+      0 < self.memory_fraction <= 1,
+      "memory_fraction",
+      "in (0, 1]",
+      self.memory_fraction,
+    )
+    _require(
+      self.kv_dtype is None or self.kv_dtype in DTYPES,
       "kv_dtype",
-      f"None or one of {', '.join(KV_DTYPES)}",
+      f"None or one of {', '.join(DTYPES)}",
       self.kv_dtype,
     )
 
   @property
   def capacity_tokens(self) -> int:
-    """Tokens of KV that one instance can hold."""
+    """Tokens of KV that one instance can hold.
+
+    Raises:
+      ConfigError: If `num_blocks` is yet to be found out.
+    """
+    if self.num_blocks is None:
+      raise ConfigError("num_blocks must be known by now; got None.")
     return (self.num_blocks - 1) * self.block_size
 
 
@@ -72,10 +125,20 @@ class LendingConfig:
   """How instances of one lending group share their pools.
 
   Attributes:
-    policy: Name of the borrowing policy: "borrow" or "static" (no sharing).
+    policy: Name of the policy, out of `POLICIES`: "borrow" on demand, "greedy"
+      moves for throughput, and to compare with, "static" (no sharing), "swap"
+      (own host memory) and "migrate" (whole requests).
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
-    headroom_blocks: Free rBlocks that a creditor keeps for itself.
+    headroom_blocks: Free rBlocks that a creditor keeps for itself. None has an
+      `EngineConfig` find it: one for every sequence that may decode and those
+      of a prefill chunk, but at most a quarter of the pool. A manager without
+      one keeps none.
+    group_prefill_buckets: Token counts that group prefill programs are compiled
+      for, rising; at most 1024, since queries travel to other instances.
+    group_chunk_s: Seconds that a group prefill step may take. A request's next
+      chunk has as many tokens as its last one suggests, within the buckets:
+      nobody waits for the whole group much longer than this.
     exchange_blocks: rBlocks that one exchange program moves per pair of
       instances.
     resend_after_s: Seconds without an answer after which a message is sent
@@ -83,38 +146,63 @@ class LendingConfig:
     heartbeat_every_s: Seconds between heartbeats, and between renewals of
       leases.
     lease_s: Seconds of an owner's silence after which its leases end.
+    full_heartbeat_every: Every so many heartbeats one says everything; the
+      others say what changed.
+    expire_after_s: Seconds of silence after which the gManager forgets an
+      instance.
+    leader_lease_s: Seconds of silence of the leading gManager after which the
+      standby takes over.
+    plan_every_s: Seconds between plans of the gManager.
+    freeze_s: Seconds for which the instances of a circle of debts neither lend
+      nor borrow, so that they can take their rBlocks home.
   """
 
   policy: str = "borrow"
   spill_slots: int = 4
   max_lent_blocks: int | None = None
-  headroom_blocks: int = 0
+  headroom_blocks: int | None = None
+  group_prefill_buckets: tuple[int, ...] = (128, 1024)
+  group_chunk_s: float = 0.5
   exchange_blocks: int = 16
   resend_after_s: float = 0.5
   heartbeat_every_s: float = 0.1
   lease_s: float = 10.0
+  full_heartbeat_every: int = 10
+  expire_after_s: float = 5.0
+  leader_lease_s: float = 1.0
+  plan_every_s: float = 1.0
+  freeze_s: float = 1.0
 
   def __post_init__(self):
     _require(
-      self.policy in ("borrow", "static"),
+      self.policy in POLICIES,
       "policy",
-      "'borrow' or 'static'",
+      f"one of {', '.join(POLICIES)}",
       self.policy,
     )
-    _require_positive(self, "spill_slots", "exchange_blocks")
-    _require(
-      self.max_lent_blocks is None or self.max_lent_blocks >= 0,
-      "max_lent_blocks",
-      "None or not negative",
-      self.max_lent_blocks,
+    _require_positive(
+      self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
     )
+    _require_buckets(self, "group_prefill_buckets")
     _require(
-      self.headroom_blocks >= 0,
-      "headroom_blocks",
-      "not negative",
-      self.headroom_blocks,
+      self.group_prefill_buckets[-1] <= MAX_GROUP_CHUNK_TOKENS,
+      "group_prefill_buckets[-1]",
+      f"at most {MAX_GROUP_CHUNK_TOKENS}",
+      self.group_prefill_buckets[-1],
     )
-    for name in ("resend_after_s", "heartbeat_every_s", "lease_s"):
+    for name in ("max_lent_blocks", "headroom_blocks"):
+      value = getattr(self, name)
+      if value is not None:
+        _require_integer(name, value)
+        _require(value >= 0, name, "None or not negative", value)
+    for name in (
+      "group_chunk_s",
+      "resend_after_s",
+      "heartbeat_every_s",
+      "lease_s",
+      "plan_every_s",
+      "freeze_s",
+    ):
       _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
     # One lost renewal, or one lost answer, must not end a lease.
     for name in ("resend_after_s", "heartbeat_every_s"):
@@ -124,6 +212,14 @@ class LendingConfig:
         f"more than twice {name} ({getattr(self, name)!r}), so that one lost"
         " message ends no lease",
         self.lease_s,
+      )
+    for name in ("expire_after_s", "leader_lease_s"):
+      _require(
+        getattr(self, name) > 2 * self.heartbeat_every_s,
+        name,
+        f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so"
+        " that one lost heartbeat is no death",
+        getattr(self, name),
       )
 
 
@@ -138,8 +234,8 @@ class SchedulerConfig:
     prefill_buckets: Token counts that prefill programs are compiled for,
       rising; the last one is the chunk size.
     prefill_rows: Most requests in one prefill program.
-    max_row_attempts: Times a row may fail its coverage before its request
-      fails.
+    max_row_attempts: Times a row may fail its coverage, and times a request
+      may be computed anew for that within a few tokens, before it fails.
   """
 
   max_num_seqs: int = 16
@@ -149,19 +245,7 @@ class SchedulerConfig:
   max_row_attempts: int = 6
 
   def __post_init__(self):
-    for name in ("decode_buckets", "prefill_buckets"):
-      buckets = tuple(getattr(self, name))
-      object.__setattr__(self, name, buckets)
-      for bucket in buckets:
-        _require_integer(f"{name}[...]", bucket)
-      _require(
-        bool(buckets)
-        and buckets[0] >= 1
-        and all(a < b for a, b in itertools.pairwise(buckets)),
-        name,
-        "positive, rising and not empty",
-        buckets,
-      )
+    _require_buckets(self, "decode_buckets", "prefill_buckets")
     _require_positive(self, "max_num_seqs", "prefill_rows", "max_row_attempts")
     _require(
       self.decode_buckets[-1] >= self.max_num_seqs,
@@ -186,7 +270,8 @@ class EngineConfig:
     cache: Pool of each instance.
     lending: Sharing between pools.
     scheduler: Batching of each instance.
-    dtype: Dtype of weights and activations: "float32" or "bfloat16".
+    dtype: Dtype of weights and activations: "float32" or "bfloat16"; "auto"
+      takes the checkpoint's own, bfloat16 for one in float16.
     max_logprobs: Most likely tokens that a step can report.
     seed: Seed for requests that bring none.
   """
@@ -196,16 +281,22 @@ class EngineConfig:
   cache: CacheConfig = CacheConfig()
   lending: LendingConfig = LendingConfig()
   scheduler: SchedulerConfig = SchedulerConfig()
-  dtype: str = "float32"
+  dtype: str = "auto"
   max_logprobs: int = 5
   seed: int = 0
 
   def __post_init__(self):
     _require_positive(self, "num_instances", "tensor_parallel")
     _require(
-      self.dtype in KV_DTYPES,
+      self.num_instances * self.lending.spill_slots <= MAX_GROUP_ROWS,
+      "num_instances x spill_slots",
+      f"at most {MAX_GROUP_ROWS}, the rows of a group step",
+      self.num_instances * self.lending.spill_slots,
+    )
+    _require(
+      self.dtype in ("auto", *DTYPES),
       "dtype",
-      f"one of {', '.join(KV_DTYPES)}",
+      f"one of auto, {', '.join(DTYPES)}",
       self.dtype,
     )
     _require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
@@ -215,6 +306,49 @@ class EngineConfig:
       "in [0, 20]",
       self.max_logprobs,
     )
+
+  def with_num_blocks(self, num_blocks: int) -> "EngineConfig":
+    """The same with pools of a known size, and what follows from it.
+
+    Args:
+      num_blocks: N, rBlocks per instance with the null block.
+
+    Returns:
+      A configuration whose `num_blocks` and `headroom_blocks` are numbers.
+    """
+    headroom = self.lending.headroom_blocks
+    if headroom is None:
+      chunk_blocks = -(-self.scheduler.chunk_tokens // self.cache.block_size)
+      headroom = min(
+        self.scheduler.max_num_seqs + chunk_blocks,
+        (num_blocks - 1) // _MAX_DEFAULT_HEADROOM,
+      )
+    return dataclasses.replace(
+      self,
+      cache=dataclasses.replace(self.cache, num_blocks=num_blocks),
+      lending=dataclasses.replace(self.lending, headroom_blocks=headroom),
+    )
+
+  @property
+  def has_group(self) -> bool:
+    """Whether instances can lend each other rBlocks at all."""
+    return self.num_instances > 1 and self.lending.policy != "static"
+
+  @property
+  def num_program_kinds(self) -> int:
+    """Compiled programs, instances that differ in nothing else counted once.
+
+    Every bucket of every kind of step is one. So is each of the two ways of
+    sampling for each number of rows, and marking the tokens seen; a group has
+    its exchange, coverage check and reservation epochs.
+    """
+    scheduler, lending = self.scheduler, self.lending
+    steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
+    row_counts = {*scheduler.decode_buckets, scheduler.prefill_rows}
+    if self.has_group:
+      steps += 1 + len(lending.group_prefill_buckets) + 3
+      row_counts |= {lending.spill_slots, 1}
+    return steps + 2 * len(row_counts) + 1
 
 
 _PARTS: dict[str, type] = {

@@ -21,8 +21,10 @@ class SamplingParams:
       tokens that the prompt or the output already has (CTRL, arXiv
       1909.05858); 1 changes nothing.
     seed: Seed of this request's random numbers; None draws one.
-    stop: Strings that end the output; they are not part of it.
+    stop: Strings that end the output.
     stop_token_ids: Tokens that end the output; they are part of its ids.
+    include_stop_str_in_output: Whether the text has the stop string or the text
+      of the token, end-of-sequence too, that ended it.
     ignore_eos: Go on after the model's end-of-sequence token.
     logprobs: Number of most likely tokens to report at every step beside the
       chosen one; None reports nothing.
@@ -38,6 +40,7 @@ class SamplingParams:
   seed: int | None = None
   stop: tuple[str, ...] = ()
   stop_token_ids: tuple[int, ...] = ()
+  include_stop_str_in_output: bool = False
   ignore_eos: bool = False
   logprobs: int | None = None
   skip_special_tokens: bool = True

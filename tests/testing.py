@@ -160,6 +160,12 @@ class GreedyOracle:
     return None
 
 
+def lockstep(array: jax.Array) -> bool:
+  """For an engine's `is_ready`: all steps under way end together."""
+  array.block_until_ready()
+  return True
+
+
 def drain(
   engine: "Engine", max_steps: int = 100_000
 ) -> dict[str, "RequestOutput"]:

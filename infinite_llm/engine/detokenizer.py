@@ -24,7 +24,7 @@ class Detokenizer:
   Half a character is held back until its other half comes, and so is text that
   may turn out to be the beginning of a stop string. Where a text ends does not
   depend on how it is cut into tokens: it ends before the stop string that is
-  complete first, and of those the longest.
+  complete first, and of those the longest, or behind it if that is wanted.
 
   Attributes:
     is_stopped: Whether a stop string has come.
@@ -35,6 +35,7 @@ class Detokenizer:
     tokenizer: tokenizers.Tokenizer,
     *,
     stop: Sequence[str] = (),
+    include_stop: bool = False,
     skip_special_tokens: bool = True,
     prompt_token_ids: Sequence[int] = (),
   ):
@@ -42,7 +43,8 @@ class Detokenizer:
 
     Args:
       tokenizer: Decodes tokens; ids that it does not know have no text.
-      stop: Strings that end the text; they are not part of it.
+      stop: Strings that end the text.
+      include_stop: Whether the text ends behind the stop string.
       skip_special_tokens: Leave special tokens out of the text.
       prompt_token_ids: What the output continues. Some decoders drop a space
         at the beginning of a text; with this the output keeps its own.
@@ -51,6 +53,7 @@ class Detokenizer:
       tokenizer, skip_special_tokens, prompt_token_ids
     )
     self._stop = tuple(stop)
+    self._include_stop = include_stop
     self._held = ""
     self.is_stopped = False
 
@@ -91,8 +94,8 @@ class Detokenizer:
     if found:
       self.is_stopped = True
       self._held = ""
-      _, start = min(found)
-      return text[:start]
+      end, start = min(found)
+      return text[: end if self._include_stop else start]
     certain = len(text) - max(
       (_overlap(text, stop) for stop in self._stop), default=0
     )
@@ -139,6 +142,10 @@ class _Characters:
     new_text = text[self._num_characters : len(text) - is_open]
     if new_text:  # Tokens without text would be no context.
       self._set_window(waiting, is_open)
+    elif len(waiting) >= 2 * _PATIENCE:
+      # However many such tokens come, the window stays small.
+      with_text = [token for token in waiting if self._decode([token])]
+      self._window[self._num_context :] = with_text[-_PATIENCE:]
     return new_text
 
   def finish(self) -> str:

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
+import numpy as np
 from absl import logging
 
 from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.admission import (
   as_token_ids,
@@ -16,42 +17,42 @@ from infinite_llm.engine.admission import (
   derived_seed,
   reachable_tokens,
 )
+from infinite_llm.engine.in_flight import (
+  Flight,
+  InFlight,
+  IsReady,
+  LaunchedStep,
+  is_computed,
+)
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.engine.pool_size import with_pool_size
+from infinite_llm.engine.request_book import Entry, RequestBook
 from infinite_llm.engine.sampler import Sampler, fetch
-from infinite_llm.engine.step_launcher import LaunchedStep, StepLauncher
+from infinite_llm.engine.stall import StallBreaker
+from infinite_llm.engine.step_launcher import GROUP_PREFILL, StepLauncher
 from infinite_llm.engine.stream import OutputStream
 from infinite_llm.engine.warm_up import Progress, warm_up
-from infinite_llm.errors import CapacityError, ModelError, RequestError
+from infinite_llm.errors import ModelError, RequestError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.step_plan import StepPlan
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
-
-_IDLE_S = 0.0005
-"""Pause of a step that finds nothing to do but wait for a message."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Running:
-  """What the engine keeps of a request beside the scheduler's part."""
-
-  request: Request
-  instance: InstanceId
-  stream: OutputStream
 
 
 class Engine:
   """Serves one model on the instances of one lending group.
 
-  A step plans every instance on its own, launches local programs for requests
-  whose rBlocks are all at home and group programs for the others, and commits
-  the rows that were proved.
+  Each instance is planned on its own and has one step under way at most: local
+  programs for requests whose rBlocks are all at home, and its part of a group
+  program for the others. Instances do not wait for each other unless a group
+  program joins them. Rows that were proved are committed, and only those.
 
   Attributes:
-    config: Sizes and rules.
+    config: Sizes and rules; that of the pools is known.
     runner: The devices.
     group: Managers and data plane.
     batchers: Continuous batching of each instance.
@@ -65,10 +66,13 @@ class Engine:
     config: EngineConfig,
     *,
     clock: Callable[[], float] = time.monotonic,
-    transport: InProcessTransport | None = None,
+    transport: Transport | None = None,
     attention: str | None = None,
+    is_ready: IsReady = is_computed,
   ):
-    """Builds pools and managers around a loaded model; compiles nothing.
+    """Builds pools and managers around a loaded model.
+
+    Compiles nothing, unless the size of the pools is left to be measured.
 
     Args:
       model: Parameters on a mesh of `config.num_instances` rows.
@@ -76,17 +80,19 @@ class Engine:
       clock: Monotonic seconds, for resends, heartbeats and stalls.
       transport: Carries the managers' messages; None makes one.
       attention: Name of the micro-attention; None picks.
+      is_ready: Tells whether a step is over, where several are under way.
     """
-    self.config = config
+    self.config = config = with_pool_size(model, config, attention=attention)
     self._model = model
     self._clock = clock
-    mesh = jax.tree.leaves(model.state)[0].sharding.mesh
-    self.runner = ModelRunner(model, mesh, config, attention=attention)
+    self.runner = ModelRunner(model, config, attention=attention)
     self.group = LendingGroup(
       config, self.runner, clock, transport or InProcessTransport()
     )
     self.batchers = [
-      Batcher(manager, config.scheduler, config.cache.block_size)
+      Batcher(
+        manager, config.scheduler, config.lending, config.cache.block_size
+      )
       for manager in self.group.managers
     ]
     self._samplers = [
@@ -100,14 +106,15 @@ class Engine:
       )
       for instance, row in enumerate(self.runner.row_meshes)
     ]
-    self._launcher = StepLauncher(self.runner, self.group, self._samplers)
+    self._launcher = StepLauncher(
+      self.runner, self.group, self._samplers, clock
+    )
+    self._in_flight = InFlight(is_ready)
     self.num_unproved_rows = 0
     self._uids = itertools.count(1)
-    self._running: dict[RequestUid, _Running] = {}
-    self._uid_of: dict[str, RequestUid] = {}
+    self._book = RequestBook(config.num_instances)
     self._finished: list[RequestOutput] = []
-    self._last_step_s = clock()
-    self._stalled_s = 0.0
+    self._stall = StallBreaker(config.lending, clock, self._book, self.batchers)
 
   @property
   def capacity_tokens(self) -> int:
@@ -149,16 +156,16 @@ class Engine:
     """
     uid = next(self._uids)
     if request_id is None:
-      request_id = self._unused_name(uid)
+      request_id = self._book.unused_name(uid)
     prompt = as_token_ids(prompt_token_ids)
-    if request_id in self._uid_of:
+    if self._book.find(request_id) is not None:
       raise RequestError(
         f"request_id must be unique among unfinished requests; got"
         f" {request_id!r} again."
       )
     self.check(prompt, sampling, instance=instance)
     if instance is None:
-      instance = self._least_loaded()
+      instance = self._book.least_loaded()
     if sampling.seed is None:
       seed = derived_seed(self.config.seed, uid)
       sampling = dataclasses.replace(sampling, seed=seed)
@@ -172,14 +179,10 @@ class Engine:
         len(prompt) + sampling.max_tokens, self.capacity_tokens
       ),
     )
-    self._running[uid] = _Running(
-      request=request,
-      instance=instance,
-      stream=OutputStream(
-        request, self._model.tokenizer, self._model.generation, instance
-      ),
+    stream = OutputStream(
+      request, self._model.tokenizer, self._model.generation, instance
     )
-    self._uid_of[request_id] = uid
+    self._book.add(Entry(request=request, instance=instance, stream=stream))
     self.batchers[instance].add(request)
     return request_id
 
@@ -215,14 +218,15 @@ class Engine:
     Args:
       request_id: Its name. One that is already finished is left alone.
     """
-    uid = self._uid_of.get(request_id)
-    if uid is not None:
-      self.batchers[self._running[uid].instance].abort(uid)
-      self._close(uid, "abort", None)
+    entry = self._book.find(request_id)
+    if entry is not None:
+      # A row of it that is under way finds nobody when it is committed.
+      self.batchers[entry.instance].abort(entry.request.uid)
+      self._take_ended()
 
   def has_unfinished(self) -> bool:
     """Whether any request has not ended."""
-    return bool(self._running) or bool(self._finished)
+    return bool(self._book) or bool(self._finished)
 
   def settle(self) -> bool:
     """Lets the managers finish what they are about; `step` begins with it.
@@ -233,26 +237,33 @@ class Engine:
     return self.group.settle(self._proved_tokens)
 
   def step(self) -> list[RequestOutput]:
-    """Advances every instance by one step.
+    """Launches a step of every idle instance and waits for any to be over.
+
+    After an exception, also a `KeyboardInterrupt`, it can be called again: what
+    was not committed is computed once more, and gives the same tokens.
 
     Returns:
       Outputs of the requests that got a token or ended.
     """
     has_moved = self.settle()
-    plans = [batcher.plan() for batcher in self.batchers]
+    self._launch()
     # A plan may give a request up and let another take its place at once.
-    self._take_failed()
-    launched = self._launcher.launch(plans, self._request)
-    for step in launched:
-      self._commit(step)
-    self._take_failed()
-    if has_moved or launched or not self._running:
-      self._stalled_s = 0.0
+    self._take_ended()
+    flights = self._in_flight.wait()
+    for flight in flights:
+      self._commit(flight)
+    self._take_ended()
+    if has_moved or flights or not self._book:
+      self._stall.progress()
     else:
-      self._break_stall()
-    self._last_step_s = self._clock()
+      self._stall.wait()
+      self._take_ended()
     outputs, self._finished = self._finished, []
     return outputs
+
+  def is_unfinished(self, request_id: str) -> bool:
+    """Whether a request of this name has not ended."""
+    return self._book.find(request_id) is not None
 
   def progress(self, request_id: str) -> tuple[int, int]:
     """How far the prompt of a request is computed.
@@ -260,135 +271,123 @@ class Engine:
     Returns:
       `(computed, total)` prompt tokens; all of them once it is finished.
     """
-    uid = self._uid_of.get(request_id)
-    if uid is None:
+    entry = self._book.find(request_id)
+    if entry is None:
       return 1, 1
-    request = self._running[uid].request
-    total = len(request.prompt_token_ids)
-    return min(request.num_computed_tokens, total), total
+    total = len(entry.request.prompt_token_ids)
+    return min(entry.request.num_computed_tokens, total), total
 
   def pool_counts(self) -> list[PoolCounts]:
     """How the rBlocks of each instance are used."""
-    return [manager.counts() for manager in self.group.managers]
+    return [batcher.pool_counts() for batcher in self.batchers]
 
   def _request(self, uid: RequestUid) -> Request:
-    return self._running[uid].request
+    return self._book[uid].request
 
-  def _commit(self, launched: LaunchedStep) -> None:
-    """Advances the proved rows of a step, and only those."""
-    batcher = self.batchers[launched.instance]
-    result = fetch(launched.pending)
-    for b, row in enumerate(launched.rows):
-      if row.uid not in self._running:
+  def _launch(self) -> None:
+    """Launches what the idle instances can do now."""
+    plans = [
+      batcher.plan() if self._may_launch(instance) else StepPlan()
+      for instance, batcher in enumerate(self.batchers)
+    ]
+    try:
+      self._in_flight.add(self._launcher.launch(plans, self._request))
+    except BaseException:
+      # Rows launched so far are planned again. They write the same KV, but the
+      # samplers must not take their tokens for seen.
+      for instance, plan in enumerate(plans):
+        for row in plan.rows:
+          self._samplers[instance].forget(row.uid)
+      raise
+
+  def _may_launch(self, instance: InstanceId) -> bool:
+    if self._in_flight.holds(instance):
+      return False
+    # On every device one group program runs after the other. Rows that need
+    # one are better off together in the next than in one of their own behind
+    # the one under way.
+    has_group_rows = self.batchers[instance].has_spilled
+    return not (has_group_rows and self._in_flight.has_group)
+
+  def _commit(self, flight: Flight) -> None:
+    """Advances the rows of a flight. Blocks the host until they are there."""
+    results = [fetch(step.pending) for step in flight.steps]
+    now_s = self._clock()
+    self._in_flight.remove(flight)
+    try:
+      for step, result in zip(flight.steps, results, strict=True):
+        self._commit_step(step, result, now_s)
+    except BaseException:
+      self._recompute(flight)
+      raise
+
+  def _commit_step(
+    self, step: LaunchedStep, result: Mapping[str, np.ndarray], now_s: float
+  ) -> None:
+    """Advances the proved rows of a step that was over at `now_s`."""
+    batcher = self.batchers[step.instance]
+    for b, row in enumerate(step.rows):
+      # Only the step that plans an instance preempts there, and only this one
+      # ends a request unasked: a row under way is that of a running request,
+      # or of one that was aborted.
+      if row.uid not in self._book:
         continue
+      if step.kind == GROUP_PREFILL:
+        # What it waited for on the devices counts: others wait for that too.
+        duration_s = now_s - step.launched_s
+        self._request(row.uid).group_token_s = duration_s / row.num_tokens
       if not result["proved"][b]:
         self.num_unproved_rows += 1
         logging.warning(
           "Request %s: what its step read is not what it demanded; trying"
           " again.",
-          self._running[row.uid].request.request_id,
+          self._request(row.uid).request_id,
         )
-        self._samplers[launched.instance].forget(row.uid)
+        self._samplers[step.instance].forget(row.uid)
         batcher.row_failed(row)
         continue
       batcher.advance(row)
       if row.samples:
         self._append(row.uid, {name: x[b] for name, x in result.items()})
 
-  def _append(self, uid: RequestUid, sampled) -> None:
-    running = self._running[uid]
-    reason = running.stream.push(sampled)
-    if reason is None:
-      self._finished.append(running.stream.output(None))
-      return
-    if reason == "error":
+  def _recompute(self, flight: Flight) -> None:
+    """Begins requests anew whose rows were perhaps committed by half."""
+    for step in flight.steps:
+      for row in step.rows:
+        if (
+          row.uid in self._book
+          and self._request(row.uid).status is RequestStatus.RUNNING
+        ):
+          self._samplers[step.instance].forget(row.uid)
+          self.batchers[step.instance].preempt(row.uid)
+
+  def _append(self, uid: RequestUid, sampled: Mapping[str, np.ndarray]) -> None:
+    entry = self._book[uid]
+    batcher = self.batchers[entry.instance]
+    status = entry.stream.push(sampled)
+    if status is RequestStatus.FAILED:
       error = ModelError(
-        f"Request {running.request.request_id}: the model gave logits that are"
-        f" no distribution at token {running.request.num_tokens}: a NaN, or"
+        f"Request {entry.request.request_id}: the model gave logits that are"
+        f" no distribution at token {entry.request.num_tokens}: a NaN, or"
         " nothing finite."
       )
-      self.batchers[running.instance].fail(uid, error)
+      batcher.fail(uid, error)
       return
-    status = (
-      RequestStatus.FINISHED_LENGTH
-      if reason == "length"
-      else RequestStatus.FINISHED_STOPPED
-    )
-    self.batchers[running.instance].finish(uid, status)
-    self._close(uid, reason, None)
+    self._book.note_token(uid)
+    if status is None:
+      self._finished.append(entry.stream.output(None))
+    else:
+      batcher.finish(uid, status)
 
-  def _close(
-    self, uid: RequestUid, reason: str, error: Exception | None
-  ) -> None:
-    running = self._running.pop(uid)
-    del self._uid_of[running.request.request_id]
-    self._samplers[running.instance].forget(uid)
-    self._finished.append(running.stream.output(reason, error))
-
-  def _take_failed(self) -> None:
-    """Reports requests that the scheduler gave up."""
-    failed = [
-      uid
-      for uid, running in self._running.items()
-      if running.request.status is RequestStatus.FAILED
-    ]
-    for uid in failed:
-      self._close(uid, "error", self._running[uid].request.error)
-
-  def _break_stall(self) -> None:
-    """Makes room when nothing can go on and no message is awaited.
-
-    Requests of several instances may wait for each other's rBlocks. The
-    youngest running one gives its own up and is computed again later, so the
-    oldest always gets through. One that is alone fails, but much later: it may
-    be waiting for messages that are lost again and again.
-    """
-    running = [
-      running
-      for running in self._running.values()
-      if running.request.status is RequestStatus.RUNNING
-    ]
-    lending = self.config.lending
-    round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
-    patience_s = round_s * (3 if len(running) > 1 else 30)
-    # Time in which nobody called `step` is no stall: messages waited as well.
-    self._stalled_s += min(self._clock() - self._last_step_s, round_s)
-    if self._stalled_s < patience_s:
-      time.sleep(_IDLE_S)
-      return
-    self._stalled_s = 0.0
-    if len(running) > 1:
-      youngest = max(running, key=lambda r: r.request.arrival)
-      logging.warning(
-        "All requests wait for rBlocks; %s gives its own up.",
-        youngest.request.request_id,
-      )
-      self.batchers[youngest.instance].preempt(youngest.request.uid)
-      return
-    stuck = min(
-      running or self._running.values(), key=lambda r: r.request.arrival
-    )
-    error = CapacityError(
-      f"Request {stuck.request.request_id} needs room for"
-      f" {stuck.request.num_tokens + 1} tokens, which nobody gives up:"
-      f" {self.pool_counts()}."
-    )
-    self.batchers[stuck.instance].fail(stuck.request.uid, error)
-    self._take_failed()
+  def _take_ended(self) -> None:
+    """Reports requests that ended, and forgets them."""
+    for instance, batcher in enumerate(self.batchers):
+      while (request := batcher.take_ended()) is not None:
+        self._samplers[instance].forget(request.uid)
+        stream = self._book.remove(request.uid).stream
+        self._finished.append(
+          stream.output(request.status.finish_reason, request.error)
+        )
 
   def _proved_tokens(self, uid: RequestUid) -> int:
-    return self._running[uid].request.num_computed_tokens
-
-  def _unused_name(self, uid: RequestUid) -> str:
-    """A name for a request without one; callers may have used any."""
-    name = f"request-{uid}"
-    while name in self._uid_of:
-      name += "-"
-    return name
-
-  def _least_loaded(self) -> InstanceId:
-    """The instance whose requests have the fewest tokens; first of equals."""
-    load = [0] * len(self.batchers)
-    for running in self._running.values():
-      load[running.instance] += running.request.num_tokens
-    return load.index(min(load))
+    return self._book[uid].request.num_computed_tokens

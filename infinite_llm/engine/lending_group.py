@@ -10,19 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from infinite_llm.attention.dist_attention import SpillSlots
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import EngineConfig
-from infinite_llm.distributed.transport.in_process import InProcessTransport
+from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import (
   empty_slots,
   fill_payloads,
   hosted_tables,
 )
 from infinite_llm.engine.model_runner import ModelRunner
-from infinite_llm.errors import InvariantError
+from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import RequestUid
+
+_POLICIES = ("borrow", "static")
+"""Policies that the engine carries out; the others plan what it cannot do."""
 
 _MAX_QUIET_ROUNDS = 1000
 """Rounds of messages that move no rBlock; more are an endless conversation."""
@@ -44,7 +47,7 @@ class LendingGroup:
     config: EngineConfig,
     runner: ModelRunner,
     clock: Callable[[], float],
-    transport: InProcessTransport,
+    transport: Transport,
   ):
     """Registers all managers with the transport.
 
@@ -53,7 +56,15 @@ class LendingGroup:
       runner: The devices.
       clock: Monotonic seconds, for resends and heartbeats.
       transport: Carries messages; nobody else uses it.
+
+    Raises:
+      ConfigError: If the policy is one for the simulator only.
     """
+    if config.lending.policy not in _POLICIES:
+      raise ConfigError(
+        f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
+        f" {config.lending.policy!r}."
+      )
     self._config = config
     self._runner = runner
     self.transport = transport
@@ -68,7 +79,7 @@ class LendingGroup:
       )
       for instance in range(config.num_instances)
     ]
-    self._gmanager = GManager(config.lending.policy)
+    self._gmanager = GManager(config.lending, clock)
     for instance, manager in enumerate(self.managers):
       transport.register(instance, manager.on_message)
     transport.register(GMANAGER, self._gmanager.on_message)
@@ -88,6 +99,7 @@ class LendingGroup:
     """
     for manager in self.managers:
       manager.tick()
+    self._gmanager.tick()
     has_moved = False
     num_quiet_rounds = 0
     while num_quiet_rounds < _MAX_QUIET_ROUNDS:

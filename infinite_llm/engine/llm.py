@@ -1,7 +1,7 @@
 """The library entry: load a model, hand in prompts, get text."""
 
-import collections
 import contextlib
+import dataclasses
 import functools
 import os
 import weakref
@@ -15,7 +15,7 @@ from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.admission import as_token_ids
 from infinite_llm.engine.chat import ChatTemplate, Message
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.engine.outputs import Extent, RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
 from infinite_llm.models.checkpoint import is_checkpoint, restore
 from infinite_llm.models.hf_loader import load_hf
@@ -63,12 +63,13 @@ class LLM:
       raise ConfigError(f"config must be an EngineConfig; got {config!r}.")
     config = config or engine_config(**options)
     self._show_progress = show_progress
-    self._mail: dict[str, collections.deque[RequestOutput]] = {}
+    self._mail: dict[str, _Mailbox] = {}
     self._left: list[str] = []
     self._is_stepping = False
     mesh = make_mesh(config.num_instances, config.tensor_parallel)
     load = restore if is_checkpoint(model) else load_hf
-    self.model = load(model, mesh, dtype=config.dtype)
+    dtype = None if config.dtype == "auto" else config.dtype
+    self.model = load(model, mesh, dtype=dtype)
     self.engine = Engine(self.model, config)
     with tqdm.tqdm(
       desc="Compiling", unit="program", disable=not show_progress
@@ -110,7 +111,7 @@ class LLM:
     with contextlib.ExitStack() as stack:
       streams = []
       for ids, each in zip(tokens, params, strict=True):
-        streams.append(self._open(ids, each, None, keep=1))
+        streams.append(self._open(ids, each, None))
         stack.callback(streams[-1].close)
       bar = stack.enter_context(
         tqdm.tqdm(
@@ -181,8 +182,10 @@ class LLM:
       instance: Which instance owns the request; None takes the least loaded.
 
     Returns:
-      An output per token; `new_text` is what it added. The last one is
-      finished. Dropping or closing the iterator early ends the request.
+      An output whenever there is something new, with all of it: what comes
+      between two reads is one output, so a stream that nobody reads does not
+      grow. The last one is finished. Dropping or closing the iterator early
+      ends the request.
 
     Raises:
       RequestError: If the prompt or a parameter is wrong.
@@ -196,19 +199,28 @@ class LLM:
     prompt: Sequence[int],
     sampling: SamplingParams,
     instance: InstanceId | None,
-    keep: int | None = None,
   ) -> "OutputIterator":
-    """Adds a request now; the iterator yields its last `keep` outputs."""
+    """Adds a request now."""
     name = self.engine.add_request(prompt, sampling, instance=instance)
-    self._mail[name] = collections.deque(maxlen=keep)
+    self._mail[name] = _Mailbox()
     return OutputIterator(self, name)
 
   def _next_output(self, name: str) -> RequestOutput:
-    """Steps the engine while a request's mailbox is empty."""
-    mail = self._mail[name]
-    while not mail:
+    """Steps the engine while a request's mailbox is empty.
+
+    Raises:
+      RequestError: If the request ended and somebody else got to know it.
+    """
+    mailbox = self._mail[name]
+    while (output := mailbox.take()) is None:
+      is_unfinished = self.engine.is_unfinished(name)
       self._step()
-    return mail.popleft()
+      if mailbox.unread is None and not is_unfinished:
+        raise RequestError(
+          f"The last output of request {name} went to another caller of"
+          " engine.step(): there is none for this stream."
+        )
+    return output
 
   def _step(self) -> None:
     """One step; its outputs go to whoever waits for them."""
@@ -221,7 +233,7 @@ class LLM:
       self._is_stepping = False
     for output in outputs:
       if output.request_id in self._mail:
-        self._mail[output.request_id].append(output)
+        self._mail[output.request_id].unread = output
     if not self.engine.has_unfinished():
       self.engine.settle()  # Nobody else would bring lent rBlocks home.
 
@@ -260,6 +272,28 @@ class LLM:
   def _chat_template(self) -> ChatTemplate:
     # On first use: a template that is wrong disturbs nobody who has no chats.
     return ChatTemplate(self.model.generation)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Mailbox:
+  """The newest output of one request; older ones are part of it.
+
+  Attributes:
+    unread: The output; None if there is none since the last read.
+    seen: How much the last one that was read covered.
+  """
+
+  unread: RequestOutput | None = None
+  seen: Extent = dataclasses.field(default_factory=Extent)
+
+  def take(self) -> RequestOutput | None:
+    """The output; new in it is all that its reader has not seen."""
+    if self.unread is None:
+      return None
+    output = self.unread.after(self.seen)
+    self.unread = None
+    self.seen = output.extent
+    return output
 
 
 class OutputIterator(Iterator[RequestOutput]):

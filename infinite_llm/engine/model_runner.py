@@ -48,7 +48,6 @@ class ModelRunner:
   def __init__(
     self,
     model: LoadedModel,
-    mesh: Mesh,
     config: EngineConfig,
     *,
     attention: str | None = None,
@@ -56,14 +55,13 @@ class ModelRunner:
     """Places the pools; compiles nothing.
 
     Args:
-      model: Parameters, sharded over `mesh`.
-      mesh: ("instance", "tensor") mesh of the lending group.
+      model: Parameters, sharded over the mesh of the lending group.
       config: Sizes of everything.
       attention: Name of the micro-attention; None picks.
     """
     self._config = config
     self._attention = attention
-    self._mesh = mesh
+    self._mesh = mesh = model.mesh
     self.row_meshes = [row_mesh(mesh, i) for i in range(config.num_instances)]
     self._model = model
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
@@ -84,7 +82,7 @@ class ModelRunner:
       num_kv_heads=model.config.num_kv_heads,
       block_size=config.cache.block_size,
       head_dim=model.config.head_dim,
-      dtype=config.cache.kv_dtype or config.dtype,
+      dtype=config.cache.kv_dtype or model.dtype,
     )
     self._hosted: list[HostedTables] = []
     for instance in range(config.num_instances):
@@ -111,8 +109,12 @@ class ModelRunner:
     Returns:
       Output of the instance alone, still being computed.
     """
-    bucket = bucket or self._bucket([rows], is_prefill)
-    num_rows = self._config.scheduler.prefill_rows if is_prefill else bucket
+    scheduler = self._config.scheduler
+    buckets = (
+      scheduler.prefill_buckets if is_prefill else scheduler.decode_buckets
+    )
+    bucket = bucket or _smallest_bucket([rows], buckets)
+    num_rows = scheduler.prefill_rows if is_prefill else bucket
     batch = self._batch(rows, bucket, num_rows)
     kind = StepKind(is_group=False, is_prefill=is_prefill)
     name = "local_prefill" if is_prefill else "local_decode"
@@ -150,7 +152,9 @@ class ModelRunner:
       Output of each instance, still being computed.
     """
     if is_prefill:
-      bucket = bucket or self._bucket(rows, is_prefill)
+      bucket = bucket or _smallest_bucket(
+        rows, self._config.lending.group_prefill_buckets
+      )
       num_rows = 1
     else:
       bucket = num_rows = self._config.lending.spill_slots
@@ -267,23 +271,6 @@ class ModelRunner:
       attention=self._attention,
     )
 
-  def _bucket(
-    self, rows: Sequence[Sequence[RowInput]], is_prefill: bool
-  ) -> int:
-    """Smallest bucket that takes the rows of every instance."""
-    scheduler = self._config.scheduler
-    buckets = (
-      scheduler.prefill_buckets if is_prefill else scheduler.decode_buckets
-    )
-    needed = max(sum(len(row.token_ids) for row in batch) for batch in rows)
-    for bucket in buckets:
-      if needed <= bucket:
-        return bucket
-    raise InvariantError(
-      f"A step of {needed} tokens was planned, but the largest bucket takes"
-      f" {buckets[-1]}."
-    )
-
   def _batch(
     self, rows: Sequence[RowInput], num_tokens: int, num_rows: int
   ) -> StepBatch:
@@ -314,3 +301,17 @@ class ModelRunner:
   def _empty_hosted(self) -> HostedTables:
     num_rows = self._config.num_instances * self._config.lending.spill_slots
     return empty_hosted(num_rows, self._config.cache.num_blocks)
+
+
+def _smallest_bucket(
+  rows: Sequence[Sequence[RowInput]], buckets: Sequence[int]
+) -> int:
+  """Smallest bucket that takes the rows of every instance."""
+  needed = max(sum(len(row.token_ids) for row in batch) for batch in rows)
+  for bucket in buckets:
+    if needed <= bucket:
+      return bucket
+  raise InvariantError(
+    f"A step of {needed} tokens was planned, but the largest bucket takes"
+    f" {buckets[-1]}."
+  )

@@ -26,6 +26,10 @@ class ProgramCache:
     """Keys of the compiled programs."""
     return iter(self._compiled)
 
+  def compiled(self) -> Iterator[Any]:
+    """The compiled programs themselves."""
+    return iter(self._compiled.values())
+
   def close_warm_up(self) -> None:
     """From now on a compilation is one too many: logged and counted."""
     self._is_warm = True

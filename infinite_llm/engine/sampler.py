@@ -84,6 +84,11 @@ class Sampler:
     self._free_rows = list(range(max_num_seqs))
     self._row_of: dict[RequestUid, int] = {}
 
+  @property
+  def state_bytes(self) -> int:
+    """Bytes of the state on every device of the instance."""
+    return self._seen.nbytes
+
   def sample(
     self, output: StepOutput, rows: Sequence[SampleRow]
   ) -> PendingSample:

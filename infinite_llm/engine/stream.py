@@ -6,10 +6,15 @@ import numpy as np
 import tokenizers
 
 from infinite_llm.engine.detokenizer import Detokenizer
-from infinite_llm.engine.outputs import RequestOutput, TokenLogprob
+from infinite_llm.engine.outputs import (
+  Extent,
+  OutputRecord,
+  RequestOutput,
+  TokenLogprob,
+)
 from infinite_llm.engine.sampling import NO_TOKEN
 from infinite_llm.models.loaded_model import GenerationDefaults
-from infinite_llm.scheduler.request import Request
+from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.types import InstanceId
 
 
@@ -37,19 +42,21 @@ class OutputStream:
     self._detokenizer = tokenizer and Detokenizer(
       tokenizer,
       stop=sampling.stop,
+      include_stop=sampling.include_stop_str_in_output,
       skip_special_tokens=sampling.skip_special_tokens,
       prompt_token_ids=request.prompt_token_ids,
     )
     self._end_ids = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
       self._end_ids |= frozenset(generation.eos_token_ids)
-    self._logprobs: list[TokenLogprob] | None = (
-      None if sampling.logprobs is None else []
+    self._record = OutputRecord(
+      token_ids=request.output_token_ids,
+      pieces=[],
+      logprobs=None if sampling.logprobs is None else [],
     )
-    self._text = ""
-    self._reported = 0
+    self._seen = Extent()
 
-  def push(self, sampled: Mapping[str, np.ndarray]) -> str | None:
+  def push(self, sampled: Mapping[str, np.ndarray]) -> RequestStatus | None:
     """Takes the next token.
 
     Args:
@@ -57,28 +64,29 @@ class OutputStream:
         `top_logprobs`, as `Sampled` has them for one row.
 
     Returns:
-      "stop" or "length" if the request ends with it, "error" if the logits
-      were no distribution and there is no token, else None.
+      How the request ends with it, `FAILED` if the logits were no
+      distribution and there is no token; None if it goes on.
     """
     token = int(sampled["token"])
     if token == NO_TOKEN:
-      return "error"
+      return RequestStatus.FAILED
     request = self._request
+    if self._record.logprobs is not None:
+      self._record.logprobs.append(self._logprob(token, sampled))
     request.output_token_ids.append(token)
-    if self._logprobs is not None:
-      self._logprobs.append(self._logprob(token, sampled))
     is_end = token in self._end_ids
-    if self._detokenizer is not None:
-      self._text += self._detokenizer.append(token)
+    is_silent = is_end and not request.sampling.include_stop_str_in_output
+    if self._detokenizer is not None and not is_silent:
+      self._add_text(self._detokenizer.append(token))
     if is_end or self._is_stopped:
-      reason = "stop"
+      status = RequestStatus.FINISHED_STOPPED
     elif request.num_tokens >= request.max_total_tokens:
-      reason = "length"
+      status = RequestStatus.FINISHED_LENGTH
     else:
       return None
     if self._detokenizer is not None and not self._is_stopped:
-      self._text += self._detokenizer.finish()
-    return reason
+      self._add_text(self._detokenizer.finish())
+    return status
 
   def output(
     self, reason: str | None, error: Exception | None = None
@@ -90,22 +98,23 @@ class OutputStream:
       error: What went wrong, if the reason is "error".
 
     Returns:
-      The output; its `new_text` is what came since the last call.
+      The output; new in it is what came since the last call.
     """
-    new_text = self._text[self._reported :]
-    self._reported = len(self._text)
-    request = self._request
+    seen, self._seen = self._seen, self._record.extent
     return RequestOutput(
-      request_id=request.request_id,
-      prompt_token_ids=request.prompt_token_ids,
-      token_ids=tuple(request.output_token_ids),
-      text=self._text,
-      new_text=new_text,
+      request_id=self._request.request_id,
+      prompt_token_ids=self._request.prompt_token_ids,
       finish_reason=reason,
-      logprobs=None if self._logprobs is None else tuple(self._logprobs),
       error=error,
       instance=self._instance,
+      record=self._record,
+      extent=self._seen,
+      seen=seen,
     )
+
+  def _add_text(self, piece: str) -> None:
+    if piece:
+      self._record.pieces.append(piece)
 
   @property
   def _is_stopped(self) -> bool:

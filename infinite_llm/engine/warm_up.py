@@ -5,8 +5,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+from absl import logging
 
-from infinite_llm.config import EngineConfig
+from infinite_llm.config import MAX_PROGRAM_KINDS, EngineConfig
 from infinite_llm.engine.group_inputs import empty_payloads, empty_slots
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import StepOutput
@@ -36,6 +37,13 @@ def warm_up(
     config: Sizes of everything.
     progress: Told how far this is.
   """
+  if config.num_program_kinds > MAX_PROGRAM_KINDS:
+    logging.warning(
+      "The buckets make %d kinds of programs; more than %d take long to compile"
+      " and much memory.",
+      config.num_program_kinds,
+      MAX_PROGRAM_KINDS,
+    )
   jobs = list(_jobs(runner, config))
   for done, (name, job) in enumerate(jobs):
     if progress:
@@ -64,7 +72,7 @@ def _jobs(
         f"local {kind}, {bucket} tokens",
         functools.partial(_local, runner, instance, bucket, is_prefill),
       )
-  if config.num_instances > 1 and config.lending.policy != "static":
+  if config.has_group:
     yield from _group_jobs(runner, config)
 
 
@@ -88,7 +96,7 @@ def _group_jobs(
     runner.verify(nothing, slots)
 
   yield "group decode", functools.partial(group, None, False)
-  for bucket in config.scheduler.prefill_buckets:
+  for bucket in lending.group_prefill_buckets:
     yield (
       f"group prefill, {bucket} tokens",
       functools.partial(group, bucket, True),

@@ -132,6 +132,7 @@ def restore(
     config=config,
     graphdef=graphdef,
     state=state,
+    mesh=mesh,
     tokenizer=None if tokenizer is None else Tokenizer.from_str(tokenizer),
     generation=GenerationDefaults(**model["generation"]),
   )

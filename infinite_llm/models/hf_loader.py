@@ -33,11 +33,12 @@ _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
+_DTYPE_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "bfloat16"}
 _COMPARE_ROWS = 8192  # Of embedding and head at once, to bound memory.
 
 
 def load_hf(
-  path: str | pathlib.Path, mesh: Mesh, *, dtype: DTypeLike
+  path: str | pathlib.Path, mesh: Mesh, *, dtype: DTypeLike | None = None
 ) -> LoadedModel:
   """Loads a Hugging Face folder onto a mesh.
 
@@ -49,7 +50,8 @@ def load_hf(
       `chat_template.jinja` and `generation_config.json`.
     mesh: A mesh from `make_mesh`. Weights are sharded over "tensor" and
       replicated over "instance".
-    dtype: "float32" or "bfloat16"; weights are cast to it while read.
+    dtype: "float32" or "bfloat16"; weights are cast to it while read. None
+      keeps the checkpoint's own, with bfloat16 for float16.
 
   Returns:
     The model.
@@ -58,25 +60,28 @@ def load_hf(
     CheckpointError: If a file is missing or unreadable, a tensor is missing,
       unexpected or of another shape than the configuration says, the embedding
       is said to be tied but is not, or the architecture is not implemented.
-    ConfigError: If `dtype` is neither, or the mesh cannot shard this model.
+    ConfigError: If the dtype is neither, or the mesh cannot shard this model.
   """
   folder = pathlib.Path(path)
-  dtype = resolve_dtype(dtype)
   hf_config = _read_json(folder / "config.json")
   config = from_hf(hf_config)
-  graphdef, abstract = abstract_transformer(
-    config, dtype=dtype, tensor_axis=TENSOR_AXIS
-  )
   specs = param_specs(config, mesh)
   tokenizer = _read_tokenizer(folder)
   generation = _read_generation(folder, hf_config, tokenizer)
 
-  expected = {
-    _tensor_name(key_path): leaf
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
-  }
   with contextlib.ExitStack() as stack:
+    if dtype is not None:
+      dtype = resolve_dtype(dtype)  # Before any file is looked for.
     tensors = _Tensors(folder, stack)
+    graphdef, abstract = abstract_transformer(
+      config,
+      dtype=resolve_dtype(tensors.dtype) if dtype is None else dtype,
+      tensor_axis=TENSOR_AXIS,
+    )
+    expected = {
+      _tensor_name(key_path): leaf
+      for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
     tensors.check(expected)
     if config.tie_embeddings and _HEAD in tensors.names:
       tensors.check_tied()
@@ -90,6 +95,7 @@ def load_hf(
     config=config,
     graphdef=graphdef,
     state=state,
+    mesh=mesh,
     tokenizer=tokenizer,
     generation=generation,
   )
@@ -135,6 +141,18 @@ class _Tensors:
   def names(self) -> set[str]:
     """All tensors of the checkpoint."""
     return set(self._files)
+
+  @property
+  def dtype(self) -> str:
+    """Dtype of the weights, to be computed with.
+
+    That of the embedding: quantised checkpoints keep it as it was. Without one
+    the checkpoint is refused later, by `check`.
+    """
+    if _EMBEDDING not in self._files:
+      return "float32"
+    stored = self._files[_EMBEDDING].get_slice(_EMBEDDING).get_dtype()
+    return _DTYPE_OF.get(stored, stored)
 
   def check(self, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Compares names and shapes with the model's, before anything is read.

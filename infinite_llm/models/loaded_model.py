@@ -3,16 +3,17 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from infinite_llm.config import DTYPES
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Transformer
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class LoadedModel:
       set: `nnx.merge(graphdef, state)` is for use inside `jax.shard_map`.
     state: Nested dict of weights: sharded over "tensor", replicated over
       "instance"; `param_specs` describes it.
+    mesh: ("instance", "tensor") mesh that they lie on.
     tokenizer: Text to tokens and back; None if the checkpoint has none.
     generation: Defaults for generation.
   """
@@ -54,10 +56,16 @@ class LoadedModel:
   config: ModelConfig
   graphdef: nnx.GraphDef
   state: Any
+  mesh: Mesh
   tokenizer: Tokenizer | None = None
   generation: GenerationDefaults = dataclasses.field(
     default_factory=GenerationDefaults
   )
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Dtype of weights and activations."""
+    return jax.tree.leaves(self.state)[0].dtype
 
   def dense(self) -> Transformer:
     """The module for use outside `jax.shard_map`, without collectives."""

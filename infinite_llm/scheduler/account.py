@@ -8,7 +8,10 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.effects import Move
-from infinite_llm.scheduler.messages import Grant, SlotName
+from infinite_llm.scheduler.lease_messages import (
+  Grant,
+  SlotName,
+)
 from infinite_llm.types import BlockId, Epoch, InstanceId
 
 

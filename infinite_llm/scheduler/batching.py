@@ -1,101 +1,22 @@
 """Continuous batching of one instance: which rows its next step has."""
 
 import collections
-import dataclasses
 
-from infinite_llm.config import SchedulerConfig
+from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
-from infinite_llm.types import RequestUid
+from infinite_llm.scheduler.step_plan import Draft, Row, StepPlan
+from infinite_llm.types import PoolCounts, RequestUid
 
 _BORROW_CHUNKS = 2
 """Room that a borrow makes at least, in prefill chunks: moving blocks takes a
 few rounds of messages, so one borrow serves several steps."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-  """Tokens of one request that a step computes.
-
-  Attributes:
-    uid: The request.
-    start: Position of the first of them.
-    num_tokens: How many, at least 1.
-    samples: Whether the last one is the request's last, so that the step yields
-      its next token.
-  """
-
-  uid: RequestUid
-  start: int
-  num_tokens: int
-  samples: bool
-
-  @property
-  def end(self) -> int:
-    """Tokens of the request that are computed after the step."""
-    return self.start + self.num_tokens
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepPlan:
-  """Rows of one instance's next step, by the program that computes them.
-
-  Attributes:
-    local_decode: One token each, all rBlocks at home.
-    local_prefill: Many tokens each, all rBlocks at home.
-    group_decode: One token each, rBlocks elsewhere too.
-    group_prefill: At most one row with rBlocks elsewhere.
-  """
-
-  local_decode: tuple[Row, ...] = ()
-  local_prefill: tuple[Row, ...] = ()
-  group_decode: tuple[Row, ...] = ()
-  group_prefill: tuple[Row, ...] = ()
-
-  @property
-  def rows(self) -> tuple[Row, ...]:
-    """All rows."""
-    return (
-      self.local_decode
-      + self.local_prefill
-      + self.group_decode
-      + self.group_prefill
-    )
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Draft:
-  """A plan in the making, and what its programs still have room for."""
-
-  local_decode: list[Row] = dataclasses.field(default_factory=list[Row])
-  local_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
-  group_decode: list[Row] = dataclasses.field(default_factory=list[Row])
-  group_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
-
-  def rows_for(self, *, is_group: bool, is_decode: bool) -> list[Row]:
-    if is_group:
-      return self.group_decode if is_decode else self.group_prefill
-    return self.local_decode if is_decode else self.local_prefill
-
-  def room(
-    self, scheduler: SchedulerConfig, *, is_group: bool, is_decode: bool
-  ) -> int:
-    """Tokens that one more row of a kind may have."""
-    if is_decode:
-      return 1
-    rows = self.rows_for(is_group=is_group, is_decode=False)
-    if len(rows) == (1 if is_group else scheduler.prefill_rows):
-      return 0
-    return scheduler.chunk_tokens - sum(row.num_tokens for row in rows)
-
-  def plan(self) -> StepPlan:
-    return StepPlan(
-      local_decode=tuple(self.local_decode),
-      local_prefill=tuple(self.local_prefill),
-      group_decode=tuple(self.group_decode),
-      group_prefill=tuple(self.group_prefill),
-    )
+_RECOMPUTE_WINDOW_TOKENS = 64
+"""Progress after which recomputations are forgiven. Each may give one token, by
+the prefill step that it ends with: where only decode steps fail, a request
+would go on for ever, at the price of its whole context a token."""
 
 
 class Batcher:
@@ -108,20 +29,27 @@ class Batcher:
   """
 
   def __init__(
-    self, rmanager: RManager, scheduler: SchedulerConfig, block_size: int
+    self,
+    rmanager: RManager,
+    scheduler: SchedulerConfig,
+    lending: LendingConfig,
+    block_size: int,
   ):
     """Makes a batcher without requests.
 
     Args:
       rmanager: The instance's manager.
       scheduler: Sizes of a step.
+      lending: Sizes of a group prefill step.
       block_size: P, tokens per rBlock.
     """
     self._rmanager = rmanager
     self._scheduler = scheduler
+    self._lending = lending
     self._block_size = block_size
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
+    self._ended: collections.deque[Request] = collections.deque()
 
   @property
   def waiting(self) -> tuple[Request, ...]:
@@ -137,6 +65,15 @@ class Batcher:
   def has_work(self) -> bool:
     """Whether any request has not ended."""
     return bool(self._waiting or self._running)
+
+  @property
+  def has_spilled(self) -> bool:
+    """Whether any running request has rBlocks elsewhere."""
+    return any(self._rmanager.spill(uid) is not None for uid in self._running)
+
+  def pool_counts(self) -> PoolCounts:
+    """How the instance's rBlocks are used."""
+    return self._rmanager.counts()
 
   def add(self, request: Request) -> None:
     """Takes a request; it waits behind those that came before."""
@@ -165,7 +102,15 @@ class Batcher:
       uid: The request.
       error: Why.
     """
-    self._end(uid, RequestStatus.FAILED).error = error
+    self._end(uid, RequestStatus.FAILED, error)
+
+  def take_ended(self) -> Request | None:
+    """Hands out each request that ended, however it did, once.
+
+    Returns:
+      The one that ended first; None if all were handed out.
+    """
+    return self._ended.popleft() if self._ended else None
 
   def preempt(self, uid: RequestUid) -> None:
     """Gives up a running request's KV; it waits as its arrival says."""
@@ -184,7 +129,8 @@ class Batcher:
     """
     self._recompute_lost()
     self._admit()
-    draft = _Draft()
+    self._note_waiting()
+    draft = Draft()
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
     for request in self.running:
@@ -208,16 +154,22 @@ class Batcher:
       self._count_failure(request)
       and self._rmanager.reconcile(row.uid) is Reconcile.RECOMPUTE
     ):
-      self.preempt(row.uid)
+      self._recompute(request)
 
-  def _end(self, uid: RequestUid, status: RequestStatus) -> Request:
+  def _end(
+    self,
+    uid: RequestUid,
+    status: RequestStatus,
+    error: Exception | None = None,
+  ) -> None:
     request = self._running.pop(uid, None)
     if request is not None:
       self._rmanager.close(uid)
     else:
       request = self._take_waiting(uid)
     request.status = status
-    return request
+    request.error = error
+    self._ended.append(request)
 
   def _take_waiting(self, uid: RequestUid) -> Request:
     for request in self._waiting:
@@ -229,9 +181,10 @@ class Batcher:
     )
 
   def _recompute_lost(self) -> None:
-    for request in self.running:
-      if self._rmanager.is_lost(request.uid) and self._count_failure(request):
-        self.preempt(request.uid)
+    for uid in self._rmanager.lost():
+      request = self._running[uid]
+      if self._count_failure(request):
+        self._recompute(request)
 
   def _count_failure(self, request: Request) -> bool:
     """Notes that KV could not be proved; whether the request may go on."""
@@ -248,6 +201,27 @@ class Batcher:
       ),
     )
     return False
+
+  def _recompute(self, request: Request) -> None:
+    """Has KV computed anew that cannot be proved, but not again and again."""
+    progress = request.furthest_tokens - request.recomputed_from
+    if progress >= _RECOMPUTE_WINDOW_TOKENS:
+      request.recomputed_from = request.furthest_tokens
+      request.num_recomputed = 0
+    request.num_recomputed += 1
+    if request.num_recomputed <= self._scheduler.max_row_attempts:
+      self.preempt(request.uid)
+      return
+    self.fail(
+      request.uid,
+      CoverageError(
+        f"Request {request.request_id} on instance {self._rmanager.instance}"
+        f" had to compute its KV anew {request.num_recomputed} times since"
+        f" token {request.recomputed_from}, the last one"
+        f" {request.furthest_tokens}; max_row_attempts is"
+        f" {self._scheduler.max_row_attempts}."
+      ),
+    )
 
   def _admit(self) -> None:
     """Lets requests in from the head of the queue while they fit."""
@@ -268,23 +242,49 @@ class Batcher:
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
 
-  def _add_row(self, request: Request, draft: _Draft) -> None:
-    if not self._rmanager.is_readable(request.uid):
+  def _note_waiting(self) -> None:
+    """Lets the gManager know, by way of the heartbeats, who waits."""
+    needed = 0
+    if self._waiting:
+      needed = self._num_blocks(self._waiting[0].num_tokens)
+    self._rmanager.note_waiting(len(self._waiting), needed)
+
+  def _add_row(self, request: Request, draft: Draft) -> None:
+    # Hundreds of times a step, so nothing is asked for twice.
+    uid = request.uid
+    if not self._rmanager.is_readable(uid):
       return
-    kind = {
-      "is_group": self._rmanager.spill(request.uid) is not None,
-      "is_decode": request.num_uncomputed == 1,
-    }
-    wanted = min(request.num_uncomputed, draft.room(self._scheduler, **kind))
+    is_group = self._rmanager.spill(uid) is not None
+    uncomputed = request.num_uncomputed
+    is_decode = uncomputed == 1
+    wanted = uncomputed
+    if not is_decode:
+      wanted = min(uncomputed, self._prefill_room(request, draft, is_group))
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
     if num_tokens > 0:
       row = Row(
-        uid=request.uid,
+        uid=uid,
         start=request.num_computed_tokens,
         num_tokens=num_tokens,
-        samples=num_tokens == request.num_uncomputed,
+        samples=num_tokens == uncomputed,
       )
-      draft.rows_for(**kind).append(row)
+      draft.rows_for(is_group=is_group, is_decode=is_decode).append(row)
+
+  def _prefill_room(
+    self, request: Request, draft: Draft, is_group: bool
+  ) -> int:
+    """Prompt tokens that a request may have beside those in the draft."""
+    if not is_group:
+      return draft.prefill_room(self._scheduler)
+    return 0 if draft.group_prefill else self._group_chunk_tokens(request)
+
+  def _group_chunk_tokens(self, request: Request) -> int:
+    """Tokens whose group step takes as long as is allowed, by the last one."""
+    buckets = self._lending.group_prefill_buckets
+    if request.group_token_s <= 0:
+      return buckets[-1]
+    tokens = self._lending.group_chunk_s / request.group_token_s
+    return int(min(max(tokens, buckets[0]), buckets[-1]))
 
   def _make_room(self, request: Request, num_tokens: int) -> int:
     """Allocates rBlocks for a request's next tokens.
@@ -333,8 +333,10 @@ class Batcher:
 
   def _missing_blocks(self, request: Request, num_tokens: int) -> int:
     """rBlocks that a request lacks for its first tokens."""
-    table = self._rmanager.table(request.uid)
-    return max(self._num_blocks(num_tokens) - table.num_blocks, 0)
+    num_blocks = self._rmanager.table(request.uid).num_blocks
+    if num_tokens <= num_blocks * self._block_size:
+      return 0
+    return self._num_blocks(num_tokens) - num_blocks
 
   def _num_blocks(self, num_tokens: int) -> int:
     return -(-num_tokens // self._block_size)

@@ -15,11 +15,7 @@ from infinite_llm.scheduler.effects import (
   full_block_move,
 )
 from infinite_llm.scheduler.fault_points import Place
-from infinite_llm.scheduler.mailbox import Outbox
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  Candidates,
-  CandidatesRequest,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
   Grant,
@@ -28,6 +24,12 @@ from infinite_llm.scheduler.messages import (
   ReleaseReply,
   Reserve,
   ReserveReply,
+)
+from infinite_llm.scheduler.mailbox import Outbox
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  Candidates,
+  CandidatesRequest,
 )
 from infinite_llm.types import FaultPoint, InstanceId
 

@@ -16,11 +16,9 @@ from infinite_llm.scheduler.effects import (
 )
 from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.leases import LeaseDeadlines, Owner
-from infinite_llm.scheduler.messages import (
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
-  Envelope,
   Fetch,
   FetchedEntry,
   FetchReply,
@@ -35,6 +33,10 @@ from infinite_llm.scheduler.messages import (
   SlotName,
   Sync,
   SyncReply,
+)
+from infinite_llm.scheduler.leases import LeaseDeadlines, Owner
+from infinite_llm.scheduler.messages import (
+  Envelope,
 )
 from infinite_llm.types import (
   NO_EPOCH,
@@ -132,7 +134,7 @@ class Creditor:
       return 0
     if self._faults(Place.CAP_IGNORED):
       return self._pool.num_free
-    spare = self._pool.num_free - self._lending.headroom_blocks
+    spare = self._pool.num_free - (self._lending.headroom_blocks or 0)
     if self._lending.max_lent_blocks is not None:
       spare = min(spare, self._lending.max_lent_blocks - self._pool.num_lent)
     return max(spare, 0)

@@ -19,18 +19,16 @@ from infinite_llm.scheduler.account import (
 )
 from infinite_llm.scheduler.effects import Effect, Move
 from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.lease_messages import (
+  Renew,
+  Reserve,
+)
 from infinite_llm.scheduler.leases import LeaseTrust
 from infinite_llm.scheduler.mailbox import Outbox, Pending
 from infinite_llm.scheduler.messages import (
-  GMANAGER,
   Candidates,
-  Grant,
-  Release,
-  ReleaseReply,
-  Renew,
   Reply,
-  Reserve,
-  ReserveReply,
+  RequestBlocks,
 )
 from infinite_llm.scheduler.spill_slots import SpillSlotPool
 from infinite_llm.scheduler.transfers import Transfers
@@ -83,6 +81,15 @@ class Debtor:
   def num_free_slots(self) -> int:
     """Spill slots that no request has."""
     return self._slots.num_free
+
+  def is_open(self, uid: RequestUid) -> bool:
+    """Whether a request is open."""
+    return uid in self._accounts
+
+  @property
+  def num_open(self) -> int:
+    """Open requests."""
+    return len(self._accounts)
 
   def open(self, uid: RequestUid) -> BlockTable:
     """Starts the account of a request."""
@@ -147,12 +154,14 @@ class Debtor:
     if self._faults(Place.RELEASE_FORGOTTEN):
       account.leases.clear()
     for creditor in tuple(account.leases):
-      self._give_back(account, creditor, account.grants_of(creditor))
+      self._transfers.give_back(account, creditor, account.grants_of(creditor))
     self._settle(account)
 
   def spill(self, uid: RequestUid) -> SpillInfo | None:
     """How to name a request in a group program; None if it is all at home."""
     account = self.account(uid)
+    if account.slot is None:
+      return None
     creditors = account.table.creditors()
     if not creditors:
       return None
@@ -195,6 +204,12 @@ class Debtor:
     is_idle = account.phase is Phase.IDLE and not account.is_lost
     has_slot = account.slot is not None or self._slots.num_free > 0
     return account.num_movable() if is_idle and has_slot else 0
+
+  def lost(self) -> tuple[RequestUid, ...]:
+    """Open requests with rBlocks that are gone."""
+    return tuple(
+      uid for uid, account in self._accounts.items() if account.is_lost
+    )
 
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
@@ -279,6 +294,23 @@ class Debtor:
         total[creditor] += len(held)
     return dict(total)
 
+  def requests(self) -> tuple[RequestBlocks, ...]:
+    """Where the rBlocks of open requests are, of those that have any."""
+    found: list[RequestBlocks] = []
+    for uid, account in self._accounts.items():
+      holders = {c: len(held) for c, held in account.leases.items() if held}
+      num_local = len(account.table.local_entries())
+      if num_local:
+        holders[self._pool.instance] = num_local
+      if holders:
+        blocks = RequestBlocks(
+          uid=uid,
+          holders=tuple(sorted(holders.items())),
+          movable=self.movable_blocks(uid),
+        )
+        found.append(blocks)
+    return tuple(found)
+
   def on_reply(self, pending: Pending[Account], reply: Reply) -> None:
     """Goes on with the account that awaited an answer.
 
@@ -289,13 +321,10 @@ class Debtor:
     account = pending.context
     if isinstance(reply, Candidates):
       self._transfers.borrowing.on_candidates(account, reply)
-    elif pending.receiver != GMANAGER:
+    elif isinstance(pending.receiver, int):
       creditor = pending.receiver
       self.on_acknowledged(creditor, pending.first_s)
-      if account.is_closed:
-        self._on_closed(creditor, pending, reply)
-      else:
-        self._transfers.on_reply(creditor, pending, reply)
+      self._transfers.on_reply(creditor, pending, reply)
       if not self._trust.is_recent(pending.first_s):
         # The leases that it speaks of may have ended since.
         account.must_sync |= creditor in account.table.creditors()
@@ -345,20 +374,6 @@ class Debtor:
           account.must_sync = True
           self._settle(account)
 
-  def _on_closed(
-    self, creditor: InstanceId, pending: Pending[Account], reply: Reply
-  ) -> None:
-    """Gives back what an answer to a closed account brings."""
-    account = pending.context
-    match pending.body, reply:
-      case Reserve(), ReserveReply(grants=grants):
-        account.add_leases(creditor, grants)
-        self._give_back(account, creditor, grants)
-      case Release(grants=grants), ReleaseReply():
-        account.end_leases(creditor, grants)
-      case _:
-        pass
-
   def _settle(self, account: Account) -> None:
     """Does what is due once nothing else is under way with an account."""
     if account.is_closed:
@@ -370,13 +385,6 @@ class Debtor:
         self._transfers.syncing.begin(account)
       if not (account.leases or account.table.creditors()):
         self._give_slot_back(account)
-
-  def _give_back(
-    self, account: Account, creditor: InstanceId, grants: tuple[Grant, ...]
-  ) -> None:
-    if grants:
-      release = Release(slot=account.current_slot(), grants=grants)
-      self._outbox.ask(creditor, release, account)
 
   def _give_slot_back(self, account: Account) -> None:
     if account.slot is not None:

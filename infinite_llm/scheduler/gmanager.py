@@ -1,103 +1,290 @@
-"""The gManager: keeps the debt ledger and says who might lend."""
+"""The gManager: keeps the debt ledger, says who might lend, and plans ahead."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Sequence
 
-from infinite_llm.errors import MessageError, Refusal
-from infinite_llm.scheduler.ledger import ClusterView, Ledger
+from infinite_llm.config import LendingConfig
+from infinite_llm.errors import ConfigError, MessageError, Refusal
+from infinite_llm.scheduler.cluster_view import ClusterView
+from infinite_llm.scheduler.ledger import Ledger, Recorded
+from infinite_llm.scheduler.link_costs import LinkCosts
 from infinite_llm.scheduler.messages import (
   GMANAGER,
+  STANDBY,
   Address,
+  Body,
   Candidates,
   CandidatesRequest,
   ClusterStatus,
   Envelope,
+  FullHeartbeatRequest,
+  GManagerAddress,
   Heartbeat,
+  Leadership,
+  MoveKvcache,
+  RecallKvcache,
 )
+from infinite_llm.scheduler.placement_map import PlacementMap
+from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
-from infinite_llm.types import InstanceId
+from infinite_llm.types import Epoch, InstanceId
+
+_GMANAGERS: tuple[GManagerAddress, ...] = (GMANAGER, STANDBY)
 
 
 class GManager:
-  """One for a cluster. It only proposes: creditors decide for themselves.
+  """One leads, and another one may stand by. It only proposes.
 
-  All it knows comes from heartbeats, so it may start anew at any time, and it
-  answers a repeated question from what it knows by then.
+  Creditors decide for themselves. All that it knows comes from heartbeats, so
+  it may start anew at any time, and answers a repeated question from what it
+  knows by then.
+
+  A standby hears the same heartbeats and says nothing. When the leader was
+  silent for its lease, it leads under a newer epoch. Epochs are never shared:
+  each gManager has every other number. rManagers ignore older epochs than they
+  have heard of and say in heartbeats which that is, so a leader that was only
+  slow, or cut off, harms nobody and steps down when it hears of the other.
+
+  Attributes:
+    is_leader: Whether it answers and plans.
+    epoch: Newest epoch that it has heard of; its own if it leads.
+    num_plans: Plans that it made.
   """
 
-  def __init__(self, policy: str):
+  def __init__(
+    self,
+    lending: LendingConfig,
+    clock: Callable[[], float],
+    *,
+    planning: PlanningConfig | None = None,
+    links: LinkCosts | None = None,
+    address: GManagerAddress = GMANAGER,
+    peers: Sequence[GManagerAddress] = (),
+    incarnation: int = 1,
+    is_leader: bool = True,
+  ):
     """Makes a gManager that knows nobody yet.
 
     Args:
-      policy: Name of the policy that ranks creditors.
+      lending: The policy, and how often what is due.
+      clock: Monotonic seconds.
+      planning: Rules and budgets of plans.
+      links: What moving costs.
+      address: Its own.
+      peers: The other gManagers.
+      incarnation: Rises each time this gManager starts anew.
+      is_leader: Whether it leads at once; one that starts anew beside others
+        stands by.
 
     Raises:
-      ConfigError: If there is no such policy.
+      ConfigError: If the policy does not exist, lacks what it needs, or nobody
+        could ever lead.
     """
-    self._policy = get_policy(policy)
+    self._policy = get_policy(lending.policy)
+    self._planning = planning or PlanningConfig()
+    if lending.policy == "greedy" and self._planning.performance is None:
+      raise ConfigError(
+        "performance must be a model for the policy 'greedy'; got None."
+      )
+    if address in peers:
+      raise ConfigError(
+        f"peers must be others than address ({address!r}); got {peers!r}."
+      )
+    if incarnation < 1:
+      raise ConfigError(f"incarnation must be at least 1; got {incarnation}.")
+    self._lending = lending
+    self._clock = clock
+    self._links = links or LinkCosts()
+    self._address: GManagerAddress = address
+    self._peers = tuple(peers)
+    self._incarnation = incarnation
     self._ledger = Ledger()
+    self._placements = PlacementMap()
     self._outgoing: list[Envelope] = []
+    self._last_seq = 0
+    self._to_tell: set[InstanceId] = set()
+    self._has_news = False
+    now = clock()
+    self._ticked_s = self._awake_s = now
+    self._leader_heard_s = now
+    self._announced_s = self._planned_s = -math.inf
+    self.num_plans = 0
+    self.epoch: Epoch = (incarnation - 1) * len(_GMANAGERS)
+    self.is_leader = False
+    if is_leader:
+      self._lead()
 
   def view(self) -> ClusterView:
-    """The ledger as it is now."""
-    return self._ledger.view()
+    """The ledger and the placement map as they are now."""
+    return ClusterView(
+      now_s=self._clock(),
+      lines=self._ledger.lines(),
+      placements=self._placements.placements(),
+      links=self._links,
+    )
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message of an rManager.
+    """Takes a message of an rManager, or of the other gManager.
 
     Raises:
       MessageError: If it is none for a gManager; nothing has changed then.
     """
     sender = envelope.sender
-    if sender == GMANAGER:
-      raise MessageError(
-        Refusal.MISDIRECTED,
-        f"sender must be an instance; got {sender!r}.",
-      )
     match envelope.body:
-      case Heartbeat() as heartbeat:
-        is_new = self._ledger.record(
-          sender, envelope.incarnation, envelope.seq, heartbeat
-        )
-        # A newcomer is news to everybody; else only the sender is told.
-        lines = self.view().lines
-        everybody = [line.instance for line in lines]
-        self._send_status(envelope, everybody if is_new else [sender])
-      case CandidatesRequest():
-        instances = self._policy.rank_creditors(self.view(), sender)
-        self._send(envelope, sender, Candidates(instances=instances))
-      case body:
+      case Leadership() if sender in self._peers:
+        self._hear_epoch(envelope.leader_epoch)
+        if envelope.leader_epoch == self.epoch and not self.is_leader:
+          self._leader_heard_s = self._clock()
+      case Heartbeat() as heartbeat if isinstance(sender, int):
+        self._hear_epoch(heartbeat.leader_epoch)
+        self._on_heartbeat(sender, envelope, heartbeat)
+      case CandidatesRequest(num_blocks=wanted) if isinstance(sender, int):
+        if self.is_leader:
+          instances = self._policy.rank_creditors(self.view(), sender, wanted)
+          self._answer(envelope, Candidates(instances=instances))
+      case body if isinstance(sender, int):
         raise MessageError(
           Refusal.MISDIRECTED,
           f"{type(body).__name__} of instance {sender} is not for the"
           " gManager.",
         )
+      case _:
+        raise MessageError(
+          Refusal.MISDIRECTED, f"sender must be an instance; got {sender!r}."
+        )
+
+  def tick(self) -> None:
+    """Does what is due: takes over, forgets the silent, announces, plans."""
+    now = self._clock()
+    # Whoever slept, or was not called, cannot tell who else was silent.
+    if now - self._ticked_s > self._lending.leader_lease_s / 2:
+      self._leader_heard_s = now
+    if now - self._ticked_s > self._lending.expire_after_s / 2:
+      self._awake_s = now
+    self._ticked_s = now
+    if now - self._awake_s >= self._lending.expire_after_s:
+      self._expire(now - self._lending.expire_after_s)
+    lease_s = self._lending.leader_lease_s
+    if not self.is_leader and now - self._leader_heard_s >= lease_s:
+      self._lead()
+    if not self.is_leader:
+      return
+    if now - self._announced_s >= self._lending.heartbeat_every_s:
+      self._announced_s = now
+      for peer in self._peers:
+        self._tell(peer, Leadership())
+    if now - self._planned_s >= self._lending.plan_every_s:
+      self._planned_s = now
+      self._plan()
 
   def drain_messages(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
+    if self.is_leader:
+      # A newcomer, or a loss, is news to everybody; else only those are told
+      # who sent a heartbeat.
+      told = self._ledger.instances() if self._has_news else self._to_tell
+      for instance in sorted(told):
+        self._tell(instance, self._status(instance))
+    self._has_news = False
+    self._to_tell.clear()
     outgoing, self._outgoing = self._outgoing, []
     return outgoing
 
-  def _send_status(
-    self, cause: Envelope, receivers: Iterable[InstanceId]
+  def _on_heartbeat(
+    self, sender: InstanceId, envelope: Envelope, heartbeat: Heartbeat
   ) -> None:
-    lendable = tuple(
-      (line.instance, line.lendable) for line in self.view().lines
-    )
-    for receiver in receivers:
-      self._send(cause, receiver, ClusterStatus(lendable=lendable))
+    is_known = sender in self._ledger
+    match self._ledger.record(
+      sender, envelope.incarnation, envelope.seq, heartbeat, self._clock()
+    ):
+      case Recorded.FULL:
+        self._placements.replace(sender, heartbeat.requests)
+        self._has_news |= not is_known
+      case Recorded.CHANGE:
+        self._placements.change(sender, heartbeat.requests)
+      case Recorded.GAP:
+        # A standby waits for the next full one: it has no say yet.
+        if self.is_leader:
+          self._tell(sender, FullHeartbeatRequest())
+      case Recorded.OLD:
+        return
+    self._to_tell.add(sender)
+
+  def _status(self, instance: InstanceId) -> ClusterStatus:
+    """What an instance may count on to borrow."""
+    if not self._policy.BORROWS:
+      return ClusterStatus(lendable=0)
+    return ClusterStatus(lendable=self._ledger.lendable_to(instance))
+
+  def _expire(self, moment_s: float) -> None:
+    """Forgets those who were silent since a moment."""
+    for instance in self._ledger.silent_since(moment_s):
+      self._ledger.forget(instance)
+      self._placements.forget(instance)
+      self._has_news = True
+
+  def _hear_epoch(self, epoch: Epoch) -> None:
+    """Follows whoever leads under a newer epoch."""
+    if epoch > self.epoch:
+      self.epoch = epoch
+      self.is_leader = False
+      self._leader_heard_s = self._clock()
+
+  def _lead(self) -> None:
+    """Begins to lead, under the next epoch that is this gManager's own."""
+    self.is_leader = True
+    rank = _GMANAGERS.index(self._address)
+    self.epoch += 1 + (rank - self.epoch - 1) % len(_GMANAGERS)
+    self._announced_s = -math.inf
+    self._planned_s = self._clock()
+    self._has_news = True
+    for instance in self._ledger.incomplete():
+      self._tell(instance, FullHeartbeatRequest())
+
+  def _plan(self) -> None:
+    """Sends what the policy plans to the owners.
+
+    Instances on circles of debts are to take their rBlocks home, and get no
+    moves until that is done.
+    """
+    view = self.view()
+    recalls = self._policy.plan_recalls(view, self._planning)
+    frozen = {recall.owner for recall in recalls}
+    for recall in recalls:
+      body = RecallKvcache(
+        uid=recall.uid,
+        num_blocks=recall.num_blocks,
+        src=recall.src,
+        freeze_s=self._lending.freeze_s,
+      )
+      self._tell(recall.owner, body)
+    for move in self._policy.plan_moves(view, self._planning):
+      if frozen.isdisjoint((move.owner, move.dst)):
+        body = MoveKvcache(
+          uid=move.uid,
+          num_blocks=move.num_blocks,
+          dst=move.dst,
+          with_request=move.with_request,
+        )
+        self._tell(move.owner, body)
+    self.num_plans += 1
+
+  def _answer(self, request: Envelope, body: Candidates) -> None:
+    self._send(request.sender, request.incarnation, request.seq, body)
+
+  def _tell(self, receiver: Address, body: Body) -> None:
+    self._last_seq += 1
+    self._send(receiver, self._incarnation, self._last_seq, body)
 
   def _send(
-    self,
-    cause: Envelope,
-    receiver: Address,
-    body: Candidates | ClusterStatus,
+    self, receiver: Address, incarnation: int, seq: int, body: Body
   ) -> None:
-    self._outgoing.append(
-      Envelope(
-        sender=GMANAGER,
-        receiver=receiver,
-        incarnation=cause.incarnation,
-        seq=cause.seq,
-        body=body,
-      )
+    envelope = Envelope(
+      sender=self._address,
+      receiver=receiver,
+      incarnation=incarnation,
+      seq=seq,
+      body=body,
+      leader_epoch=self.epoch,
     )
+    self._outgoing.append(envelope)

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 
 from infinite_llm.cache.block_entries import EntrySpan
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import (
+  SlotName,
+)
 from infinite_llm.types import BlockId, Epoch, InstanceId
 
 

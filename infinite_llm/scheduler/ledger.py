@@ -5,45 +5,66 @@ creditor decides from its own books.
 """
 
 import dataclasses
+import enum
 
+from infinite_llm.scheduler.cluster_view import LedgerLine
 from infinite_llm.scheduler.messages import Heartbeat
 from infinite_llm.types import InstanceId
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LedgerLine:
-  """One instance, as of its last heartbeat.
+class Recorded(enum.Enum):
+  """What became of a heartbeat."""
+
+  FULL = "it said everything, and is in force"
+  CHANGE = "it changed what was in force"
+  OLD = "a newer one came before it, or it is of an earlier incarnation"
+  GAP = "what it changes is not in force; nothing was changed"
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Known:
+  """The newest of one instance.
 
   Attributes:
-    instance: Which one.
-    free: rBlocks that nobody holds there.
-    lendable: rBlocks that it would lend.
-    debts: What each debtor has borrowed from it: `(debtor, rBlocks)`.
+    seq: Number of the heartbeat in force.
+    has_gap: A later one could not be applied.
+    debts: rBlocks lent to each debtor.
+    line: The same, for policies.
   """
 
-  instance: InstanceId
-  free: int
-  lendable: int
-  debts: tuple[tuple[InstanceId, int], ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterView:
-  """The ledger at one moment; what policies decide from.
-
-  Attributes:
-    lines: One per known instance, by rising number.
-  """
-
-  lines: tuple[LedgerLine, ...]
+  seq: int
+  has_gap: bool
+  debts: dict[InstanceId, int]
+  line: LedgerLine
 
 
 class Ledger:
-  """Newest line of each instance."""
+  """Newest line of each instance that is not silent."""
 
   def __init__(self):
-    self._lines: dict[InstanceId, LedgerLine] = {}
-    self._newest: dict[InstanceId, tuple[int, int]] = {}
+    """Makes a ledger that knows nobody."""
+    self._known: dict[InstanceId, _Known] = {}
+    self._lendable = 0
+
+  def __contains__(self, instance: InstanceId) -> bool:
+    return instance in self._known
+
+  def instances(self) -> tuple[InstanceId, ...]:
+    """All known instances."""
+    return tuple(self._known)
+
+  def incomplete(self) -> tuple[InstanceId, ...]:
+    """Instances of which changes were missed."""
+    return tuple(i for i, known in self._known.items() if known.has_gap)
+
+  def lines(self) -> tuple[LedgerLine, ...]:
+    """All lines, by rising instance."""
+    return tuple(known.line for _, known in sorted(self._known.items()))
+
+  def lendable_to(self, instance: InstanceId) -> int:
+    """rBlocks that all others would lend."""
+    known = self._known.get(instance)
+    return self._lendable - (known.line.lendable if known else 0)
 
   def record(
     self,
@@ -51,32 +72,79 @@ class Ledger:
     incarnation: int,
     seq: int,
     heartbeat: Heartbeat,
-  ) -> bool:
-    """Takes a heartbeat in, unless a newer one came before it.
+    now_s: float,
+  ) -> Recorded:
+    """Takes a heartbeat in, if it can be.
 
     Args:
       instance: Who sent it.
       incarnation: The sender's.
       seq: Its number.
       heartbeat: What it says.
+      now_s: When it came.
 
     Returns:
-      Whether the instance was unknown until now.
+      What became of it.
     """
-    is_new = instance not in self._lines
-    age = (incarnation, seq)
-    if is_new or age > self._newest[instance]:
-      self._newest[instance] = age
-      self._lines[instance] = LedgerLine(
-        instance=instance,
-        free=heartbeat.counts.free,
-        lendable=heartbeat.lendable,
-        debts=heartbeat.lent,
-      )
-    return is_new
+    known = self._known.get(instance)
+    if known and incarnation < known.line.incarnation:
+      return Recorded.OLD
+    is_same = known is not None and incarnation == known.line.incarnation
+    if known and is_same and seq <= known.seq:
+      return Recorded.OLD
+    if heartbeat.base is None:
+      self._set(instance, incarnation, seq, heartbeat, {}, now_s)
+      return Recorded.FULL
+    if known is None or not is_same or heartbeat.base != known.seq:
+      if known and is_same:
+        known.has_gap = True
+        known.line = dataclasses.replace(known.line, heard_s=now_s)
+      return Recorded.GAP
+    self._set(instance, incarnation, seq, heartbeat, known.debts, now_s)
+    return Recorded.CHANGE
 
-  def view(self) -> ClusterView:
-    """All lines, as a value."""
-    return ClusterView(
-      lines=tuple(line for _, line in sorted(self._lines.items()))
+  def forget(self, instance: InstanceId) -> None:
+    """Drops the line of an instance."""
+    known = self._known.pop(instance)
+    self._lendable -= known.line.lendable
+
+  def silent_since(self, moment_s: float) -> tuple[InstanceId, ...]:
+    """Instances of which nothing was heard after a moment."""
+    return tuple(
+      instance
+      for instance, known in self._known.items()
+      if known.line.heard_s <= moment_s
     )
+
+  def _set(
+    self,
+    instance: InstanceId,
+    incarnation: int,
+    seq: int,
+    heartbeat: Heartbeat,
+    debts: dict[InstanceId, int],
+    now_s: float,
+  ) -> None:
+    if instance in self._known:
+      self.forget(instance)
+    for debtor, count in heartbeat.lent:
+      debts[debtor] = count
+      if not count:
+        del debts[debtor]
+    line = LedgerLine(
+      instance=instance,
+      incarnation=incarnation,
+      heard_s=now_s,
+      capacity=heartbeat.counts.total,
+      free=heartbeat.counts.free,
+      lendable=heartbeat.lendable,
+      host_free=heartbeat.host_free,
+      num_running=heartbeat.num_running,
+      num_waiting=heartbeat.num_waiting,
+      next_blocks=heartbeat.next_blocks,
+      debts=tuple(sorted(debts.items())),
+    )
+    self._known[instance] = _Known(
+      seq=seq, has_gap=False, debts=debts, line=line
+    )
+    self._lendable += line.lendable

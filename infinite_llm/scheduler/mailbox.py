@@ -2,15 +2,19 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from infinite_llm.scheduler.fault_points import Place, no_fault
+from infinite_llm.scheduler.lease_messages import (
+  Introduction,
+  Renewed,
+)
 from infinite_llm.scheduler.messages import (
+  GMANAGER,
   Address,
   Body,
   Envelope,
-  Introduction,
-  Renewed,
+  GManagerAddress,
   Reply,
   Request,
 )
@@ -60,6 +64,7 @@ class Outbox[Context]:
     self._resend_after_s = resend_after_s
     self._last_seq = 0
     self._incarnation_of: dict[Address, int] = {}
+    self._leader: GManagerAddress = GMANAGER
     self._pending: dict[int, Pending[Context]] = {}
     self._outgoing: list[Envelope] = []
 
@@ -67,7 +72,7 @@ class Outbox[Context]:
     """Sends a request, again and again until it is answered.
 
     Args:
-      receiver: Who is to answer.
+      receiver: Who is to answer; `GMANAGER` is whichever gManager leads.
       body: What is asked.
       context: Given back with the answer.
     """
@@ -77,12 +82,29 @@ class Outbox[Context]:
       receiver=receiver, body=body, context=context, first_s=now, sent_s=now
     )
     self._pending[self._last_seq] = pending
-    self._send(self._last_seq, receiver, body)
+    self._send(self._last_seq, self._route(receiver), body)
 
   def tell(self, receiver: Address, body: Body) -> None:
     """Sends a message once and awaits nothing."""
+    self.tell_all((receiver,), body)
+
+  def tell_all(self, receivers: Sequence[Address], body: Body) -> int:
+    """Sends a message once to each receiver and awaits nothing.
+
+    Returns:
+      Its number, the same for all.
+    """
     self._last_seq += 1
-    self._send(self._last_seq, receiver, body)
+    for receiver in receivers:
+      self._send(self._last_seq, receiver, body)
+    return self._last_seq
+
+  def ask_leader(self, leader: GManagerAddress) -> None:
+    """Asks another gManager from now on, also what has no answer yet."""
+    self._leader = leader
+    for seq, pending in self._pending.items():
+      if pending.receiver == GMANAGER:
+        self._resend_one(seq, pending)
 
   def reply(
     self, request: Envelope, body: Reply | Renewed | Introduction
@@ -111,7 +133,7 @@ class Outbox[Context]:
     if (
       reply.incarnation != self._incarnation
       or pending is None
-      or pending.receiver != reply.sender
+      or self._route(pending.receiver) != reply.sender
     ):
       return None
     return pending
@@ -157,10 +179,17 @@ class Outbox[Context]:
 
   def _resend_one(self, seq: int, pending: Pending[Context]) -> None:
     pending.sent_s = self._clock()
-    self._send(seq, pending.receiver, pending.body)
+    self._send(seq, self._route(pending.receiver), pending.body)
+
+  def _route(self, receiver: Address) -> Address:
+    return self._leader if receiver == GMANAGER else receiver
 
   def _send(self, seq: int, receiver: Address, body: Body) -> None:
-    awaited = (n for n, p in self._pending.items() if p.receiver == receiver)
+    awaited = (
+      n
+      for n, pending in self._pending.items()
+      if self._route(pending.receiver) == receiver
+    )
     envelope = Envelope(
       sender=self._sender,
       receiver=receiver,

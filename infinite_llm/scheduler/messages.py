@@ -2,18 +2,34 @@
 
 A *request* (`Reserve`, `Commit`, `Release`, `Sync`, `Fetch`,
 `CandidatesRequest`) is sent again until its answer arrives; its receiver
-executes it once and answers repetitions with the same answer. A heartbeat and a
-renewal are sent once; a later one replaces it.
+executes it once and answers repetitions with the same answer. All others are
+sent once. A heartbeat says what changed since the last one; if that was lost,
+the gManager asks for all.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Final, Literal
 
+from infinite_llm.scheduler.lease_messages import (
+  Commit,
+  CommitReply,
+  Fetch,
+  FetchReply,
+  Introduction,
+  LeaseReply,
+  LeaseRequest,
+  Release,
+  ReleaseReply,
+  Renew,
+  Renewed,
+  Reserve,
+  ReserveReply,
+  Sync,
+  SyncReply,
+)
 from infinite_llm.types import (
   NO_EPOCH,
-  NULL_BLOCK_ID,
-  BlockId,
   Epoch,
   InstanceId,
   PoolCounts,
@@ -23,83 +39,122 @@ from infinite_llm.types import (
 GMANAGER: Final = "gmanager"
 """Address of the gManager; an rManager's is the number of its instance."""
 
-type Address = InstanceId | Literal["gmanager"]
+STANDBY: Final = "standby"
+"""Address of a second gManager, which takes over when the first one falls."""
+
+type GManagerAddress = Literal["gmanager", "standby"]
+type Address = InstanceId | GManagerAddress
 
 type BlocksOf = tuple[tuple[InstanceId, int], ...]
 """`(instance, number of rBlocks)`, by rising instance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SlotName:
-  """A spill slot of an owner while one request has it.
+class RequestBlocks:
+  """Where the rBlocks of one running request are.
 
   Attributes:
-    slot: Its number, from 0.
-    epoch: Rises each time the owner gives the slot to a request.
+    uid: The request.
+    holders: rBlocks with each holder, its owner included, promised ones too; no
+      holder at all says that the request has ended.
+    movable: rBlocks at home that could move to another instance now.
   """
 
-  slot: int
-  epoch: Epoch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Grant:
-  """An rBlock that a creditor keeps for the debtor who asked.
-
-  Attributes:
-    block_id: Its place in the creditor's pool.
-    epoch: The reservation's epoch; with the creditor it names the lease.
-  """
-
-  block_id: BlockId
-  epoch: Epoch
-
-  def __post_init__(self):
-    if self.block_id == NULL_BLOCK_ID or self.epoch == NO_EPOCH:
-      raise ValueError(
-        f"A grant must name a real rBlock and epoch; got {self}."
-      )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class HostedEntry:
-  """A line of a hosted table: which rBlock of a request a lease holds.
-
-  Attributes:
-    logical_id: Number of the rBlock in its request.
-    grant: Where it lies at the creditor.
-  """
-
-  logical_id: int
-  grant: Grant
+  uid: RequestUid
+  holders: BlocksOf
+  movable: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-  """An rManager's full report to the gManager.
+  """An rManager's report to the gManager.
 
   Attributes:
+    base: Number of the heartbeat that this one is a change of; None if it says
+      everything.
     counts: Use of its rBlocks.
     lendable: rBlocks that it would lend now.
-    lent: What it holds for each debtor, promised ones included.
-    borrowed: What each creditor holds for it, promised ones included.
+    host_free: rBlocks of its HOST pool that nobody holds.
+    num_running: Requests that run.
+    num_waiting: Requests that wait.
+    next_blocks: rBlocks that the first of those needs; 0 if none waits.
+    lent: What it holds for each debtor, promised ones included. Of a change:
+      where that is different now, 0 where there is nothing left.
+    requests: Running requests with rBlocks; of a change, those that differ.
+    leader_epoch: Newest epoch of a leading gManager that it has heard of.
   """
 
+  base: int | None = None
   counts: PoolCounts
   lendable: int
-  lent: BlocksOf
-  borrowed: BlocksOf
+  host_free: int = 0
+  num_running: int = 0
+  num_waiting: int = 0
+  next_blocks: int = 0
+  lent: BlocksOf = ()
+  requests: tuple[RequestBlocks, ...] = ()
+  leader_epoch: Epoch = NO_EPOCH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullHeartbeatRequest:
+  """The gManager missed a heartbeat and asks for everything."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterStatus:
-  """The gManager's view, sent back for a heartbeat.
+  """The leading gManager's view, sent back for a heartbeat.
 
   Attributes:
-    lendable: rBlocks that each instance would lend, as of its last heartbeat.
+    lendable: rBlocks that all other instances together would lend, as of their
+      last heartbeats.
   """
 
-  lendable: BlocksOf
+  lendable: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leadership:
+  """The leading gManager tells the other one that it lives."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoveKvcache:
+  """A plan of the gManager: an owner is to move rBlocks to a creditor.
+
+  An owner that cannot, or whose creditor refuses, waits for the next plan.
+
+  Attributes:
+    uid: The owner's request.
+    num_blocks: How many of its rBlocks, oldest first.
+    dst: The creditor.
+    with_request: Whether the request itself moves too, and runs there then.
+  """
+
+  uid: RequestUid
+  num_blocks: int
+  dst: InstanceId
+  with_request: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallKvcache:
+  """A plan of the gManager: an owner is to take rBlocks home.
+
+  The owner is on a circle of debts. All on it are to get room from what the
+  others take home, so meanwhile nobody on it lends or borrows.
+
+  Attributes:
+    uid: The owner's request.
+    num_blocks: How many of its rBlocks.
+    src: The creditor that holds them.
+    freeze_s: Seconds for which the owner lends and borrows nothing.
+  """
+
+  uid: RequestUid
+  num_blocks: int
+  src: InstanceId
+  freeze_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,194 +179,20 @@ class Candidates:
   instances: tuple[InstanceId, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reserve:
-  """A debtor asks a creditor to keep rBlocks for it.
-
-  Attributes:
-    uid: The request whose rBlocks are to move.
-    slot: Spill slot that the request has.
-    num_blocks: How many are wanted.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  num_blocks: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReserveReply:
-  """What the creditor keeps.
-
-  Attributes:
-    grants: As many as wanted or fewer; none is a refusal.
-  """
-
-  grants: tuple[Grant, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Commit:
-  """The payloads are sent: the creditor is to serve them.
-
-  Attributes:
-    uid: The request.
-    slot: Its spill slot.
-    entries: rBlocks to add to the slot's hosted table.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  entries: tuple[HostedEntry, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CommitReply:
-  """How a commit ended.
-
-  Attributes:
-    table_version: Version of the hosted table that has the new entries; None
-      if a lease is unknown, in which case nothing was changed.
-  """
-
-  table_version: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Release:
-  """A debtor gives rBlocks back. Unknown leases are given back already.
-
-  Attributes:
-    slot: Spill slot of the request that had them.
-    grants: The leases that end.
-  """
-
-  slot: SlotName
-  grants: tuple[Grant, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReleaseReply:
-  """The leases have ended.
-
-  Attributes:
-    table_version: Version of the slot's hosted table without them; None if the
-      creditor has no table for the slot.
-  """
-
-  table_version: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sync:
-  """A debtor says what the creditor should be hosting for a request.
-
-  Attributes:
-    uid: The request.
-    slot: Its spill slot.
-    entries: All of its rBlocks there.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  entries: tuple[HostedEntry, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SyncReply:
-  """Whether the creditor hosts all that.
-
-  Attributes:
-    table_version: Version under which just these entries are installed anew;
-      None if some are missing, in which case nothing was changed.
-    missing: Logical numbers of the rBlocks that it does not host.
-  """
-
-  table_version: int | None
-  missing: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FetchedEntry:
-  """An rBlock that is to come home.
-
-  Attributes:
-    logical_id: Its number in its request.
-    grant: Where it lies at the creditor.
-    home: Where it is to lie at the owner, and under which epoch.
-  """
-
-  logical_id: int
-  grant: Grant
-  home: Grant
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fetch:
-  """A debtor asks its creditor to send rBlocks back. The leases stay.
-
-  Attributes:
-    uid: The request.
-    slot: Its spill slot.
-    entries: What to send, and where to.
-  """
-
-  uid: RequestUid
-  slot: SlotName
-  entries: tuple[FetchedEntry, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FetchReply:
-  """How a fetch ended; given once the payloads are exchanged.
-
-  Attributes:
-    table_version: Version of the slot's hosted table without the rBlocks that
-      were sent, whose leases go on; None if a lease is unknown, in which case
-      the table is as it was.
-  """
-
-  table_version: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Renew:
-  """A debtor lives; so do all its leases at the receiver.
-
-  Attributes:
-    sent_s: When this was sent, by the debtor's clock.
-  """
-
-  sent_s: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Renewed:
-  """A creditor has heard a renewal.
-
-  Attributes:
-    sent_s: That of the renewal.
-  """
-
-  sent_s: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Introduction:
-  """A request was not meant for this incarnation, and was not executed.
-
-  The envelope says which incarnation answers, so the sender may ask again.
-  """
-
-
-type LeaseRequest = Reserve | Commit | Release | Sync | Fetch
-type LeaseReply = (
-  ReserveReply | CommitReply | ReleaseReply | SyncReply | FetchReply
-)
 type Request = LeaseRequest | CandidatesRequest
 type Reply = LeaseReply | Candidates
+type Plan = MoveKvcache | RecallKvcache
 type Body = (
-  Request | Reply | Renew | Renewed | Introduction | Heartbeat | ClusterStatus
+  Request
+  | Reply
+  | Renew
+  | Renewed
+  | Introduction
+  | Heartbeat
+  | FullHeartbeatRequest
+  | ClusterStatus
+  | Leadership
+  | Plan
 )
 
 ANSWER_TO: Final[Mapping[type[Request], type[Reply]]] = {
@@ -341,6 +222,8 @@ class Envelope:
     meant_for: The receiver's incarnation that a debtor's message is for; 0 if
       the sender has not heard of any, and in other messages.
     responder: In a creditor's answer, its own incarnation; else 0.
+    leader_epoch: In a message of a leading gManager, the epoch of its
+      leadership; else 0.
   """
 
   sender: Address
@@ -351,3 +234,4 @@ class Envelope:
   settled: int = 0
   meant_for: int = 0
   responder: int = 0
+  leader_epoch: Epoch = NO_EPOCH

@@ -11,8 +11,7 @@ from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Account, PendingMove, Phase, Recall
 from infinite_llm.scheduler.effects import Effect, GrantEpochs, full_block_move
 from infinite_llm.scheduler.fault_points import Place
-from infinite_llm.scheduler.mailbox import Outbox
-from infinite_llm.scheduler.messages import (
+from infinite_llm.scheduler.lease_messages import (
   Fetch,
   FetchedEntry,
   FetchReply,
@@ -20,6 +19,7 @@ from infinite_llm.scheduler.messages import (
   Release,
   ReleaseReply,
 )
+from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.types import NO_EPOCH, FaultPoint, InstanceId
 
 

@@ -10,14 +10,9 @@ from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.fault_points import Place
-from infinite_llm.scheduler.mailbox import Inbox, Outbox
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  Candidates,
-  ClusterStatus,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
-  Envelope,
   Fetch,
   FetchReply,
   Grant,
@@ -27,14 +22,27 @@ from infinite_llm.scheduler.messages import (
   ReleaseReply,
   Renew,
   Renewed,
-  Reply,
   Reserve,
   ReserveReply,
   Sync,
   SyncReply,
 )
+from infinite_llm.scheduler.mailbox import Inbox, Outbox
+from infinite_llm.scheduler.messages import (
+  Candidates,
+  ClusterStatus,
+  Envelope,
+  FullHeartbeatRequest,
+  MoveKvcache,
+  Plan,
+  RecallKvcache,
+  Reply,
+)
+from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.scheduler.screening import fault_in, fault_in_answer
 from infinite_llm.types import FaultPoint, InstanceId
+
+type Guidance = ClusterStatus | FullHeartbeatRequest | Plan
 
 _LOG_EVERY_S = 10
 
@@ -60,6 +68,7 @@ class Reception:
     creditor: Creditor,
     debtor: Debtor,
     outbox: Outbox[Account],
+    reporter: Reporter,
     faults: FaultPoint,
   ):
     """Makes the reception of one instance.
@@ -73,6 +82,7 @@ class Reception:
       creditor: Takes requests for leases.
       debtor: Takes answers.
       outbox: Takes messages.
+      reporter: Knows which gManager leads.
       faults: What goes wrong.
     """
     self._faults = faults
@@ -86,23 +96,25 @@ class Reception:
     self._debtor = debtor
     self._inbox = Inbox(faults)
     self._outbox = outbox
+    self._reporter = reporter
     self._incarnation_of: dict[InstanceId, int] = {}
 
-  def on_message(self, envelope: Envelope) -> ClusterStatus | None:
+  def on_message(self, envelope: Envelope) -> Guidance | None:
     """Takes a message.
 
     Returns:
-      The news of the cluster, if that is what it was.
+      What the leading gManager has to say, if that is what it was.
     """
     fault = fault_in(
       envelope,
       instance=self._instance,
       num_instances=self._num_instances,
       spill_slots=self._spill_slots,
+      gmanagers=self._reporter.gmanagers,
     )
     if fault is not None:
       self._refuse(envelope, fault)
-    elif envelope.sender == GMANAGER:
+    elif not isinstance(envelope.sender, int):
       return self._on_gmanager(envelope)
     elif self._hear(envelope.sender, envelope):
       self._on_instance(envelope.sender, envelope)
@@ -115,12 +127,19 @@ class Reception:
       if self._inbox.later(request, reply):
         self._outbox.reply(request, reply)
 
-  def _on_gmanager(self, envelope: Envelope) -> ClusterStatus | None:
+  def _on_gmanager(self, envelope: Envelope) -> Guidance | None:
+    if not self._reporter.follow(envelope):
+      return None
     match envelope.body:
       case Candidates() as reply:
         self._on_reply(envelope, reply)
-      case ClusterStatus() as status:
-        return status
+      case (
+        ClusterStatus()
+        | FullHeartbeatRequest()
+        | MoveKvcache()
+        | RecallKvcache() as guidance
+      ):
+        return guidance
       case _:
         pass
     return None

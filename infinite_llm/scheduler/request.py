@@ -22,6 +22,19 @@ class RequestStatus(enum.Enum):
     """Whether the request has ended, well or not."""
     return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
 
+  @property
+  def finish_reason(self) -> str | None:
+    """What callers are told: the field's word; None if it goes on."""
+    return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS = {
+  RequestStatus.FINISHED_STOPPED: "stop",
+  RequestStatus.FINISHED_LENGTH: "length",
+  RequestStatus.FINISHED_ABORTED: "abort",
+  RequestStatus.FAILED: "error",
+}
+
 
 @dataclasses.dataclass(kw_only=True)
 class Request:
@@ -43,6 +56,11 @@ class Request:
     furthest_tokens: Most tokens that were ever computed and proved; a
       recomputation makes no progress until it is past them.
     attempts: Coverage failures since the last progress.
+    num_recomputed: Times that its KV was computed anew for such failures, since
+      it had `recomputed_from` tokens.
+    recomputed_from: `furthest_tokens` when that count began.
+    group_token_s: Seconds per token of its last group prefill step; 0 before
+      one was measured.
     status: Where it is in its life.
     error: Why it failed, if it did.
   """
@@ -57,6 +75,9 @@ class Request:
   num_computed_tokens: int = 0
   furthest_tokens: int = 0
   attempts: int = 0
+  num_recomputed: int = 0
+  recomputed_from: int = 0
+  group_token_s: float = 0.0
   status: RequestStatus = RequestStatus.WAITING
   error: Exception | None = None
 

@@ -1,18 +1,12 @@
 """The rManager of an instance: its rBlocks, at home and elsewhere."""
 
-import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
-from infinite_llm.scheduler.account import (
-  Account,
-  Phase,
-  Reconcile,
-  SpillInfo,
-)
+from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Effect, Move
@@ -21,12 +15,18 @@ from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
-  BlocksOf,
+  ClusterStatus,
   Envelope,
+  FullHeartbeatRequest,
+  GManagerAddress,
   Heartbeat,
+  MoveKvcache,
+  RecallKvcache,
 )
+from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.reception import Reception
+from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.types import FaultPoint, InstanceId, PoolCounts, RequestUid
 
 __all__ = ["RManager", "Reconcile", "SpillInfo"]
@@ -44,6 +44,8 @@ class RManager:
     instance: The instance.
     pool: Books of its rBlocks.
     hosted: Tables of what it hosts for others.
+    plans: What it does about the gManager's plans.
+    refused: Messages that no sane sender would send, by the name of their kind.
   """
 
   def __init__(
@@ -55,6 +57,7 @@ class RManager:
     lending: LendingConfig,
     clock: Callable[[], float],
     incarnation: int = 1,
+    gmanagers: Sequence[GManagerAddress] = (GMANAGER,),
     faults: FaultPoint = no_fault,
   ):
     """Makes the manager of an instance without requests.
@@ -67,21 +70,28 @@ class RManager:
       lending: How the group shares its pools.
       clock: Monotonic seconds.
       incarnation: Rises each time this manager starts anew.
+      gmanagers: Those that it reports to; it listens to the one that leads.
       faults: What goes wrong, in a simulation.
 
     Raises:
-      ConfigError: If `instance` is not one of the group.
+      ConfigError: If `instance` is not one of the group, or it may lend more
+        than it has.
     """
     if not 0 <= instance < num_instances:
       raise ConfigError(
         f"instance must be in [0, {num_instances}); got {instance}."
+      )
+    most, total = lending.max_lent_blocks, pool.counts().total
+    if most is not None and most > total:
+      raise ConfigError(
+        f"max_lent_blocks must be at most the pool's {total} rBlocks; got"
+        f" {most}."
       )
     self.instance = instance
     self.pool = pool
     self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
-    self._clock = clock
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
@@ -89,6 +99,7 @@ class RManager:
     self._debtor = Debtor(
       pool, block_size, lending, clock, self._outbox, faults
     )
+    self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._reception = Reception(
       instance,
       incarnation,
@@ -98,21 +109,20 @@ class RManager:
       self._creditor,
       self._debtor,
       self._outbox,
+      self._reporter,
       faults,
     )
-    self._frozen_until_s = clock()
-    self._lendable: dict[InstanceId, int] = {}
-    self._heartbeat_s: float | None = None
+    self.plans = PlanFollower(
+      self._creditor, self._debtor, clock, lending.lease_s
+    )
+    self.refused = self._reception.refused
+    self._lendable_elsewhere = 0
+    self._waiting = (0, 0)
 
   @property
   def hosted(self) -> HostedTables:
     """Tables of what this instance hosts for others."""
     return self._creditor.hosted
-
-  @property
-  def refused(self) -> collections.Counter[str]:
-    """Messages that no sane sender would send, by the name of their kind."""
-    return self._reception.refused
 
   @property
   def num_free_slots(self) -> int:
@@ -133,7 +143,16 @@ class RManager:
 
   def lendable_elsewhere(self) -> int:
     """rBlocks that all others would lend, as far as is known."""
-    return sum(self._lendable.values())
+    return self._lendable_elsewhere
+
+  def note_waiting(self, num_requests: int, next_blocks: int) -> None:
+    """Takes down, for the gManager, what waits on this instance.
+
+    Args:
+      num_requests: Requests that wait to run.
+      next_blocks: rBlocks that the first of them needs; 0 if there is none.
+    """
+    self._waiting = (num_requests, next_blocks)
 
   # Own requests.
 
@@ -207,13 +226,9 @@ class RManager:
     """What is under way with a request's rBlocks."""
     return self._debtor.account(uid).phase
 
-  def is_busy(self, uid: RequestUid) -> bool:
-    """Whether a borrow, a return or a sync of a request is under way."""
-    return self.phase(uid) is not Phase.IDLE
-
-  def is_lost(self, uid: RequestUid) -> bool:
-    """Whether rBlocks of a request are gone, so that it must recompute."""
-    return self._debtor.account(uid).is_lost
+  def lost(self) -> tuple[RequestUid, ...]:
+    """Open requests with rBlocks that are gone, so that they must recompute."""
+    return self._debtor.lost()
 
   def reconcile(self, uid: RequestUid) -> Reconcile:
     """Reacts to a step of a request that could not be proved.
@@ -307,18 +322,6 @@ class RManager:
     self._check_peer("src", src)
     return self._debtor.recall_kvcache(uid, num_blocks, src)
 
-  def freeze(self, duration_s: float) -> None:
-    """Gives no rBlocks to anybody for a while, but to recalls.
-
-    Circular debt is dissolved meanwhile (DGFM): what becomes free is to bring
-    rBlocks home.
-
-    Args:
-      duration_s: Seconds after which this ends by itself; 0 ends it now.
-    """
-    self._frozen_until_s = self._clock() + duration_s
-    self._thaw_if_due()
-
   @property
   def is_frozen(self) -> bool:
     """Whether requests get no rBlocks for now, here or elsewhere."""
@@ -343,24 +346,26 @@ class RManager:
 
     Refused messages change nothing and are counted in `refused`.
     """
-    status = self._reception.on_message(envelope)
-    if status is not None:
-      self._on_status(status.lendable)
+    match self._reception.on_message(envelope):
+      case ClusterStatus(lendable=lendable):
+        self._lendable_elsewhere = lendable
+        self._debtor.on_status(lendable > 0)
+      case FullHeartbeatRequest():
+        self._reporter.tell(self._heartbeat(), is_full=True)
+      case MoveKvcache() | RecallKvcache() as plan:
+        self.plans.follow(plan)
+      case None:
+        pass
 
   def tick(self) -> None:
     """Does what is due: ends and renews leases, asks again, reports."""
-    now = self._clock()
-    self._thaw_if_due()
+    self.plans.thaw_if_due()
     self._creditor.end_expired()
     self._debtor.tick()
     self._outbox.resend()
-    if (
-      self._heartbeat_s is None
-      or now - self._heartbeat_s >= self._lending.heartbeat_every_s
-    ):
-      self._heartbeat_s = now
+    if self._reporter.is_due():
       self._debtor.renew()
-      self._outbox.tell(GMANAGER, self._heartbeat())
+      self._reporter.tell(self._heartbeat())
 
   def drain_messages(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
@@ -377,22 +382,15 @@ class RManager:
         f" {peer} on instance {self.instance}."
       )
 
-  def _thaw_if_due(self) -> None:
-    is_frozen = self._clock() < self._frozen_until_s
-    self._debtor.is_frozen = self._creditor.is_frozen = is_frozen
-
   def _heartbeat(self) -> Heartbeat:
+    num_waiting, next_blocks = self._waiting
     return Heartbeat(
       counts=self.counts(),
       lendable=self._creditor.lendable,
+      num_running=self._debtor.num_open,
+      num_waiting=num_waiting,
+      next_blocks=next_blocks,
       lent=tuple(sorted(self.lent().items())),
-      borrowed=tuple(sorted(self.borrowed().items())),
+      requests=self._debtor.requests(),
+      leader_epoch=self._reporter.leader_epoch,
     )
-
-  def _on_status(self, lendable: BlocksOf) -> None:
-    self._lendable = {
-      instance: count
-      for instance, count in lendable
-      if instance != self.instance and 0 <= instance < self._num_instances
-    }
-    self._debtor.on_status(self.lendable_elsewhere() > 0)

@@ -6,15 +6,9 @@ whether the numbers can mean anything. A late or repeated message is no fault.
 
 from collections.abc import Sequence
 
-from infinite_llm.scheduler.messages import (
-  ANSWER_TO,
-  GMANAGER,
-  Body,
-  Candidates,
-  ClusterStatus,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
-  Envelope,
   Fetch,
   FetchReply,
   Introduction,
@@ -22,13 +16,25 @@ from infinite_llm.scheduler.messages import (
   ReleaseReply,
   Renew,
   Renewed,
-  Reply,
-  Request,
   Reserve,
   ReserveReply,
   SlotName,
   Sync,
   SyncReply,
+)
+from infinite_llm.scheduler.messages import (
+  ANSWER_TO,
+  GMANAGER,
+  Address,
+  Body,
+  Candidates,
+  ClusterStatus,
+  Envelope,
+  FullHeartbeatRequest,
+  MoveKvcache,
+  RecallKvcache,
+  Reply,
+  Request,
 )
 from infinite_llm.types import InstanceId, RequestUid
 
@@ -42,7 +48,13 @@ _ANSWERS = (
   Introduction,
 )
 _FROM_DEBTOR = (Reserve, Commit, Release, Sync, Fetch, Renew)
-_FROM_GMANAGER = (Candidates, ClusterStatus)
+_FROM_GMANAGER = (
+  Candidates,
+  ClusterStatus,
+  FullHeartbeatRequest,
+  MoveKvcache,
+  RecallKvcache,
+)
 
 
 def fault_in(
@@ -51,6 +63,7 @@ def fault_in(
   instance: InstanceId,
   num_instances: int,
   spill_slots: int,
+  gmanagers: Sequence[Address] = (GMANAGER,),
 ) -> str | None:
   """Says why an rManager refuses a message.
 
@@ -59,6 +72,7 @@ def fault_in(
     instance: The rManager's instance.
     num_instances: I, instances of its lending group.
     spill_slots: S, spill slots of each owner.
+    gmanagers: Those that it reports to.
 
   Returns:
     What is wrong with it; None if nothing is.
@@ -66,8 +80,9 @@ def fault_in(
   sender = envelope.sender
   if envelope.receiver != instance:
     return f"receiver must be {instance}; got {envelope.receiver!r}."
-  if sender == GMANAGER:
-    if not isinstance(envelope.body, _FROM_GMANAGER):
+  if not isinstance(sender, int):
+    is_known = sender in gmanagers
+    if not is_known or not isinstance(envelope.body, _FROM_GMANAGER):
       return _not_from(envelope)
     return _fault_from_gmanager(envelope.body, instance, num_instances)
   if sender == instance or not 0 <= sender < num_instances:
@@ -138,10 +153,31 @@ def _fault_from_gmanager(
           f"instances must be others in [0, {num_instances}); got {instances}."
         )
     case ClusterStatus(lendable=lendable):
-      if any(count < 0 for _, count in lendable):
+      if lendable < 0:
         return f"lendable must not be negative; got {lendable}."
+    case MoveKvcache(num_blocks=num_blocks, dst=peer):
+      return _fault_in_plan(num_blocks, peer, instance, num_instances)
+    case RecallKvcache(num_blocks=num_blocks, src=peer, freeze_s=freeze_s):
+      if not freeze_s >= 0:
+        return f"freeze_s must not be negative; got {freeze_s}."
+      return _fault_in_plan(num_blocks, peer, instance, num_instances)
     case _:
       pass
+  return None
+
+
+def _fault_in_plan(
+  num_blocks: int,
+  peer: InstanceId,
+  instance: InstanceId,
+  num_instances: int,
+) -> str | None:
+  if num_blocks < 1:
+    return f"num_blocks must be at least 1; got {num_blocks}."
+  if peer == instance or not 0 <= peer < num_instances:
+    return (
+      f"a plan must name another instance in [0, {num_instances}); got {peer}."
+    )
   return None
 
 

@@ -3,7 +3,9 @@
 import heapq
 
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import (
+  SlotName,
+)
 from infinite_llm.types import NO_EPOCH
 
 

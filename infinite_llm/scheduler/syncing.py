@@ -1,13 +1,13 @@
 """How an owner and its creditors agree again on what is hosted."""
 
 from infinite_llm.scheduler.account import Account, Phase
-from infinite_llm.scheduler.mailbox import Outbox
-from infinite_llm.scheduler.messages import (
+from infinite_llm.scheduler.lease_messages import (
   Grant,
   HostedEntry,
   Sync,
   SyncReply,
 )
+from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.types import InstanceId
 
 

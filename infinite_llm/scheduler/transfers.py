@@ -5,15 +5,19 @@ from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Account, Phase
 from infinite_llm.scheduler.borrowing import Borrowing
 from infinite_llm.scheduler.effects import Effect
-from infinite_llm.scheduler.mailbox import Outbox, Pending
-from infinite_llm.scheduler.messages import (
+from infinite_llm.scheduler.lease_messages import (
   CommitReply,
   FetchReply,
+  Grant,
   Release,
   ReleaseReply,
-  Reply,
+  Reserve,
   ReserveReply,
   SyncReply,
+)
+from infinite_llm.scheduler.mailbox import Outbox, Pending
+from infinite_llm.scheduler.messages import (
+  Reply,
 )
 from infinite_llm.scheduler.recalling import Recalling
 from infinite_llm.scheduler.syncing import Syncing
@@ -21,7 +25,7 @@ from infinite_llm.types import FaultPoint, InstanceId
 
 
 class Transfers:
-  """Goes on with borrows, recalls and syncs of open accounts.
+  """Goes on with borrows, recalls and syncs of accounts.
 
   Attributes:
     borrowing: From home to creditors.
@@ -39,6 +43,7 @@ class Transfers:
       outbox: Takes its messages.
       faults: What goes wrong.
     """
+    self._outbox = outbox
     self.borrowing = Borrowing(pool, outbox, faults)
     self.recalling = Recalling(pool, outbox, faults)
     self.syncing = Syncing(outbox)
@@ -65,8 +70,11 @@ class Transfers:
   def on_reply(
     self, creditor: InstanceId, pending: Pending[Account], reply: Reply
   ) -> None:
-    """Takes a creditor's answer to what an open account asked."""
+    """Takes a creditor's answer to what an account asked."""
     account = pending.context
+    if account.is_closed:
+      self._on_closed(creditor, pending, reply)
+      return
     match pending.body, reply:
       case _, ReserveReply():
         self.borrowing.on_reserved(account, creditor, reply)
@@ -84,6 +92,28 @@ class Transfers:
           f"{type(reply).__name__} from instance {creditor} does not answer"
           f" {type(pending.body).__name__}."
         )
+
+  def give_back(
+    self, account: Account, creditor: InstanceId, grants: tuple[Grant, ...]
+  ) -> None:
+    """Ends leases of a closed account."""
+    if grants:
+      release = Release(slot=account.current_slot(), grants=grants)
+      self._outbox.ask(creditor, release, account)
+
+  def _on_closed(
+    self, creditor: InstanceId, pending: Pending[Account], reply: Reply
+  ) -> None:
+    """Gives back what an answer to a closed account brings."""
+    account = pending.context
+    match pending.body, reply:
+      case Reserve(), ReserveReply(grants=grants):
+        account.add_leases(creditor, grants)
+        self.give_back(account, creditor, grants)
+      case Release(grants=grants), ReleaseReply():
+        account.end_leases(creditor, grants)
+      case _:
+        pass
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the data plane is to do now, in order."""

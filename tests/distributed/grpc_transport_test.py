@@ -18,15 +18,17 @@ from infinite_llm.errors import (
   MessageError,
   Refusal,
 )
+from infinite_llm.scheduler.lease_messages import (
+  Commit,
+  Grant,
+  HostedEntry,
+  SlotName,
+)
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   CandidatesRequest,
   ClusterStatus,
-  Commit,
   Envelope,
-  Grant,
-  HostedEntry,
-  SlotName,
 )
 from infinite_llm.scheduler.wire import WireCodec
 from tests.distributed.certificates import Authority
@@ -46,7 +48,7 @@ def _message(seq, receiver=1, sender=0):
 
 
 def _status(seq, receiver=1):
-  body = ClusterStatus(lendable=((1, seq),))
+  body = ClusterStatus(lendable=seq)
   return dataclasses.replace(_message(seq, receiver), body=body)
 
 

@@ -55,11 +55,21 @@ def _no_half_state():
       r"block_size must be a positive multiple of 8; got 17\.",
     ),
     ({"block_size": -8}, r"block_size must be a positive .*; got -8\."),
+    ({"num_blocks": 2.5}, r"num_blocks must be an integer; got 2\.5\."),
+    ({"memory_fraction": 0}, r"memory_fraction must be in \(0, 1\]; got 0\."),
     ({"num_blocks": 1}, r"num_blocks must be at least 2; got 1\."),
-    ({"dtype": "int8"}, r"dtype must be one of float32, bfloat16; got 'int8'"),
+    (
+      {"dtype": "int8"},
+      r"dtype must be one of auto, float32, bfloat16; got 'int8'",
+    ),
     (
       {"kv_dtype": "fp8"},
       r"kv_dtype must be None or one of float32, bfloat16; got 'fp8'\.",
+    ),
+    ({"headroom_blocks": 1.5}, r"headroom_blocks must be an integer; got 1\.5"),
+    (
+      {"max_lent_blocks": -1},
+      r"max_lent_blocks must be None or not negative; got -1\.",
     ),
     ({"policy": "give"}, r"policy must be 'borrow' or 'static'; got 'give'\."),
     (
@@ -69,6 +79,19 @@ def _no_half_state():
     (
       {"max_num_seqs": 32},
       r"decode_buckets\[-1\] must be at least max_num_seqs \(32\); got 16\.",
+    ),
+    (
+      {"group_prefill_buckets": (128, 2048)},
+      r"group_prefill_buckets\[-1\] must be at most 1024; got 2048\.",
+    ),
+    (
+      {"group_prefill_buckets": ()},
+      r"group_prefill_buckets must be positive, .* not empty; got \(\)\.",
+    ),
+    ({"group_chunk_s": 0.0}, r"group_chunk_s must be positive; got 0\.0\."),
+    (
+      {"num_instances": 65, "spill_slots": 8},
+      r"num_instances x spill_slots must be at most 512, .*; got 520\.",
     ),
     ({"max_logprobs": 21}, r"max_logprobs must be in \[0, 20\]; got 21\."),
     (

@@ -12,7 +12,11 @@ import pytest
 from infinite_llm.cache.rblock import Location
 from infinite_llm.engine.group_inputs import empty_payloads
 from infinite_llm.errors import CoverageError
-from infinite_llm.scheduler.messages import Grant, Release, SlotName
+from infinite_llm.scheduler.lease_messages import (
+  Grant,
+  Release,
+  SlotName,
+)
 from infinite_llm.types import NO_EPOCH
 from tests.e2e.rig import LONG, WORKLOAD, Ask, right_answers
 

@@ -40,6 +40,8 @@ def engine_for(num_instances: int, block_size: int, dtype: str) -> Engine:
       max_num_seqs=4,
       decode_buckets=(4,),
       prefill_buckets=(32,),
+      headroom_blocks=0,
+      group_prefill_buckets=(32,),
       prefill_rows=2,
       spill_slots=2,
       exchange_blocks=2,

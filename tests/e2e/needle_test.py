@@ -96,6 +96,8 @@ def rig_of_needles() -> Rig:
       max_num_seqs=2,
       decode_buckets=(2,),
       prefill_buckets=(128,),
+      headroom_blocks=0,
+      group_prefill_buckets=(128,),
       prefill_rows=1,
       spill_slots=1,
       exchange_blocks=8,

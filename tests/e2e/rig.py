@@ -23,7 +23,7 @@ from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.messages import Body, Envelope
 from infinite_llm.scheduler.request import Request
 from infinite_llm.types import InstanceId
-from tests.testing import GOLDEN, GreedyOracle
+from tests.testing import GOLDEN, GreedyOracle, lockstep
 from tests.tolerances import tolerance
 
 BLOCK_SIZE = 16
@@ -113,6 +113,7 @@ class Rig:
       config,
       clock=self._clock,
       transport=InProcessTransport(self.mail),
+      is_ready=lockstep,  # A run is the same however slow the machine is.
     )
     self.failed_rows: collections.Counter[str] = collections.Counter()
     self.failed_at: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -123,7 +124,7 @@ class Rig:
     self.expected: Mapping[str, tuple[int, ...]] = {}
 
   def _clock(self) -> float:
-    # Of calls, not of time: a run is the same however slow the machine is.
+    # Of calls, not of time, for the same reason.
     self._now_s += 1e-4
     return self._now_s
 
@@ -348,6 +349,8 @@ def small_rig() -> Rig:
       max_num_seqs=4,
       decode_buckets=(4,),
       prefill_buckets=(32,),
+      headroom_blocks=0,
+      group_prefill_buckets=(32,),
       prefill_rows=2,
       spill_slots=2,
       max_lent_blocks=5,

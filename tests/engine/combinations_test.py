@@ -67,6 +67,8 @@ def test_greedy_output_equals_the_dense_model(name, tmp_path):
       max_num_seqs=4,
       decode_buckets=(4,),
       prefill_buckets=(64,),
+      headroom_blocks=0,
+      group_prefill_buckets=(64,),
       prefill_rows=4,
       spill_slots=4,
       resend_after_s=0.01,

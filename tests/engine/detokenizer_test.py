@@ -76,6 +76,30 @@ def _stream(tokenizer, ids, **options) -> list[str]:
   return [*map(detokenizer.append, ids), detokenizer.finish()]
 
 
+class _CountingTokenizer:
+  """A tokenizer that notes the most tokens it had to decode at once."""
+
+  def __init__(self, tokenizer):
+    self._tokenizer = tokenizer
+    self.longest = 0
+
+  def decode(self, token_ids, **options):
+    self.longest = max(self.longest, len(token_ids))
+    return self._tokenizer.decode(token_ids, **options)
+
+
+class TestTokensWithoutText:
+  @pytest.mark.parametrize("first", [b"", "é".encode()[:1]])
+  def test_however_many_come_few_are_decoded_at_once(self, first):
+    tokenizer = _CountingTokenizer(_BYTE_LEVEL)
+    eos = _BYTE_LEVEL.token_to_id(_EOS)
+    ids = [*_bytes(_BYTE_LEVEL, b"a" + first), *[eos] * 500]
+    ids += [10**6] * 100  # Nor do ids that the tokenizer does not know.
+    ids += _bytes(_BYTE_LEVEL, "é".encode()[len(first) :] + b"b")
+    assert "".join(_stream(tokenizer, ids)) == "aéb"
+    assert tokenizer.longest < 32
+
+
 class TestCharacters:
   def test_plain_tokens_come_at_once(self):
     ids = [_BYTE_LEVEL.token_to_id(word) for word in ("the", "Ġcat", "Ġsat")]
@@ -206,6 +230,11 @@ class TestStopStrings:
   def test_an_emoji_can_stop(self):
     ids = _bytes(_BYTE_LEVEL, f"no {_EMOJI} more".encode())
     assert "".join(_stream(_BYTE_LEVEL, ids, stop=(_EMOJI,))) == "no "
+
+  def test_the_stop_string_can_be_part_of_the_text(self):
+    ids = _bytes(_BYTE_LEVEL, b"a STOP b")
+    pieces = _stream(_BYTE_LEVEL, ids, stop=("STOP",), include_stop=True)
+    assert "".join(pieces) == "a STOP"
 
   def test_the_stop_string_that_is_complete_first_counts(self):
     ids = _bytes(_BYTE_LEVEL, b"abcdef")

@@ -38,6 +38,8 @@ def build(model, **options) -> Engine:
     "max_num_seqs": 4,
     "decode_buckets": (4,),
     "prefill_buckets": (64,),
+    "group_prefill_buckets": (64,),
+    "headroom_blocks": 0,
     "prefill_rows": 4,
     "spill_slots": 4,
     "exchange_blocks": 4,
@@ -220,8 +222,8 @@ class TestIdleCallers:
   def _time_flies(self, engine, monkeypatch):
     """Between any two looks at the engine's clock a minute passes."""
     minutes = itertools.count()
-    monkeypatch.setattr(engine, "_clock", lambda: 60.0 * next(minutes))
-    monkeypatch.setattr(engine, "_last_step_s", 0.0)
+    monkeypatch.setattr(engine._stall, "_clock", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(engine._stall, "_last_step_s", 0.0)
 
   def test_a_request_may_need_all_memory_after_another_did(
     self, engine, oracle
@@ -354,6 +356,29 @@ class TestDispatch:
         check(oracle, finished[name], sampling)
     assert launches["local_decode"] > before[0]
     assert launches["group_decode"] > before[1]
+
+
+def test_slow_group_steps_get_smaller(checkpoint, oracle, monkeypatch):
+  # Any step is slower than a nanosecond.
+  engine = build(
+    load(checkpoint, 2),
+    num_instances=2,
+    num_blocks=10,
+    group_prefill_buckets=(16, 64),
+    group_chunk_s=1e-9,
+  )
+  sizes = []
+  group_step = engine.runner.group_step
+
+  def noted(rows, slots, *, is_prefill):
+    sizes.extend(len(r.token_ids) for mine in rows for r in mine if is_prefill)
+    return group_step(rows, slots, is_prefill=is_prefill)
+
+  monkeypatch.setattr(engine.runner, "group_step", noted)
+  name = engine.add_request(prompt_of(250), sampling_of(2), instance=0)
+  check(oracle, drain(engine)[name], sampling_of(2))
+  # Two chunks of 64 at home, one to measure, and the rest.
+  assert sizes == [64, 16, 16, 16, 10]
 
 
 class TestAbort:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from infinite_llm import LLM, SamplingParams
+from infinite_llm.config import MAX_PROGRAM_KINDS
 from infinite_llm.errors import CapacityError, RequestError
 from tests.testing import (
   SamplingOracle,
@@ -31,6 +32,7 @@ def _llm(tmp_path_factory):
     num_instances=2,
     block_size=16,
     num_blocks=40,
+    headroom_blocks=0,
     resend_after_s=0.01,
     heartbeat_every_s=0.005,
     show_progress=False,
@@ -57,6 +59,12 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 def greedy(count: int, **options) -> SamplingParams:
   return SamplingParams(max_tokens=count, ignore_eos=True, **options)
+
+
+def joined(outputs) -> tuple[tuple[int, ...], str]:
+  """Tokens and text of a stream, put together from what was new each time."""
+  tokens = tuple(t for output in outputs for t in output.new_token_ids)
+  return tokens, "".join(output.new_text for output in outputs)
 
 
 def check(oracle, output, sampling):
@@ -109,6 +117,24 @@ class TestGenerate:
     (output,) = llm.generate([9, 8, 7])
     assert len(output.token_ids) <= SamplingParams().max_tokens
     check(oracle, output, SamplingParams())
+
+  def test_an_interrupt_in_a_step_leaves_nothing_behind(
+    self, llm, oracle, monkeypatch
+  ):
+    local_step, count = llm.engine.runner.local_step, iter(range(100))
+
+    def interrupted(*args, **options):
+      if next(count) == 3:
+        raise KeyboardInterrupt
+      return local_step(*args, **options)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(llm.engine.runner, "local_step", interrupted)
+      with pytest.raises(KeyboardInterrupt):
+        llm.generate([prompt_of(30, seed=n) for n in range(3)], greedy(50))
+    assert not any(batcher.has_work for batcher in llm.engine.batchers)
+    (output,) = llm.generate(prompt_of(30), greedy(5))
+    check(oracle, output, greedy(5))
 
   def test_an_interrupt_leaves_nothing_behind(self, llm, monkeypatch):
     step, count = llm.engine.step, iter(range(100))
@@ -189,25 +215,52 @@ class TestStream:
   def test_interleaved_streams_both_complete(self, llm, oracle):
     first = llm.stream(prompt_of(40), greedy(12))
     second = llm.stream(prompt_of(50, seed=1), greedy(9))
-    turns = []
-    while len(turns) < 21:
-      for stream in (first, second):
-        output = next(stream, None)
-        turns += [output] if output else []
-    assert [t.instance for t in turns[:4]] == [0, 1, 0, 1]
-    last = {t.request_id: t for t in turns}
-    assert sorted(len(t.token_ids) for t in last.values()) == [9, 12]
-    for output in last.values():
-      assert output.finish_reason == "length"
-      check(oracle, output, greedy(12))
+    turns = [[], []]
+    while not all(turn and turn[-1].is_finished for turn in turns):
+      for stream, turn in zip((first, second), turns, strict=True):
+        turn += [output] if (output := next(stream, None)) else []
+    for instance, (turn, count) in enumerate(zip(turns, (12, 9), strict=True)):
+      assert {output.instance for output in turn} == {instance}
+      assert len(turn[-1].token_ids) == count
+      assert turn[-1].finish_reason == "length"
+      check(oracle, turn[-1], greedy(12))
+      assert joined(turn) == (turn[-1].token_ids, turn[-1].text)
 
   def test_a_stream_goes_on_while_others_are_generated(self, llm, oracle):
     stream = llm.stream([1, 2, 3], greedy(30))
     outputs = [next(stream)]
     llm.generate([prompt_of(30, seed=n) for n in range(5)], greedy(6))
+    # What came meanwhile is one output, and the first is what it was.
+    outputs.append(next(stream))
+    assert len(outputs[0].token_ids) == 1
+    assert len(outputs[1].new_token_ids) >= 5
     outputs += stream
-    assert [len(o.token_ids) for o in outputs] == list(range(1, 31))
     check(oracle, outputs[-1], greedy(30))
+    assert joined(outputs) == (outputs[-1].token_ids, outputs[-1].text)
+
+  def test_what_others_step_is_read_later(self, llm, oracle):
+    stream = llm.stream([1, 2, 3], greedy(9))
+    outputs = [next(stream)]
+    for _ in range(4):
+      llm.engine.step()
+    outputs += stream
+    assert [len(output.token_ids) for output in outputs] == [1, 6, 7, 8, 9]
+    assert joined(outputs) == (outputs[-1].token_ids, outputs[-1].text)
+    check(oracle, outputs[-1], greedy(9))
+
+  def test_an_end_that_others_got_is_an_error(self, llm):
+    stream = llm.stream([1, 2, 3], greedy(3))
+    while llm.engine.has_unfinished():
+      llm.engine.step()
+    with pytest.raises(RequestError, match=r"went to another caller of engine"):
+      next(stream)
+    stream.close()
+
+  def test_an_abort_by_name_ends_a_stream(self, llm):
+    stream = llm.stream([1, 2, 3], greedy(30))
+    name = next(stream).request_id
+    llm.engine.abort(name)
+    assert [output.finish_reason for output in stream] == ["abort"]
 
   def test_an_instance_can_be_asked_for(self, llm):
     for instance in (1, 0):
@@ -310,6 +363,10 @@ class TestEndings:
     assert output.finish_reason == "stop"
     assert output.token_ids == sampled.token_ids[:end]
     assert "</s>" not in output.text
+    shown = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    assert self.again(llm, **shown).text.endswith("</s>")
+    shown["include_stop_str_in_output"] = False
+    assert not self.again(llm, **shown).text.endswith("</s>")
 
   def test_end_of_sequence_can_be_ignored(self, llm, sampled):
     assert sampled.finish_reason == "length"
@@ -322,6 +379,16 @@ class TestEndings:
     output = self.again(llm, ignore_eos=True, stop_token_ids=[stop])
     assert output.finish_reason == "stop"
     assert output.token_ids == sampled.token_ids[:end]
+    decode = llm.model.tokenizer.decode
+    assert output.text == decode(list(output.token_ids[:-1]))
+    output = self.again(
+      llm,
+      ignore_eos=True,
+      stop_token_ids=[stop],
+      include_stop_str_in_output=True,
+    )
+    assert output.text == decode(list(output.token_ids))
+    assert len(decode([stop])) > 0
 
   def test_a_stop_string_ends_before_itself(self, llm, sampled):
     tokenizer = llm.model.tokenizer
@@ -332,7 +399,12 @@ class TestEndings:
     stop = next(p for p in pairs[20:] if len(p) == 2 and p.isprintable())
     output = self.again(llm, ignore_eos=True, stop=["never in it", stop])
     assert output.finish_reason == "stop"
-    assert output.text == sampled.text[: sampled.text.index(stop)]
+    before = sampled.text[: sampled.text.index(stop)]
+    assert output.text == before
+    with_stop = self.again(
+      llm, ignore_eos=True, stop=stop, include_stop_str_in_output=True
+    )
+    assert with_stop.text == before + stop
     assert len(output.token_ids) < 400
     streamed = llm.stream(
       [5, 6, 7],
@@ -493,7 +565,8 @@ def test_few_programs_are_compiled(llm):
     for name, *shape in llm.engine.runner.programs
   }
   assert len(kinds) < len(llm.engine.runner.programs)
-  assert len(kinds) <= 24, sorted(kinds)
+  assert len(kinds) == llm.engine.config.num_program_kinds, sorted(kinds)
+  assert len(kinds) <= MAX_PROGRAM_KINDS
 
 
 def test_a_varied_workload_compiles_nothing(llm, oracle):

@@ -16,6 +16,7 @@ _SMALL = (
   "--config.short_requests.num_tokens=64",
   "--config.cache.block_size=16",
   "--config.lending.headroom_blocks=8",
+  "--config.lending.group_prefill_buckets=(128,)",
   "--config.scheduler.prefill_buckets=(128,)",
 )
 

@@ -8,23 +8,23 @@ import pytest
 from matplotlib import colors
 
 from experiments import rblock_plot
-from experiments.block_map import BlockMap, Cell
+from experiments.block_map import BlockMap, BlockUse
 from infinite_llm.cache.rblock import BlockState
 
-_FREE = Cell()
+_FREE = BlockUse()
 
 
-def _cells(count: int, request: str, owner: int, instance: int):
+def _uses(count: int, request: str, owner: int, instance: int):
   state = BlockState.LIVE if owner == instance else BlockState.HOSTED
-  return [Cell(state=state, request=request, owner=owner)] * count
+  return [BlockUse(state=state, request=request, owner=owner)] * count
 
 
 def _block_map(num_instances: int) -> BlockMap:
   """Instance 0 has lent blocks on all others, which run one request each."""
-  pools = [_cells(30, "long", 0, 0) + [_FREE] * 2]
+  pools = [_uses(30, "long", 0, 0) + [_FREE] * 2]
   for instance in range(1, num_instances):
-    pool = _cells(10, "long", 0, instance)
-    pool += _cells(3, f"short-{instance}", instance, instance)
+    pool = _uses(10, "long", 0, instance)
+    pool += _uses(3, f"short-{instance}", instance, instance)
     pools.append(pool + [_FREE] * (32 - len(pool)))
   lent = itertools.chain(*([n] * 10 for n in range(1, num_instances)))
   return BlockMap(
@@ -66,8 +66,8 @@ def test_a_large_pool_can_be_drawn(tmp_path):
   block_map = BlockMap(
     block_size=16,
     pools=(
-      tuple(_cells(5_000, "long", 0, 0)),
-      tuple(_cells(5_000, "long", 0, 1)),
+      tuple(_uses(5_000, "long", 0, 0)),
+      tuple(_uses(5_000, "long", 0, 1)),
     ),
     holders={"long": (0, 1) * 5_000},
   )

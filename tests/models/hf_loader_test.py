@@ -182,6 +182,23 @@ def test_bfloat16_files_load_exactly(folder):
   )
 
 
+@pytest.mark.parametrize(
+  ("stored", "loaded"),
+  [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+)
+def test_without_a_dtype_the_checkpoints_own_is_kept(folder, stored, loaded):
+  def cast(tensors):
+    for name, tensor in tensors.items():
+      tensors[name] = tensor.astype(ml_dtypes.bfloat16).astype(stored)
+
+  _edit_tensors(folder, cast)
+
+  model = _load(folder, dtype=None)
+
+  assert model.dtype.name == loaded
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(model.state)} == {loaded}
+
+
 def test_a_head_equal_to_its_tied_embedding_is_accepted(folder):
   def copy(tensors):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()

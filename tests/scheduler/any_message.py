@@ -14,7 +14,12 @@ from typing import (
 
 from hypothesis import strategies as st
 
-from infinite_llm.scheduler.messages import Envelope, Grant
+from infinite_llm.scheduler.lease_messages import (
+  Grant,
+)
+from infinite_llm.scheduler.messages import (
+  Envelope,
+)
 
 
 def values(annotation):
@@ -44,6 +49,8 @@ def values(annotation):
     return st.floats(allow_nan=False, allow_infinity=False)
   if annotation is int:
     return st.integers(0, 2**63 - 1)
+  if annotation is float:
+    return st.floats(allow_nan=False, allow_infinity=False)
   return st.from_type(annotation)
 
 

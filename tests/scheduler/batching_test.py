@@ -2,8 +2,8 @@ import pytest
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
-from infinite_llm.scheduler.batching import Row, StepPlan
 from infinite_llm.scheduler.request import RequestStatus
+from infinite_llm.scheduler.step_plan import Row, StepPlan
 from tests.scheduler.fake_cluster import FakeCluster, until
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
@@ -22,6 +22,7 @@ def _engine(num_instances=1, num_blocks=17, *, scheduler=None, **lending):
       **(scheduler or {}),
     }
   )
+  lending = {"group_prefill_buckets": (_CHUNK,)} | lending
   cluster = FakeCluster(num_instances, num_blocks, **lending)
   cluster.heartbeat()
   return FakeEngine(cluster, config)
@@ -150,6 +151,17 @@ class TestAdmission:
     assert [r.uid for r in batcher.waiting] == [2, 3]
     assert batcher.running[0].status is RequestStatus.RUNNING
 
+  def test_the_gmanager_hears_who_waits_and_for_how_much(self):
+    engine = _engine()
+    for uid, num_tokens in ((1, 90), (2, 60), (3, 8)):  # 12 + 8 > 16 rBlocks
+      engine.add(0, make_request(uid, num_tokens))
+
+    engine.step()
+    engine.cluster.heartbeat()
+
+    (line,) = engine.cluster.gmanager.view().lines
+    assert (line.num_running, line.num_waiting, line.next_blocks) == (1, 2, 8)
+
   def test_blocks_that_running_prompts_still_need_are_not_given_away(self):
     engine = _engine()
     engine.add(0, make_request(1, 100))
@@ -210,6 +222,32 @@ class TestShortage:
     # Two chunks' worth moved, so that one borrow serves several steps.
     assert manager.borrowed() == {1: 8}
     assert batcher.plan().group_prefill == (_row(1, 128, 32, False),)
+
+  @pytest.mark.parametrize(
+    ("token_s", "num_tokens"),
+    [
+      (0.0, 64),  # Not measured, or by a clock that stands still.
+      (0.5 / 40, 40),
+      (0.5 / 64, 64),
+      (0.5 / 1000, 64),
+      (0.5 / 17, 17),
+      (100.0, 16),
+    ],
+  )
+  def test_a_group_chunk_is_as_long_as_the_last_one_allows(
+    self, token_s, num_tokens
+  ):
+    engine = _engine(2, group_prefill_buckets=(16, 64), group_chunk_s=0.5)
+    request = engine.add(0, make_request(1, 220))
+    batcher, manager = engine.batchers[0], engine.cluster.managers[0]
+    for _ in range(4):
+      engine.step()
+    assert batcher.plan() == StepPlan()
+    engine.cluster.settle()
+    assert manager.borrowed() == {1: 8}
+    request.group_token_s = token_s
+    row = _row(1, 128, num_tokens, False)
+    assert batcher.plan() == StepPlan(group_prefill=(row,))
 
   def test_the_longest_request_makes_room_for_the_others(self):
     engine = _engine(2)
@@ -304,6 +342,42 @@ class TestFailures:
     engine.run()
     assert len(request.output_token_ids) == 3
     assert engine.num_failed_rows == 1
+
+  def test_a_request_is_not_computed_anew_for_every_token(self):
+    engine = _engine(2)
+    request = engine.add(0, make_request(1, 200, max_tokens=50))
+    batcher = engine.batchers[0]
+    lost = []
+    for _ in until(lambda: request.status.is_finished):
+      engine.cluster.heartbeat()
+      engine.cluster.proved[1] = request.num_computed_tokens
+      for row in batcher.plan().group_decode:  # Never proved.
+        lost.append(row.start)
+        engine._commit(0, row, False)
+        break
+      else:
+        engine.step()
+
+    # Each of three recomputations gave one token.
+    assert sorted(set(lost)) == [200, 201, 202, 203]
+    assert request.status is RequestStatus.FAILED
+    assert isinstance(request.error, CoverageError)
+    message = r"compute its KV anew 4 times since token 200, the last one 203;"
+    with pytest.raises(CoverageError, match=message):
+      raise request.error
+    assert len(request.output_token_ids) == 4
+    engine.cluster.heartbeat()
+    engine.cluster.check_empty()
+
+  def test_progress_forgives_recomputations(self):
+    engine = _engine()
+    request = engine.add(0, make_request(1, 20, max_tokens=100))
+    for furthest in (0, 0, 30, 100, 101, 110):
+      request.furthest_tokens = furthest
+      engine.batchers[0]._admit()
+      engine.batchers[0]._recompute(request)
+    assert request.status is RequestStatus.WAITING
+    assert (request.num_recomputed, request.recomputed_from) == (3, 100)
 
   def test_after_enough_failures_without_progress_a_request_fails(self):
     engine = _engine()

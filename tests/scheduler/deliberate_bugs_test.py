@@ -10,7 +10,7 @@ import pytest
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.fault_points import Place, no_fault
-from infinite_llm.scheduler.messages import (
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   Grant,
   HostedEntry,
@@ -164,7 +164,7 @@ def _what_a_restarted_creditor_held_is_lost(cluster, wire):
   _lend(cluster)
   cluster.restart(1)
   _pass(cluster, 1)
-  assert cluster.managers[0].is_lost(_UID)
+  assert _UID in cluster.managers[0].lost()
   cluster.check_agreement()
 
 

@@ -23,7 +23,14 @@ from infinite_llm.distributed.transport.in_process import (
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.gmanager import GManager
-from infinite_llm.scheduler.messages import GMANAGER, Envelope, Renew
+from infinite_llm.scheduler.lease_messages import (
+  Renew,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  STANDBY,
+  Envelope,
+)
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import NO_EPOCH, FaultPoint
 
@@ -58,6 +65,7 @@ class FakeCluster:
     *,
     interceptor: Interceptor | None = None,
     transport: Transport | None = None,
+    has_standby: bool = False,
     faults: FaultPoint = no_fault,
     **lending,
   ):
@@ -66,16 +74,28 @@ class FakeCluster:
     self.lending = LendingConfig(**lending)
     self.num_blocks = num_blocks
     self.incarnations = [1] * num_instances
+    self.addresses = (GMANAGER, STANDBY) if has_standby else (GMANAGER,)
     self.managers = [
       self._manager(instance, num_instances)
       for instance in range(num_instances)
     ]
     self.devices = [self._device() for _ in range(num_instances)]
-    self.gmanager = GManager(self.lending.policy)
+    # Those that live, by address; messages to others are lost.
+    self.gmanagers = {
+      address: GManager(
+        self.lending,
+        lambda: self.now_s,
+        address=address,
+        peers=[other for other in self.addresses if other != address],
+        is_leader=address == GMANAGER,
+      )
+      for address in self.addresses
+    }
     self.transport = transport or InProcessTransport(interceptor)
     for instance, manager in enumerate(self.managers):
       self.transport.register(instance, manager.on_message)
-    self.transport.register(GMANAGER, self.gmanager.on_message)
+    for address in self.addresses:
+      self.transport.register(address, self._to_gmanager)
     self.moves: collections.deque[Move] = collections.deque()
     self.refused_payloads = 0
     self.proved: dict[int, int] = {}
@@ -92,6 +112,7 @@ class FakeCluster:
       lending=self.lending,
       clock=lambda: self.now_s,
       incarnation=incarnation,
+      gmanagers=self.addresses,
       faults=self.faults,
     )
 
@@ -110,9 +131,18 @@ class FakeCluster:
 
   # Control plane.
 
+  @property
+  def gmanager(self) -> GManager:
+    """The first gManager."""
+    return self.gmanagers[GMANAGER]
+
+  def _to_gmanager(self, envelope: Envelope) -> None:
+    if envelope.receiver in self.gmanagers:
+      self.gmanagers[envelope.receiver].on_message(envelope)
+
   def carry(self) -> bool:
     """Sends what managers have to say, once, and applies their effects."""
-    for manager in (*self.managers, self.gmanager):
+    for manager in (*self.managers, *self.gmanagers.values()):
       for envelope in manager.drain_messages():
         self.transport.send(envelope)
     happened = self.transport.deliver() > 0
@@ -132,7 +162,7 @@ class FakeCluster:
   def tick(self, seconds: float = 1.0) -> None:
     """Lets time pass: heartbeats and resends become due."""
     self.now_s += seconds
-    for manager in self.managers:
+    for manager in (*self.managers, *self.gmanagers.values()):
       manager.tick()
 
   def exchange(self, quota: int = 1000) -> bool:

@@ -2,8 +2,9 @@
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.batching import Batcher, Row
+from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.step_plan import Row
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 
 
@@ -26,7 +27,8 @@ class FakeEngine:
   def __init__(self, cluster: FakeCluster, scheduler: SchedulerConfig):
     self.cluster = cluster
     self.batchers = [
-      Batcher(manager, scheduler, BLOCK_SIZE) for manager in cluster.managers
+      Batcher(manager, scheduler, cluster.lending, BLOCK_SIZE)
+      for manager in cluster.managers
     ]
     self.requests: dict[int, Request] = {}
     self.num_failed_rows = 0

@@ -1,5 +1,7 @@
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import (
+  SlotName,
+)
 
 _SLOT = SlotName(slot=1, epoch=4)
 

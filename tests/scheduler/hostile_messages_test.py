@@ -8,13 +8,15 @@ import pytest
 from hypothesis import strategies as st
 
 from infinite_llm.errors import MessageError
+from infinite_llm.scheduler.lease_messages import (
+  Reserve,
+  SlotName,
+)
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   Candidates,
   CandidatesRequest,
   Envelope,
-  Reserve,
-  SlotName,
 )
 from tests.scheduler.any_message import ENVELOPES
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from infinite_llm.scheduler.account import Phase
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   Introduction,
   Renew,
@@ -14,6 +13,9 @@ from infinite_llm.scheduler.messages import (
   Reserve,
   ReserveReply,
   Sync,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
 )
 from infinite_llm.scheduler.rmanager import Reconcile
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
@@ -164,7 +166,7 @@ class TestExpiry:
 
     assert len(wire.bodies(Sync)) == num_syncs
     assert owner.is_readable(UID)
-    assert not owner.is_lost(UID)
+    assert UID not in owner.lost()
     assert _is_covered(cluster)
 
   def test_leases_that_ended_in_a_partition_make_the_request_recompute(
@@ -176,7 +178,7 @@ class TestExpiry:
     wire.cut.clear()
     _pass(cluster, 2)
 
-    assert owner.is_lost(UID)
+    assert UID in owner.lost()
     assert not owner.is_readable(UID)
     assert owner.reconcile(UID) is Reconcile.RECOMPUTE
     owner.close(UID)
@@ -192,7 +194,7 @@ class TestExpiry:
     assert not owner.is_readable(UID)
     cluster.settle()
     assert owner.is_readable(UID)
-    assert not owner.is_lost(UID)
+    assert UID not in owner.lost()
     assert _is_covered(cluster)
 
   def test_an_owner_that_slept_alone_finds_out(self, cluster):
@@ -204,7 +206,7 @@ class TestExpiry:
     assert not owner.is_readable(UID)
     _pass(cluster, 1)
 
-    assert owner.is_lost(UID)
+    assert UID in owner.lost()
 
   @pytest.mark.parametrize(
     "phase",
@@ -226,7 +228,7 @@ class TestExpiry:
     _pass(cluster, 3)
 
     assert owner.phase(UID) is Phase.IDLE
-    assert owner.is_lost(UID)
+    assert UID in owner.lost()
     owner.close(UID)
     _pass(cluster, 2)
     cluster.check_agreement()
@@ -240,7 +242,7 @@ class TestExpiry:
     wire.cut.clear()
     _pass(cluster, 2)
 
-    assert owner.is_lost(UID)
+    assert UID in owner.lost()
     assert cluster.covers(1, 8, 8 * BLOCK_SIZE)
     owner.close(UID)
     _pass(cluster, 1)
@@ -293,7 +295,7 @@ class TestRestart:
     assert not _is_covered(cluster)
     _pass(cluster, 1)
 
-    assert owner.is_lost(UID)
+    assert UID in owner.lost()
     assert owner.borrowed() == {}
     owner.close(UID)
     cluster.settle()
@@ -363,7 +365,7 @@ class TestRestart:
     cluster.settle()
 
     assert owner.phase(UID) is Phase.IDLE
-    assert not owner.is_lost(UID)
+    assert UID not in owner.lost()
     assert _is_covered(cluster)
     cluster.check_agreement()
     owner.close(UID)
@@ -389,7 +391,7 @@ class TestRestart:
     _pass(cluster, 1)
 
     assert owner.phase(UID) is Phase.IDLE
-    assert owner.is_lost(UID)
+    assert UID in owner.lost()
 
 
 def test_strangers_are_introduced_before_anything_is_executed(wire):

@@ -129,14 +129,14 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       for uid, instance in sorted(self.owner.items())
       for creditor in self.cluster.managers[instance].table(uid).creditors()
       if self.cluster.managers[instance].is_readable(uid)
-      and not self.cluster.managers[instance].is_busy(uid)
+      and self.cluster.managers[instance].phase(uid) is Phase.IDLE
     ]
 
   @stateful.rule(
     instance=st.integers(0, _INSTANCES - 1), seconds=st.sampled_from((0.0, 1.0))
   )
   def freeze_an_instance(self, instance, seconds):
-    self.cluster.managers[instance].freeze(seconds)
+    self.cluster.managers[instance].plans.freeze(seconds)
 
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(data=st.data())
@@ -183,7 +183,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def recompute_what_is_lost(self):
     for uid, instance in self.owner.items():
       manager = self.cluster.managers[instance]
-      if manager.is_lost(uid):
+      if uid in manager.lost():
         manager.close(uid)
         self.cluster.open(instance, uid, 0)
 

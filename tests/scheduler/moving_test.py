@@ -6,8 +6,7 @@ from infinite_llm.cache.rblock import BlockState, Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
+from infinite_llm.scheduler.lease_messages import (
   Fetch,
   FetchedEntry,
   FetchReply,
@@ -17,6 +16,12 @@ from infinite_llm.scheduler.messages import (
   Reserve,
   ReserveReply,
   SlotName,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  Envelope,
+  MoveKvcache,
+  RecallKvcache,
 )
 from infinite_llm.scheduler.rmanager import Reconcile
 from infinite_llm.types import PoolCounts
@@ -368,7 +373,7 @@ class TestRecall:
       cluster.tick()
       cluster.settle()
 
-    assert manager.is_lost(UID) is is_lost
+    assert (UID in manager.lost()) is is_lost
     assert manager.phase(UID) is Phase.IDLE
     assert manager.borrowed() == {}
     if not is_lost:
@@ -392,7 +397,7 @@ class TestRecall:
     cluster.settle()
 
     assert cluster.refused_payloads == 0
-    assert manager.is_lost(UID)
+    assert UID in manager.lost()
     assert manager.counts().reserved == 0
 
 
@@ -400,7 +405,7 @@ class TestFreeze:
   def test_a_frozen_instance_gives_no_blocks(self, cluster):
     manager = cluster.managers[0]
     cluster.open(2, 9, 2 * BLOCK_SIZE)
-    manager.freeze(2.0)
+    manager.plans.freeze(2.0)
 
     assert manager.is_frozen
     assert not manager.allocate(UID, 1)
@@ -413,7 +418,7 @@ class TestFreeze:
 
   def test_a_frozen_instance_calls_its_blocks_home(self, cluster):
     manager = cluster.managers[0]
-    manager.freeze(2.0)
+    manager.plans.freeze(2.0)
     assert manager.recall_kvcache(UID, 4, 1)
     cluster.settle()
 
@@ -421,7 +426,7 @@ class TestFreeze:
 
   def test_frost_ends_by_itself(self, cluster):
     manager = cluster.managers[0]
-    manager.freeze(2.0)
+    manager.plans.freeze(2.0)
     cluster.tick(1.9)
     assert manager.is_frozen
     cluster.tick(0.1)
@@ -431,7 +436,64 @@ class TestFreeze:
 
   def test_frost_can_be_ended(self, cluster):
     manager = cluster.managers[0]
-    manager.freeze(2.0)
-    manager.freeze(0.0)
+    manager.plans.freeze(2.0)
+    manager.plans.freeze(0.0)
 
     assert not manager.is_frozen
+
+  def test_frost_lasts_no_longer_than_a_lease_whatever_is_asked(self, cluster):
+    manager = cluster.managers[0]
+    manager.plans.freeze(float("inf"))
+    cluster.tick(10.0)
+
+    assert not manager.is_frozen
+
+
+class TestPlans:
+  def _tell(self, cluster, body):
+    manager = cluster.managers[0]
+    manager.on_message(
+      Envelope(
+        sender=GMANAGER,
+        receiver=0,
+        incarnation=1,
+        seq=1,
+        body=body,
+        leader_epoch=9,
+      )
+    )
+    cluster.settle()
+    return manager
+
+  def test_a_move_is_followed(self, cluster):
+    plan = MoveKvcache(uid=UID, num_blocks=1, dst=2)
+    manager = self._tell(cluster, plan)
+
+    assert manager.borrowed() == {1: 4, 2: 1}
+    assert manager.plans.num_declined == 0
+    assert _is_covered(cluster)
+
+  def test_a_recall_is_followed_and_freezes(self, cluster):
+    plan = RecallKvcache(uid=UID, num_blocks=3, src=1, freeze_s=2.0)
+    manager = self._tell(cluster, plan)
+
+    assert manager.borrowed() == {1: 1}
+    assert manager.is_frozen
+    assert not manager.borrow(UID, 1)
+    assert _is_covered(cluster)
+
+  @pytest.mark.parametrize(
+    "plan",
+    [
+      MoveKvcache(uid=99, num_blocks=1, dst=2),
+      MoveKvcache(uid=UID, num_blocks=1, dst=2, with_request=True),
+      RecallKvcache(uid=99, num_blocks=1, src=1, freeze_s=0.0),
+      RecallKvcache(uid=UID, num_blocks=1, src=2, freeze_s=0.0),
+    ],
+  )
+  def test_who_cannot_follow_waits_for_the_next_plan(self, cluster, plan):
+    manager = self._tell(cluster, plan)
+
+    assert manager.plans.num_declined == 1
+    assert manager.borrowed() == {1: 4}
+    assert manager.refused == {}

@@ -57,7 +57,7 @@ def test_a_refuted_move_is_undone_and_can_be_tried_again(cluster):
   manager.on_verified(UID, False)
   cluster.settle()
   assert manager.borrowed() == {1: 2}
-  assert not manager.is_lost(UID)
+  assert manager.lost() == ()
 
   cluster.heartbeat()
   assert manager.borrow(UID, 2)
@@ -91,7 +91,7 @@ def test_moves_refuted_again_and_again_mean_that_the_kv_is_gone(cluster):
     cluster.settle()
     cluster.heartbeat()
 
-  assert manager.is_lost(UID)
+  assert manager.lost() == (UID,)
   assert not manager.borrow(UID, 1)
   assert manager.reconcile(UID) is Reconcile.RECOMPUTE
 
@@ -206,7 +206,7 @@ def test_a_creditor_that_forgot_everything_makes_the_request_recompute(cluster):
   assert manager.reconcile(UID) is Reconcile.RETRY
   cluster.settle()
 
-  assert manager.is_lost(UID)
+  assert manager.lost() == (UID,)
   assert manager.reconcile(UID) is Reconcile.RECOMPUTE
   manager.close(UID)
   cluster.settle()

@@ -8,9 +8,7 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  CandidatesRequest,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
   Grant,
@@ -22,6 +20,11 @@ from infinite_llm.scheduler.messages import (
   SlotName,
   Sync,
   SyncReply,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  CandidatesRequest,
+  RequestBlocks,
 )
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.types import PoolCounts
@@ -173,7 +176,7 @@ class TestBorrowing:
     cluster.open(0, UID, 4 * BLOCK_SIZE + 3)
     manager.borrow(UID, 2)
     phases = set()
-    for _ in until(lambda: not manager.is_busy(UID)):
+    for _ in until(lambda: manager.phase(UID) is Phase.IDLE):
       phases.add(manager.phase(UID))
       assert manager.is_readable(UID)
       assert cluster.covers(0, UID, cluster.proved[UID])
@@ -479,13 +482,13 @@ class TestMessages:
     cluster = _cluster(interceptor=spy)
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
-    assert cluster.managers[0].is_busy(UID)
+    assert cluster.managers[0].phase(UID) is not Phase.IDLE
 
     spy.copies.clear()
     cluster.tick()
     cluster.settle()
 
-    assert not cluster.managers[0].is_busy(UID)
+    assert cluster.managers[0].phase(UID) is Phase.IDLE
     assert cluster.managers[0].borrowed() == {1: 2}
     cluster.check_agreement()
     assert cluster.covers(0, UID, 4 * BLOCK_SIZE)
@@ -588,7 +591,13 @@ class TestMessages:
 
   def test_heartbeats_are_periodic_and_say_who_owes_whom(self):
     spy = Spy()
-    cluster = _cluster(interceptor=spy, heartbeat_every_s=10.0, lease_s=30.0)
+    cluster = _cluster(
+      interceptor=spy,
+      heartbeat_every_s=10.0,
+      lease_s=30.0,
+      expire_after_s=30.0,
+      leader_lease_s=30.0,
+    )
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)
     spy.seen.clear()
@@ -600,8 +609,11 @@ class TestMessages:
     cluster.settle()
 
     debtor, creditor = (m.body for m in spy.seen if m.receiver == GMANAGER)
-    assert (debtor.lent, debtor.borrowed) == ((), ((1, 2),))
-    assert (creditor.lent, creditor.borrowed) == (((0, 2),), ())
+    assert debtor.lent == creditor.requests == ()
+    assert debtor.requests == (
+      RequestBlocks(uid=UID, holders=((0, 2), (1, 2)), movable=2),
+    )
+    assert creditor.lent == ((0, 2),)
     assert creditor.counts.hosted == 2
     assert creditor.lendable == 6
     assert cluster.gmanager.view().lines[1].debts == ((0, 2),)

@@ -1,15 +1,12 @@
 import dataclasses
+import math
 
 import pytest
 
 from infinite_llm.distributed.transport.in_process import InProcessTransport
-from infinite_llm.scheduler.messages import (
-  GMANAGER,
-  Candidates,
-  ClusterStatus,
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
-  Envelope,
   Fetch,
   FetchedEntry,
   Grant,
@@ -23,6 +20,15 @@ from infinite_llm.scheduler.messages import (
   SlotName,
   Sync,
   SyncReply,
+)
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  STANDBY,
+  Candidates,
+  ClusterStatus,
+  Envelope,
+  MoveKvcache,
+  RecallKvcache,
 )
 from infinite_llm.scheduler.screening import fault_in, fault_in_answer
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
@@ -45,6 +51,14 @@ def _fetched(logical_id, block_id, home):
   )
 
 
+def _move(num_blocks, dst=0):
+  return MoveKvcache(uid=7, num_blocks=num_blocks, dst=dst)
+
+
+def _recall(freeze_s):
+  return RecallKvcache(uid=7, num_blocks=1, src=0, freeze_s=freeze_s)
+
+
 def _fault(body, **change):
   """What instance 1 of three, with two spill slots each, says to a message."""
   fields = {"sender": 0, "receiver": 1, "incarnation": 1, "seq": 1, **change}
@@ -61,7 +75,7 @@ def _fault(body, **change):
     (ReserveReply(grants=()), {"responder": 1}),
     (Introduction(), {"responder": 2}),
     (Candidates(instances=(0, 2)), {"sender": GMANAGER}),
-    (ClusterStatus(lendable=((0, 1),)), {"sender": GMANAGER}),
+    (ClusterStatus(lendable=1), {"sender": GMANAGER}),
   ],
 )
 def test_messages_that_make_sense_pass(body, change):
@@ -77,6 +91,16 @@ def test_messages_that_make_sense_pass(body, change):
     (_RESERVE, {"sender": -1}, "sender must be another instance in [0, 3); g"),
     (_RESERVE, {"sender": GMANAGER}, "a Reserve must not come from 'gmanager'"),
     (Candidates(instances=()), {}, "a Candidates must not come from 0"),
+    (
+      ClusterStatus(lendable=1),
+      {"sender": STANDBY},
+      "a ClusterStatus must",
+    ),
+    (_move(0), {"sender": GMANAGER}, "num_blocks must be at least 1; got 0."),
+    (_move(1, dst=1), {"sender": GMANAGER}, "a plan must name another instanc"),
+    (_move(1, dst=3), {"sender": GMANAGER}, "a plan must name another instanc"),
+    (_recall(-1.0), {"sender": GMANAGER}, "freeze_s must not be negative; go"),
+    (_recall(math.nan), {"sender": GMANAGER}, "freeze_s must not be negative"),
     (_RESERVE, {"seq": 0}, "incarnation and seq must be at least 1; got 1 and"),
     (_RESERVE, {"incarnation": 0}, "incarnation and seq must be at least 1"),
     (_RESERVE, {"settled": -1}, "settled, meant_for and responder must not"),
@@ -84,7 +108,7 @@ def test_messages_that_make_sense_pass(body, change):
     (Introduction(), {}, "responder must be set in answers alone; got 0"),
     (Candidates(instances=(1,)), {"sender": GMANAGER}, "instances must be oth"),
     (Candidates(instances=(3,)), {"sender": GMANAGER}, "instances must be oth"),
-    (ClusterStatus(lendable=((0, -1),)), {"sender": GMANAGER}, "lendable must"),
+    (ClusterStatus(lendable=-1), {"sender": GMANAGER}, "lendable must"),
   ],
 )
 def test_who_says_what_to_whom_is_checked(body, change, fault):

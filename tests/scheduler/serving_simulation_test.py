@@ -63,6 +63,7 @@ class Run:
       interceptor=network,
       spill_slots=rng.choice((1, 2, 4)),
       policy=rng.choice(("borrow", "borrow", "borrow", "static")),
+      group_prefill_buckets=(16, 64),
     )
     self.engine = FakeEngine(
       self.cluster,

@@ -1,7 +1,9 @@
 import pytest
 
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import (
+  SlotName,
+)
 from infinite_llm.scheduler.spill_slots import SpillSlotPool
 
 

@@ -6,16 +6,18 @@ import pytest
 from hypothesis import strategies as st
 
 from infinite_llm.errors import ConfigError, MessageError, Refusal
+from infinite_llm.scheduler.lease_messages import (
+  Commit,
+  Grant,
+  HostedEntry,
+  SlotName,
+)
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   Body,
   CandidatesRequest,
-  Commit,
   Envelope,
-  Grant,
   Heartbeat,
-  HostedEntry,
-  SlotName,
 )
 from infinite_llm.scheduler.wire import MAX_BYTES, VERSION, WireCodec
 from infinite_llm.types import PoolCounts
@@ -107,7 +109,7 @@ class TestFrames:
     assert _CODEC.encode(_ask()) == (
       b'ILLM\0\1\0{"sender":1,"receiver":"gmanager","incarnation":2,"seq":3,'
       b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1,'
-      b'"meant_for":0,"responder":0}'
+      b'"meant_for":0,"responder":0,"leader_epoch":0}'
     )
 
   @pytest.mark.parametrize("kind", kinds(Body), ids=lambda kind: kind.__name__)
@@ -185,7 +187,10 @@ class TestRefusals:
   @pytest.mark.parametrize(
     ("changes", "text"),
     [
-      ({"sender": "gmanger"}, r"sender must be .*'gmanager'; got 'gmanger'\."),
+      (
+        {"sender": "gmanger"},
+        r"sender must be .*'gmanager', 'standby'; got 'gmanger'\.",
+      ),
       ({"sender": -1}, r"sender must be an integer in \[0, \d+\] or"),
       ({"receiver": None}, "receiver must be"),
       ({"incarnation": -1}, "incarnation must be an integer"),
@@ -285,6 +290,6 @@ def test_a_heartbeat_of_a_thousand_debts_is_short():
   """What is sent most often: ten bytes a debt."""
   counts = PoolCounts(used=0, free=0, hosted=1000, reserved=0, total=1000)
   lent = tuple((instance, 999) for instance in range(1000))
-  heartbeat = Heartbeat(counts=counts, lendable=0, lent=lent, borrowed=())
+  heartbeat = Heartbeat(counts=counts, lendable=0, lent=lent)
 
   assert len(_CODEC.encode(_ask(body=heartbeat))) < 11_000

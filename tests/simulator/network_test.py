@@ -5,6 +5,7 @@ import pytest
 
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   CandidatesRequest,
@@ -412,7 +413,7 @@ class TestManagers:
     network.partition((0,), (1, 2, GMANAGER))
     pass_time()
     network.heal()
-    for _ in until(lambda: not manager.is_busy(7)):
+    for _ in until(lambda: manager.phase(7) is Phase.IDLE):
       pass_time()
       assert cluster.covers(0, 7, 6 * BLOCK_SIZE) or not manager.is_readable(7)
     assert sum(manager.borrowed().values()) == 4

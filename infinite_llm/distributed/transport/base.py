@@ -22,3 +22,13 @@ class Transport(Protocol):
   def send(self, envelope: Envelope) -> None:
     """Takes a message to carry; it arrives later, or never."""
     ...
+
+  def deliver(self) -> int:
+    """Hands over what has arrived, on the calling thread.
+
+    Managers are not locked: only here are their handlers called.
+
+    Returns:
+      How many messages there were.
+    """
+    ...

@@ -4,39 +4,68 @@ A full instance asks for creditors and moves rBlocks of its longest request to
 them (arXiv 2401.02669v1, global debt ledger and its ranking of creditors).
 """
 
+import heapq
+import math
 from collections.abc import Sequence
 
-from infinite_llm.scheduler.ledger import ClusterView
+from infinite_llm.scheduler.cluster_view import ClusterView, LedgerLine
+from infinite_llm.scheduler.planning import PlannedMove, PlanningConfig
+from infinite_llm.scheduler.policies.dgfm import plan_recalls
 from infinite_llm.types import InstanceId, RequestUid
+
+__all__ = [
+  "BORROWS",
+  "SWAPS_TO_HOST",
+  "choose_victim",
+  "plan_moves",
+  "plan_recalls",
+  "rank_creditors",
+]
+
+BORROWS = True
+SWAPS_TO_HOST = False
 
 MAX_CANDIDATES = 3
 """Creditors proposed at a time."""
 
 
 def rank_creditors(
-  view: ClusterView, debtor: InstanceId
+  view: ClusterView, debtor: InstanceId, num_blocks: int
 ) -> tuple[InstanceId, ...]:
   """Proposes whom to ask for rBlocks.
+
+  Availability counts as far as it is needed: who has room for all of it is no
+  better for having more. Among equals the cheapest link comes first.
 
   Args:
     view: The cluster as the ledger knows it.
     debtor: Who wants to borrow.
+    num_blocks: How much.
 
   Returns:
-    At most three other instances with room: most room first, then the nearest
-    by number, then the lowest number.
+    At most three other instances with room: most of the wanted room first, then
+    the cheapest link, then most room at all, then the nearest by number, then
+    the lowest number.
   """
-  with_room = [
-    line for line in view.lines if line.instance != debtor and line.lendable > 0
-  ]
-  with_room.sort(
-    key=lambda line: (
+
+  def rank(line: LedgerLine) -> tuple[int, float, int, int, int]:
+    return (
+      -min(line.lendable, num_blocks),
+      view.links.cost_s(debtor, line.instance),
       -line.lendable,
       abs(line.instance - debtor),
       line.instance,
     )
+
+  possible = (
+    line
+    for line in view.lines
+    if line.instance != debtor
+    and line.lendable > 0
+    and view.links.cost_s(debtor, line.instance) < math.inf
   )
-  return tuple(line.instance for line in with_room[:MAX_CANDIDATES])
+  best = heapq.nsmallest(MAX_CANDIDATES, possible, key=rank)
+  return tuple(line.instance for line in best)
 
 
 def choose_victim(
@@ -55,3 +84,10 @@ def choose_victim(
   """
   candidates = [(-count, uid) for uid, count in movable if count > 0]
   return min(candidates)[1] if candidates else None
+
+
+def plan_moves(
+  view: ClusterView, config: PlanningConfig
+) -> tuple[PlannedMove, ...]:
+  """Plans nothing: instances borrow when they need to."""
+  return ()

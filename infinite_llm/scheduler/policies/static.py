@@ -2,13 +2,20 @@
 
 from collections.abc import Sequence
 
-from infinite_llm.scheduler.ledger import ClusterView
+from infinite_llm.scheduler.cluster_view import ClusterView
+from infinite_llm.scheduler.planning import (
+  PlannedMove,
+  PlannedRecall,
+  PlanningConfig,
+)
 from infinite_llm.types import InstanceId, RequestUid
+
+BORROWS = False
+SWAPS_TO_HOST = False
 
 
 def rank_creditors(
-  view: ClusterView,
-  debtor: InstanceId,
+  view: ClusterView, debtor: InstanceId, num_blocks: int
 ) -> tuple[InstanceId, ...]:
   """Proposes nobody."""
   return ()
@@ -19,3 +26,17 @@ def choose_victim(
 ) -> RequestUid | None:
   """Moves nothing."""
   return None
+
+
+def plan_moves(
+  view: ClusterView, config: PlanningConfig
+) -> tuple[PlannedMove, ...]:
+  """Plans nothing."""
+  return ()
+
+
+def plan_recalls(
+  view: ClusterView, config: PlanningConfig
+) -> tuple[PlannedRecall, ...]:
+  """Plans nothing: nothing is elsewhere."""
+  return ()

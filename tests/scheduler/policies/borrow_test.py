@@ -4,56 +4,78 @@ from hypothesis import strategies as st
 
 from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler import policies
-from infinite_llm.scheduler.ledger import ClusterView, LedgerLine
+from infinite_llm.scheduler.link_costs import LinkCosts
+from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import borrow
+from tests.scheduler import cluster_views
 
 
-def _view(**lendable):
-  return ClusterView(
-    lines=tuple(
-      LedgerLine(instance=int(name[1:]), free=room, lendable=room, debts=())
+def _view(links=None, **lendable):
+  return cluster_views.view(
+    [
+      cluster_views.line(int(name[1:]), room, 100)
       for name, room in lendable.items()
-    )
+    ],
+    links=links,
   )
 
 
 def test_most_room_comes_first():
   view = _view(i0=9, i1=5, i2=7, i3=6)
 
-  assert borrow.rank_creditors(view, 0) == (2, 3, 1)
+  assert borrow.rank_creditors(view, 0, 100) == (2, 3, 1)
 
 
 def test_the_nearest_of_equals_comes_first_then_the_lower_number():
   #  debtor 3:     distance 3, 1, -, 1, 2
   view = _view(i0=5, i2=5, i3=5, i4=5, i5=5)
 
-  assert borrow.rank_creditors(view, 3) == (2, 4, 5)
+  assert borrow.rank_creditors(view, 3, 1) == (2, 4, 5)
+
+
+def test_the_cheapest_link_comes_first_where_there_is_room_enough():
+  # Instances 0 and 1 are in one domain, 2 and 3 in another.
+  links = LinkCosts(domains=(0, 0, 1, 1), within_s=1, between_s=9)
+  view = _view(links, i0=0, i1=4, i2=8, i3=6)
+
+  assert borrow.rank_creditors(view, 0, 4) == (1, 2, 3)
+  # For 6 rBlocks instance 1 has too little room, for 5 of them it has 4.
+  assert borrow.rank_creditors(view, 0, 6) == (2, 3, 1)
+
+
+def test_who_cannot_be_reached_is_not_proposed():
+  links = LinkCosts(domains=(0, 0, 1))  # as of two lending groups
+  view = _view(links, i0=0, i1=1, i2=9, i3=9)
+
+  assert borrow.rank_creditors(view, 0, 4) == (1,)
+  assert borrow.rank_creditors(view, 3, 4) == ()
 
 
 def test_nobody_without_room_is_proposed():
-  assert borrow.rank_creditors(_view(i0=9, i1=0, i2=1), 0) == (2,)
-  assert borrow.rank_creditors(_view(i0=9, i1=0), 0) == ()
+  assert borrow.rank_creditors(_view(i0=9, i1=0, i2=1), 0, 4) == (2,)
+  assert borrow.rank_creditors(_view(i0=9, i1=0), 0, 4) == ()
 
 
 def test_an_unknown_debtor_gets_candidates_all_the_same():
-  assert borrow.rank_creditors(_view(i1=2), 0) == (1,)
+  assert borrow.rank_creditors(_view(i1=2), 0, 4) == (1,)
 
 
 @hypothesis.given(
   room=st.dictionaries(st.integers(0, 20), st.integers(0, 5), max_size=12),
   debtor=st.integers(0, 20),
+  wanted=st.integers(1, 6),
 )
 @hypothesis.settings(derandomize=True)
-def test_candidates_are_few_different_others_with_room(room, debtor):
+def test_candidates_are_few_different_others_with_room(room, debtor, wanted):
   view = _view(**{f"i{instance}": room[instance] for instance in sorted(room)})
 
-  candidates = borrow.rank_creditors(view, debtor)
+  candidates = borrow.rank_creditors(view, debtor, wanted)
 
   assert len(candidates) == len(set(candidates)) <= 3
   assert all(room[c] > 0 and c != debtor for c in candidates)
   left = [n for i, n in room.items() if i not in (*candidates, debtor)]
   assert all(room[c] >= n for c in candidates for n in left)
-  assert candidates == borrow.rank_creditors(view, debtor)
+  assert candidates == borrow.rank_creditors(view, debtor, wanted)
 
 
 def test_the_request_with_most_movable_blocks_makes_room():
@@ -63,13 +85,55 @@ def test_the_request_with_most_movable_blocks_makes_room():
   assert borrow.choose_victim([]) is None
 
 
-def test_the_static_policy_shares_nothing():
-  policy = policies.get_policy("static")
+@pytest.mark.parametrize(
+  ("name", "borrows", "swaps"),
+  [
+    ("borrow", True, False),
+    ("greedy", True, False),
+    ("migrate", False, False),
+    ("static", False, False),
+    ("swap", False, True),
+  ],
+)
+def test_policies_differ_in_what_an_instance_does_that_runs_short(
+  name, borrows, swaps
+):
+  policy = policies.get_policy(name)
 
-  assert policy.rank_creditors(_view(i0=9, i1=9), 0) == ()
-  assert policy.choose_victim([(7, 5)]) is None
+  assert (borrows, swaps) == (policy.BORROWS, policy.SWAPS_TO_HOST)
+  candidates = policy.rank_creditors(_view(i0=9, i1=9), 0, 1)
+  assert candidates == ((1,) if borrows else ())
+  assert policy.choose_victim([(7, 5)]) == (7 if borrows else None)
+
+
+@pytest.mark.parametrize("name", ["borrow", "static", "swap"])
+def test_these_policies_plan_no_moves(name):
+  # Instance 0 is full and others wait; all else is empty.
+  view = cluster_views.view(
+    [
+      cluster_views.line(0, 0, num_running=1, num_waiting=5, next_blocks=2),
+      cluster_views.line(1, 10),
+    ],
+    [cluster_views.placement(0, 7, {0: 10}, movable=9)],
+  )
+
+  assert policies.get_policy(name).plan_moves(view, PlanningConfig()) == ()
+
+
+def test_only_those_who_share_take_their_blocks_home():
+  view = cluster_views.debt_view((0, 1, 3), (1, 0, 3))
+
+  planning = [
+    name
+    for name, policy in policies.POLICIES.items()
+    if policy.plan_recalls(view, PlanningConfig())
+  ]
+
+  assert planning == ["borrow", "greedy"]
 
 
 def test_an_unknown_policy_is_refused_with_the_known_names():
-  with pytest.raises(ConfigError, match=r"borrow, static; got 'greedy'"):
-    policies.get_policy("greedy")
+  with pytest.raises(
+    ConfigError, match=r"borrow, greedy, migrate, static, swap; got 'best'"
+  ):
+    policies.get_policy("best")

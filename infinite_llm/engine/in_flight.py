@@ -1,0 +1,118 @@
+"""Steps that were launched and are not yet committed."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+
+from infinite_llm.engine.programs import StepKind
+from infinite_llm.engine.sampler import PendingSample
+from infinite_llm.scheduler.step_plan import Row
+from infinite_llm.types import InstanceId
+
+IsReady = Callable[[jax.Array], bool]
+"""Whether an array is computed; may wait for it."""
+
+_POLL_S = 0.0001
+"""Pause between two looks at several steps, of which any may be first."""
+
+
+def is_computed(array: jax.Array) -> bool:
+  """Whether an array is computed; never waits."""
+  return array.is_ready()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchedStep:
+  """Rows of one instance in one program, and their tokens to come.
+
+  Attributes:
+    instance: Whose rows.
+    rows: In the order of the program's rows.
+    pending: Their sampled tokens.
+    kind: Of the program.
+    launched_s: When it was launched, by the engine's clock.
+  """
+
+  instance: InstanceId
+  rows: Sequence[Row]
+  pending: PendingSample
+  kind: StepKind
+  launched_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Flight:
+  """Steps that are committed together.
+
+  Those of one instance, or of all instances that a group program joins: they
+  have to wait for each other on the devices anyway, and planned together they
+  share the next group program too.
+
+  Attributes:
+    steps: What was launched, in this order.
+    is_group: Whether a group program is among it.
+  """
+
+  steps: tuple[LaunchedStep, ...]
+  is_group: bool
+
+  @property
+  def instances(self) -> frozenset[InstanceId]:
+    """Whose rows are in it."""
+    return frozenset(step.instance for step in self.steps)
+
+
+class InFlight:
+  """The flights under way: each instance is in one at most."""
+
+  def __init__(self, is_ready: IsReady = is_computed):
+    """Starts with none.
+
+    Args:
+      is_ready: Tells which ones are over.
+    """
+    self._is_ready = is_ready
+    self._flights: list[Flight] = []
+
+  def __bool__(self) -> bool:
+    return bool(self._flights)
+
+  @property
+  def has_group(self) -> bool:
+    """Whether a group program is under way."""
+    return any(flight.is_group for flight in self._flights)
+
+  def holds(self, instance: InstanceId) -> bool:
+    """Whether a step of an instance is under way."""
+    return any(instance in flight.instances for flight in self._flights)
+
+  def add(self, flights: Sequence[Flight]) -> None:
+    """Takes what was launched just now."""
+    self._flights += flights
+
+  def wait(self) -> list[Flight]:
+    """Waits until any flight is over. Blocks the host.
+
+    Returns:
+      Those that are over, in the order of launching; they stay in here until
+      `remove`. One that is alone comes at once: fetching its tokens waits.
+    """
+    if len(self._flights) <= 1:
+      return list(self._flights)
+    while True:
+      over = [flight for flight in self._flights if self._is_over(flight)]
+      if over:
+        return over
+      time.sleep(_POLL_S)
+
+  def remove(self, flight: Flight) -> None:
+    """Drops a flight whose tokens were fetched."""
+    self._flights.remove(flight)
+
+  def _is_over(self, flight: Flight) -> bool:
+    # A program's outputs are all there at once.
+    return all(
+      self._is_ready(step.pending.sampled.token) for step in flight.steps
+    )

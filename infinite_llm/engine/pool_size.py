@@ -1,0 +1,208 @@
+"""How many rBlocks fit beside the weights and the temporaries of the steps."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+from absl import logging
+
+from infinite_llm.config import EngineConfig
+from infinite_llm.engine.group_inputs import empty_slots
+from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.sampler import Sampler
+from infinite_llm.errors import ConfigError
+from infinite_llm.models.loaded_model import LoadedModel
+
+UNMEASURED_NUM_BLOCKS = 1024
+"""Size of a pool on devices that do not tell how much memory they have."""
+
+_PROBE_NUM_BLOCKS = 8
+"""Pool of the programs that are compiled to be measured: their temporaries do
+not depend on it."""
+
+_ENTRY_BYTES = 128
+"""Beside its KV an rBlock has a tag, an epoch, and 8 bytes in each table: that
+of every program of a step, both versions of what is hosted, and those that
+replace them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+  """What a device says of its memory.
+
+  Attributes:
+    limit_bytes: What this process may have of it.
+    in_use_bytes: What it has.
+  """
+
+  limit_bytes: int
+  in_use_bytes: int
+
+
+def with_pool_size(
+  model: LoadedModel, config: EngineConfig, *, attention: str | None = None
+) -> EngineConfig:
+  """Finds the size of the pools, if the configuration leaves it open.
+
+  Compiles the largest programs to measure them, where devices report memory.
+  *Blocks the host.*
+
+  Args:
+    model: Parameters on their mesh; nothing else of size is on the devices yet.
+    config: Sizes of everything else.
+    attention: Name of the micro-attention; None picks.
+
+  Returns:
+    The configuration with `num_blocks`.
+
+  Raises:
+    ConfigError: If not even the smallest pool fits.
+  """
+  if config.cache.num_blocks is not None:
+    return config.with_num_blocks(config.cache.num_blocks)
+  memories = device_memory(model.mesh.devices.flat)
+  if memories is None:
+    logging.info(
+      "The devices report no memory: each instance gets %d rBlocks. Set"
+      " num_blocks for others.",
+      UNMEASURED_NUM_BLOCKS,
+    )
+    return config.with_num_blocks(UNMEASURED_NUM_BLOCKS)
+  block_bytes = kv_block_bytes(model, config) + _ENTRY_BYTES
+  temporary_bytes = measure_temporaries(model, config, attention=attention)
+  num_blocks = min(
+    blocks_that_fit(
+      memory,
+      temporary_bytes=temporary_bytes,
+      block_bytes=block_bytes,
+      fraction=config.cache.memory_fraction,
+    )
+    for memory in memories
+  )
+  logging.info(
+    "Each instance gets %d rBlocks of %d bytes a device; steps need %d bytes.",
+    num_blocks,
+    block_bytes,
+    temporary_bytes,
+  )
+  return config.with_num_blocks(num_blocks)
+
+
+def blocks_that_fit(
+  memory: DeviceMemory,
+  *,
+  temporary_bytes: int,
+  block_bytes: int,
+  fraction: float,
+) -> int:
+  """Divides what is free on a device.
+
+  Args:
+    memory: Its memory, with the weights in it.
+    temporary_bytes: What steps need beside weights and pool.
+    block_bytes: What an rBlock takes on this device.
+    fraction: Part of the limit to use. The rest is a margin for what nobody
+      counts: workspaces of libraries, buffers of collectives, fragmentation.
+
+  Returns:
+    rBlocks, the null block included.
+
+  Raises:
+    ConfigError: If there are fewer than two.
+  """
+  usable_bytes = int(memory.limit_bytes * fraction)
+  free_bytes = usable_bytes - memory.in_use_bytes - temporary_bytes
+  num_blocks = free_bytes // block_bytes
+  if num_blocks < 2:
+    raise ConfigError(
+      f"num_blocks must be at least 2, but {max(num_blocks, 0)} fit: of"
+      f" {memory.limit_bytes} bytes memory_fraction = {fraction} allows"
+      f" {usable_bytes}; weights take {memory.in_use_bytes}, temporaries of the"
+      f" steps {temporary_bytes}, which leaves {free_bytes} for rBlocks of"
+      f" {block_bytes}. Use more devices (tensor_parallel) or smaller"
+      " prefill_buckets."
+    )
+  return num_blocks
+
+
+def device_memory(devices: Iterable[jax.Device]) -> list[DeviceMemory] | None:
+  """Asks devices of this process for their memory; None if one cannot tell."""
+  memories = []
+  for device in devices:
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+      return None
+    memories.append(
+      DeviceMemory(
+        limit_bytes=stats["bytes_limit"], in_use_bytes=stats["bytes_in_use"]
+      )
+    )
+  return memories
+
+
+def kv_block_bytes(model: LoadedModel, config: EngineConfig) -> int:
+  """Bytes of an rBlock's keys and values on one device of an instance."""
+  shape = model.config
+  dtype = jax.numpy.dtype(config.cache.kv_dtype or model.dtype)
+  vectors = shape.num_layers * 2 * shape.num_kv_heads * config.cache.block_size
+  return vectors * shape.head_dim * dtype.itemsize // config.tensor_parallel
+
+
+def measure_temporaries(
+  model: LoadedModel, config: EngineConfig, *, attention: str | None = None
+) -> int:
+  """Compiles the largest programs against a tiny pool and adds their needs up.
+
+  Programs of a device run one after the other, so the largest temporaries
+  count once. Their outputs, logits above all, count all together: every program
+  of a step may hold its own until the step is committed.
+
+  Args:
+    model: Parameters on their mesh.
+    config: Buckets of the programs.
+    attention: Name of the micro-attention; None picks.
+
+  Returns:
+    Bytes on one device, the sampler's state included.
+  """
+  config = config.with_num_blocks(_PROBE_NUM_BLOCKS)
+  runner = ModelRunner(model, config, attention=attention)
+  sampler = Sampler(
+    0,
+    runner.row_meshes[0],
+    runner.programs,
+    vocab_size=model.config.vocab_size,
+    max_num_seqs=config.scheduler.max_num_seqs,
+    max_logprobs=config.max_logprobs,
+  )
+  outputs = [
+    runner.local_step(0, [], is_prefill=is_prefill, bucket=buckets[-1])
+    for is_prefill, buckets in (
+      (False, config.scheduler.decode_buckets),
+      (True, config.scheduler.prefill_buckets),
+    )
+  ]
+  if config.has_group:
+    nobody = [[] for _ in range(config.num_instances)]
+    slots = [
+      empty_slots(config.num_instances, config.lending.spill_slots)
+      for _ in nobody
+    ]
+    for is_prefill, bucket in (
+      (False, None),
+      (True, config.lending.group_prefill_buckets[-1]),
+    ):
+      group = runner.group_step(
+        nobody, slots, is_prefill=is_prefill, bucket=bucket
+      )
+      outputs.append(group[0])
+  for output in outputs:
+    sampler.warm_up(output)
+  needs = [program.memory_analysis() for program in runner.programs.compiled()]
+  temporary_bytes = max(need.temp_size_in_bytes for need in needs)
+  output_bytes = sum(
+    need.output_size_in_bytes - need.alias_size_in_bytes for need in needs
+  )
+  # Nothing of the probe may be left when the real pools are placed.
+  jax.block_until_ready((runner.pool.group(), outputs))
+  return temporary_bytes + output_bytes + sampler.state_bytes

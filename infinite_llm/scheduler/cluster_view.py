@@ -1,0 +1,89 @@
+"""What policies decide from: the cluster as the gManager knows it."""
+
+import collections
+import dataclasses
+
+from infinite_llm.scheduler.link_costs import LinkCosts
+from infinite_llm.scheduler.messages import BlocksOf, RequestBlocks
+from infinite_llm.types import InstanceId
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerLine:
+  """One instance, as of its last heartbeat.
+
+  Attributes:
+    instance: Which one.
+    incarnation: Rises each time its rManager starts anew.
+    heard_s: When the gManager last heard of it, by the gManager's clock.
+    capacity: rBlocks of its HBM pool, whoever holds them.
+    free: rBlocks of those that nobody holds.
+    lendable: rBlocks that it would lend.
+    host_free: rBlocks of its HOST pool that nobody holds.
+    num_running: Requests that run on it: its batch.
+    num_waiting: Requests that wait for rBlocks or for a place in the batch.
+    next_blocks: rBlocks that the first of those needs; 0 if none waits.
+    debts: What each debtor has borrowed from it.
+  """
+
+  instance: InstanceId
+  incarnation: int = 1
+  heard_s: float = 0.0
+  capacity: int
+  free: int
+  lendable: int
+  host_free: int = 0
+  num_running: int = 0
+  num_waiting: int = 0
+  next_blocks: int = 0
+  debts: BlocksOf = ()
+
+  @property
+  def use(self) -> float:
+    """Share of its HBM pool that somebody holds, from 0 to 1."""
+    return 1.0 - self.free / self.capacity if self.capacity else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+  """Where the rBlocks of one request are.
+
+  Attributes:
+    owner: The instance that runs it.
+    blocks: How many rBlocks it has with each holder, and how many could move.
+  """
+
+  owner: InstanceId
+  blocks: RequestBlocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterView:
+  """The ledger and the placement map at one moment.
+
+  Attributes:
+    now_s: That moment, by the gManager's clock.
+    lines: One per known instance.
+    placements: One per running request.
+    links: What moving costs.
+  """
+
+  now_s: float = 0.0
+  lines: tuple[LedgerLine, ...]
+  placements: tuple[Placement, ...] = ()
+  links: LinkCosts = dataclasses.field(default_factory=LinkCosts)
+
+  def age_s(self, line: LedgerLine) -> float:
+    """Seconds since an instance was last heard of."""
+    return self.now_s - line.heard_s
+
+  def by_owner(self) -> dict[InstanceId, list[Placement]]:
+    """Placements of each owner that has any, by rising uid."""
+    owned: collections.defaultdict[InstanceId, list[Placement]] = (
+      collections.defaultdict(list)
+    )
+    for placement in self.placements:
+      owned[placement.owner].append(placement)
+    for placements in owned.values():
+      placements.sort(key=lambda placement: placement.blocks.uid)
+    return dict(owned)

@@ -1,0 +1,95 @@
+"""Which rows the next step of an instance has, as values."""
+
+import dataclasses
+
+from infinite_llm.config import SchedulerConfig
+from infinite_llm.types import RequestUid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+  """Tokens of one request that a step computes.
+
+  Attributes:
+    uid: The request.
+    start: Position of the first of them.
+    num_tokens: How many, at least 1.
+    samples: Whether the last one is the request's last, so that the step yields
+      its next token.
+  """
+
+  uid: RequestUid
+  start: int
+  num_tokens: int
+  samples: bool
+
+  @property
+  def end(self) -> int:
+    """Tokens of the request that are computed after the step."""
+    return self.start + self.num_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPlan:
+  """Rows of one instance's next step, by the program that computes them.
+
+  Attributes:
+    local_decode: One token each, all rBlocks at home.
+    local_prefill: Many tokens each, all rBlocks at home.
+    group_decode: One token each, rBlocks elsewhere too.
+    group_prefill: At most one row with rBlocks elsewhere.
+  """
+
+  local_decode: tuple[Row, ...] = ()
+  local_prefill: tuple[Row, ...] = ()
+  group_decode: tuple[Row, ...] = ()
+  group_prefill: tuple[Row, ...] = ()
+
+  @property
+  def rows(self) -> tuple[Row, ...]:
+    """All rows."""
+    return (
+      self.local_decode
+      + self.local_prefill
+      + self.group_decode
+      + self.group_prefill
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Draft:
+  """A plan in the making, and what its programs still have room for.
+
+  Attributes:
+    local_decode: As of `StepPlan`, and so are the others.
+    local_prefill: Rows.
+    group_decode: Rows.
+    group_prefill: Rows.
+  """
+
+  local_decode: list[Row] = dataclasses.field(default_factory=list[Row])
+  local_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
+  group_decode: list[Row] = dataclasses.field(default_factory=list[Row])
+  group_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
+
+  def rows_for(self, *, is_group: bool, is_decode: bool) -> list[Row]:
+    """The rows of one program."""
+    if is_group:
+      return self.group_decode if is_decode else self.group_prefill
+    return self.local_decode if is_decode else self.local_prefill
+
+  def prefill_room(self, scheduler: SchedulerConfig) -> int:
+    """Tokens that one more row of the local prefill program may have."""
+    if len(self.local_prefill) == scheduler.prefill_rows:
+      return 0
+    used = sum(row.num_tokens for row in self.local_prefill)
+    return scheduler.chunk_tokens - used
+
+  def plan(self) -> StepPlan:
+    """The plan as it is now."""
+    return StepPlan(
+      local_decode=tuple(self.local_decode),
+      local_prefill=tuple(self.local_prefill),
+      group_decode=tuple(self.group_decode),
+      group_prefill=tuple(self.group_prefill),
+    )

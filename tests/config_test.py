@@ -1,0 +1,44 @@
+"""What follows from a configuration; wrong ones are in e2e/bad_input_test."""
+
+import pytest
+
+from infinite_llm.config import EngineConfig, engine_config
+
+
+def test_headroom_is_a_block_per_sequence_and_a_chunk():
+  config = engine_config(
+    max_num_seqs=16, prefill_buckets=(128, 1000), block_size=64
+  )
+  assert config.lending.headroom_blocks is None
+  known = config.with_num_blocks(1024)
+  assert known.lending.headroom_blocks == 16 + 16
+  assert known.cache.num_blocks == 1024
+
+
+def test_headroom_leaves_most_of_a_small_pool_to_lend():
+  config = engine_config(block_size=64).with_num_blocks(21)
+  assert config.lending.headroom_blocks == 5
+
+
+@pytest.mark.parametrize("headroom", [0, 7])
+def test_a_headroom_that_was_asked_for_is_kept(headroom):
+  config = engine_config(headroom_blocks=headroom).with_num_blocks(9)
+  assert config.lending.headroom_blocks == headroom
+
+
+class TestProgramKinds:
+  def test_one_instance_has_its_steps_and_their_sampling(self):
+    # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark.
+    assert EngineConfig().num_program_kinds == 5 + 6 + 1
+
+  def test_a_group_adds_its_own(self):
+    # Decode, two prefill, exchange, check and epochs.
+    config = engine_config(num_instances=2)
+    assert config.num_program_kinds == 5 + 6 + 1 + 6
+    config = engine_config(num_instances=2, spill_slots=3)
+    assert config.num_program_kinds == 5 + 6 + 1 + 6 + 2
+
+  def test_instances_that_lend_nothing_are_no_group(self):
+    config = engine_config(num_instances=2, policy="static")
+    assert not config.has_group
+    assert config.num_program_kinds == EngineConfig().num_program_kinds

@@ -1,0 +1,129 @@
+"""The arithmetic with numbers; the measuring with a report that is faked."""
+
+import pytest
+
+from infinite_llm.config import engine_config
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine import pool_size
+from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.pool_size import DeviceMemory, blocks_that_fit
+from infinite_llm.errors import ConfigError
+from infinite_llm.models.hf_loader import load_hf
+from infinite_llm.sampling_params import SamplingParams
+from tests.testing import drain, pools_are_empty, write_shallow_checkpoint
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tmp_path_factory):
+  folder = write_shallow_checkpoint(tmp_path_factory.mktemp("pool_size"))
+  return load_hf(folder, make_mesh(2, 1), dtype="float32")
+
+
+def options(**changes):
+  return {
+    "num_instances": 2,
+    "block_size": 16,
+    "max_num_seqs": 4,
+    "decode_buckets": (4,),
+    "prefill_buckets": (32,),
+    "group_prefill_buckets": (32,),
+  } | changes
+
+
+class TestArithmetic:
+  def fit(self, *, limit=100, in_use=40, temporary=12, block=4, fraction=0.9):
+    memory = DeviceMemory(limit_bytes=limit, in_use_bytes=in_use)
+    return blocks_that_fit(
+      memory,
+      temporary_bytes=temporary,
+      block_bytes=block,
+      fraction=fraction,
+    )
+
+  def test_what_is_free_is_divided(self):
+    assert self.fit() == (90 - 40 - 12) // 4 == 9
+
+  def test_part_of_a_block_is_none(self):
+    assert self.fit(temporary=14) == 9
+    assert self.fit(temporary=15) == 8
+
+  def test_a_large_device_holds_what_a_calculation_says(self):
+    # An 8B Llama 3 in bfloat16 on 141 GB: 8 MiB an rBlock of 64 tokens.
+    blocks = self.fit(
+      limit=141 * 10**9,
+      in_use=16 * 10**9,
+      temporary=2 * 10**9,
+      block=8 * 2**20,
+      fraction=0.92,
+    )
+    assert blocks == 13318
+
+  @pytest.mark.parametrize(("in_use", "fits"), [(71, 1), (75, 0), (99, 0)])
+  def test_nothing_that_fits_is_an_error_with_all_its_terms(self, in_use, fits):
+    message = (
+      rf"num_blocks must be at least 2, but {fits} fit: of 100 bytes"
+      rf" memory_fraction = 0\.9 allows 90; weights take {in_use}, temporaries"
+      rf" of the steps 12, which leaves {90 - in_use - 12} for rBlocks of 4\."
+    )
+    with pytest.raises(ConfigError, match=message):
+      self.fit(in_use=in_use)
+
+
+class TestMeasuring:
+  def test_an_rblock_has_the_bytes_of_the_pool(self, model):
+    for changes in ({}, {"kv_dtype": "bfloat16"}, {"block_size": 32}):
+      config = engine_config(**options(num_blocks=7, **changes))
+      engine = Engine(model, config)
+      expected = engine.runner.pool.block_bytes
+      assert pool_size.kv_block_bytes(model, config) == expected
+
+  def test_larger_buckets_need_more(self, model):
+    small = engine_config(**options(policy="static"))
+    large = engine_config(**options(policy="static", prefill_buckets=(256,)))
+    needs = [pool_size.measure_temporaries(model, c) for c in (small, large)]
+    # The logits alone of four decode rows: 4 x 256 x 4 bytes.
+    assert 4096 < needs[0] < needs[1]
+
+  def test_devices_that_report_nothing_get_a_fixed_size(self, model):
+    assert pool_size.device_memory(model.mesh.devices.flat) is None
+    config = pool_size.with_pool_size(model, engine_config(**options()))
+    assert config.cache.num_blocks == pool_size.UNMEASURED_NUM_BLOCKS
+    assert config.lending.headroom_blocks == 4 + 2
+
+  def test_a_size_that_was_asked_for_is_kept(self, model, monkeypatch):
+    monkeypatch.setattr(pool_size, "device_memory", pytest.fail)
+    config = engine_config(**options(num_blocks=12, headroom_blocks=1))
+    assert pool_size.with_pool_size(model, config) == config
+
+  def test_an_engine_fills_the_smallest_device(self, model, monkeypatch):
+    config = engine_config(**options(memory_fraction=0.5, headroom_blocks=0))
+    temporaries = pool_size.measure_temporaries(model, config)
+    block = pool_size.kv_block_bytes(model, config) + 128
+    in_use = 10 * GIB
+    limits = [2 * (in_use + temporaries + n * block) + 2 for n in (300, 21)]
+    monkeypatch.setattr(
+      pool_size,
+      "device_memory",
+      lambda _: [
+        DeviceMemory(limit_bytes=limit, in_use_bytes=in_use) for limit in limits
+      ],
+    )
+    engine = Engine(model, config)
+    assert engine.config.cache.num_blocks == 21
+    assert [counts.total for counts in engine.pool_counts()] == [20, 20]
+    assert engine.capacity_tokens == 2 * 20 * 16
+    name = engine.add_request(
+      [5] * 400, SamplingParams(max_tokens=3, ignore_eos=True), instance=0
+    )
+    assert len(drain(engine)[name].token_ids) == 3
+    assert pools_are_empty(engine)
+
+  def test_an_engine_that_does_not_fit_says_why(self, model, monkeypatch):
+    full = DeviceMemory(limit_bytes=GIB, in_use_bytes=GIB)
+    monkeypatch.setattr(pool_size, "device_memory", lambda _: [full] * 2)
+    with pytest.raises(
+      ConfigError, match="weights take 1073741824, temporaries"
+    ):
+      Engine(model, engine_config(**options()))
