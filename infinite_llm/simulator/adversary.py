@@ -4,9 +4,10 @@ import collections
 import random
 from collections.abc import Callable
 
-from infinite_llm.scheduler.messages import GMANAGER, Address
+from infinite_llm.scheduler.messages import Address, GManagerAddress
 from infinite_llm.simulator.cluster import Cluster
 from infinite_llm.simulator.faults import NetworkFaults
+from infinite_llm.simulator.gmanagers import ADDRESSES
 from infinite_llm.simulator.instance import Instance
 from infinite_llm.types import InstanceId
 
@@ -60,8 +61,8 @@ class Adversary:
     for instance in self._cluster.world.instances:
       if not instance.is_up:
         self._cluster.restart(instance.number)
-    if self._network.is_crashed(GMANAGER):
-      self._cluster.restart_gmanager()
+    for address in ADDRESSES:
+      self._restart_gmanager(address)
 
   def _wait(self, mean_s: float, callback: Callable[[], None]) -> None:
     self._network.call_later(_SELF, 2 * mean_s * self._rng.random(), callback)
@@ -114,18 +115,21 @@ class Adversary:
       self._cluster.restart(number)
 
   def _crash_gmanager(self) -> None:
-    if self._network.is_crashed(GMANAGER):
+    address = self._rng.choice(ADDRESSES)
+    if self._network.is_crashed(address):
       return
-    self._cluster.crash_gmanager()
-    self._wait(self._scenario.crash_s / 2, self._restart_gmanager)
+    self._cluster.gmanagers.crash(address)
+    self._wait(
+      self._scenario.crash_s / 2, lambda: self._restart_gmanager(address)
+    )
 
-  def _restart_gmanager(self) -> None:
-    if self._network.is_crashed(GMANAGER):
-      self._cluster.restart_gmanager()
+  def _restart_gmanager(self, address: GManagerAddress) -> None:
+    if self._network.is_crashed(address):
+      self._cluster.gmanagers.restart(address)
 
   def _part(self) -> None:
     addresses: list[Address] = [
-      GMANAGER,
+      *ADDRESSES,
       *range(self._scenario.num_instances),
     ]
     self._rng.shuffle(addresses)
@@ -134,13 +138,16 @@ class Adversary:
     self._wait(self._scenario.partition_s / 2, self._network.heal)
 
   def _skew(self) -> None:
-    number = self._rng.randrange(self._scenario.num_instances)
+    whose: Address = self._rng.choice(
+      (*ADDRESSES, *range(self._scenario.num_instances))
+    )
     most = self._scenario.clock_rate
     jump_s = 0.0
-    if self._rng.random() < 0.2:
+    if self._rng.random() < self._scenario.clock_jump:
       jump_s = self._rng.uniform(0, self._scenario.lending.lease_s)
+      self._cluster.world.has_jumped = True
     self._network.skew(
-      number, rate=self._rng.uniform(1 - most, 1 + most), jump_s=jump_s
+      whose, rate=self._rng.uniform(1 - most, 1 + most), jump_s=jump_s
     )
 
   def _abort(self) -> None:
@@ -191,7 +198,7 @@ class Adversary:
   def _freeze(self) -> None:
     up = self._cluster.up
     if up:
-      self._rng.choice(up).manager.freeze(self._rng.uniform(0, 1))
+      self._rng.choice(up).manager.plans.freeze(self._rng.uniform(0, 1))
       self.counts["freeze"] += 1
 
   def _busy_instance(self) -> Instance | None:

@@ -5,10 +5,10 @@ import random
 from collections.abc import Callable
 
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.gmanager import GManager
-from infinite_llm.scheduler.messages import GMANAGER, Envelope
+from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.request import Request
 from infinite_llm.simulator.data_plane import DataPlane
+from infinite_llm.simulator.gmanagers import GManagers
 from infinite_llm.simulator.instance import Instance, Violation, World
 from infinite_llm.simulator.invariants import (
   check_agreement,
@@ -29,6 +29,7 @@ class Cluster:
 
   Attributes:
     world: What the instances share.
+    gmanagers: The leading one and the standby.
     accepted: Requests that were accepted, by name; the last life of each.
   """
 
@@ -41,7 +42,7 @@ class Cluster:
     note: Callable[[float, str], None] | None = None,
     faults: Callable[[InstanceId], FaultPoint] | None = None,
   ):
-    """Starts all instances and the gManager at time 0.
+    """Starts all instances and gManagers at time 0.
 
     Args:
       scenario: Sizes and troubles.
@@ -61,7 +62,7 @@ class Cluster:
       note=note,
     )
     self.accepted: dict[str, Request] = {}
-    self._faults = faults or (lambda _: _no_fault)
+    self._faults = faults or (lambda _: no_fault)
     self._uids = itertools.count(1)
     self._incarnations = [1] * scenario.num_instances
     self._journal: dict[InstanceId, list[Request]] = {}
@@ -69,8 +70,7 @@ class Cluster:
       instance = self._instance(number)
       self.world.instances.append(instance)
       network.register(number, instance.on_message)
-    self.gmanager = GManager(scenario.lending.policy)
-    network.register(GMANAGER, self._on_gmanager)
+    self.gmanagers = GManagers(self.world)
     for instance in self.world.instances:
       instance.start()
 
@@ -153,15 +153,6 @@ class Cluster:
       instance.add(replayed)
     instance.start()
 
-  def crash_gmanager(self) -> None:
-    """Takes the gManager down, with all that it knows."""
-    self.world.network.crash(GMANAGER)
-
-  def restart_gmanager(self) -> None:
-    """Brings the gManager back, knowing nothing."""
-    self.gmanager = GManager(self.world.scenario.lending.policy)
-    self.world.network.restart(GMANAGER, self._on_gmanager)
-
   # Stalls.
 
   def break_stall(self) -> None:
@@ -201,6 +192,7 @@ class Cluster:
     self.check()
     check_agreement(self.world.instances)
     check_empty(self.world.instances, self.world.plane)
+    self.gmanagers.check_quiescent(self.world.instances)
     for name, request in self.accepted.items():
       if not request.status.is_finished:
         raise Violation(f"{name} never ended: {request.status}.")
@@ -209,12 +201,3 @@ class Cluster:
     return Instance(
       number, self._incarnations[number], self.world, self._faults(number)
     )
-
-  def _on_gmanager(self, envelope: Envelope) -> None:
-    self.gmanager.on_message(envelope)
-    for answer in self.gmanager.drain_messages():
-      self.world.network.send(answer)
-
-
-def _no_fault(_: str) -> bool:
-  return False

@@ -14,7 +14,7 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import add_coverage, mix_tag
 from infinite_llm.scheduler.effects import GrantEpochs, Move
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import SlotName
 from infinite_llm.scheduler.rmanager import SpillInfo
 from infinite_llm.types import (
   NO_EPOCH,

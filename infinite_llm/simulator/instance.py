@@ -10,16 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.errors import CoverageError
-from infinite_llm.scheduler.batching import Batcher, Row
+from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import Move, MoveBlocks
 from infinite_llm.scheduler.hosted_tables import HostedTables
+from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  STANDBY,
   CandidatesRequest,
   Envelope,
-  Reserve,
 )
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
+from infinite_llm.scheduler.step_plan import Row
 from infinite_llm.simulator.data_plane import DataPlane, Piece
 from infinite_llm.simulator.lease_history import (
   LEASE_REPLIES,
@@ -28,7 +31,13 @@ from infinite_llm.simulator.lease_history import (
 )
 from infinite_llm.simulator.network import SimulatedNetwork
 from infinite_llm.simulator.scenario import Scenario
-from infinite_llm.types import FaultPoint, InstanceId, RequestUid
+from infinite_llm.types import (
+  NO_EPOCH,
+  Epoch,
+  FaultPoint,
+  InstanceId,
+  RequestUid,
+)
 
 EPOCHS_PER_INCARNATION = 100_000
 """A pool that begins anew begins beyond the epochs of the lost one."""
@@ -49,6 +58,7 @@ class World:
     plane: All devices.
     instances: Those that are up, and the last life of those that are not.
     is_healed: Nothing goes wrong any more.
+    has_jumped: A clock has jumped, by more than leases allow for.
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
     num_steps: Rows that were computed.
@@ -66,6 +76,7 @@ class World:
     default_factory=list["Instance"]
   )
   is_healed: bool = False
+  has_jumped: bool = False
   num_payloads_lost: int = 0
   num_payloads_repeated: int = 0
   num_steps: int = 0
@@ -132,10 +143,14 @@ class Instance:
       lending=scenario.lending,
       clock=self._clock,
       incarnation=incarnation,
+      gmanagers=(GMANAGER, STANDBY),
       faults=faults,
     )
     self.batcher = Batcher(
-      self.manager, scenario.scheduler, scenario.block_size
+      self.manager,
+      scenario.scheduler,
+      scenario.lending,
+      scenario.block_size,
     )
     self.history = LeaseHistory(
       number,
@@ -146,6 +161,8 @@ class Instance:
     )
     self._heard: dict[tuple[InstanceId, int, int], Envelope] = {}
     self._newest_seq = 0
+    self._leader_epoch: Epoch = NO_EPOCH
+    self._incarnation_of: dict[InstanceId, int] = {}
     self._moves: list[Move] = []
     self._ghosts: list[Move] = []
     self._is_exchange_due = False
@@ -178,8 +195,15 @@ class Instance:
       self.history.on_heard(envelope, self._clock())
       if isinstance(envelope.body, LEASE_REQUESTS):
         self._heard[sender, envelope.incarnation, envelope.seq] = envelope
-    self.manager.on_message(envelope)
-    self.settle(envelope)
+      self.manager.on_message(envelope)
+      self._check_restart(sender, envelope)
+      self.settle(envelope)
+    elif envelope.leader_epoch < self._leader_epoch:
+      self._take_fenced(envelope)
+    else:
+      self._leader_epoch = envelope.leader_epoch
+      self.manager.on_message(envelope)
+      self.settle(envelope)
 
   def settle(self, cause: Envelope | None = None) -> None:
     """Sends what the manager says, does what it wants, checks what it has.
@@ -246,6 +270,8 @@ class Instance:
       pieces = self._read(uid, num_tokens)
       if pieces is not None:
         self._check_proof(uid, pieces, num_tokens)
+      else:
+        self._check_trust(uid)
       self.manager.on_verified(uid, pieces is not None)
     self.settle()
 
@@ -254,7 +280,7 @@ class Instance:
     if not self.batcher.has_work:
       return
     plan = self.batcher.plan()
-    self._note_failures()
+    self._take_ended()
     if plan.rows:
       self._flight = tuple((row, self._compute(row)) for row in plan.rows)
       self._wake(self._world.scenario.step_s, self._land)
@@ -279,6 +305,8 @@ class Instance:
     world.num_unproved += pieces is None
     if pieces is not None:
       self._check_proof(row.uid, pieces, row.start)
+    else:
+      self._check_trust(row.uid)
     world.plane.write_tokens(
       table, row.start, row.end, is_right=pieces is not None
     )
@@ -301,11 +329,11 @@ class Instance:
         self._world.num_tokens += 1
         if request.num_tokens == request.max_total_tokens:
           self.batcher.finish(row.uid, RequestStatus.FINISHED_LENGTH)
-    self._note_failures()
+    self._take_ended()
     self.settle()
 
-  def _note_failures(self) -> None:
-    for request in self.requests.values():
+  def _take_ended(self) -> None:
+    while (request := self.batcher.take_ended()) is not None:
       error = request.error
       if error is not None and not isinstance(error, CoverageError):
         raise Violation(f"Request {request.uid} failed: {error}")
@@ -351,6 +379,26 @@ class Instance:
 
   # Checks.
 
+  def _take_fenced(self, envelope: Envelope) -> None:
+    """Whatever a former leader says must change nothing."""
+    before = self._sees_of_gmanagers()
+    self.manager.on_message(envelope)
+    outgoing = self.manager.drain_messages()
+    effects = self.manager.drain_effects()
+    if outgoing or effects or self._sees_of_gmanagers() != before:
+      raise Violation(
+        f"Instance {self.number} has heard of leader epoch"
+        f" {self._leader_epoch}, and obeys {envelope}."
+      )
+
+  def _sees_of_gmanagers(self) -> tuple[int, bool, bool]:
+    manager = self.manager
+    return (
+      manager.lendable_elsewhere(),
+      manager.is_frozen,
+      manager.is_borrowing(),
+    )
+
   def _read(
     self, uid: RequestUid, num_tokens: int
   ) -> tuple[Piece, ...] | None:
@@ -383,6 +431,39 @@ class Instance:
           f"Request {uid} on instance {self.number} reads logical rBlock"
           f" {logical_id} from rBlock {block_id} of instance {holder} without"
           f" a live lease; there is {lender.history.leases.get(block_id)}."
+        )
+
+  def _check_trust(self, uid: RequestUid) -> None:
+    """An owner trusts only leases that live, as far as it can know."""
+    world = self._world
+    if world.has_jumped or not self.manager.is_readable(uid):
+      return
+    table = self.manager.table(uid)
+    for creditor in table.creditors():
+      lender = world.instances[creditor]
+      for _, location in table.hosted_entries(creditor):
+        life = location.epoch // EPOCHS_PER_INCARNATION + 1
+        if not lender.is_up or life != lender.incarnation:
+          continue  # Of a creditor that began anew it has not heard yet.
+        lease = lender.history.lease(
+          self.number, self.incarnation, location.block_id
+        )
+        if lease is None or (lease.uid, lease.epoch) != (uid, location.epoch):
+          raise Violation(
+            f"Request {uid} on instance {self.number} trusts {location}, where"
+            f" there is {lender.history.leases.get(location.block_id)}."
+          )
+
+  def _check_restart(self, sender: InstanceId, envelope: Envelope) -> None:
+    """What lay at a creditor that began anew is in nobody's books."""
+    incarnation = envelope.responder or envelope.incarnation
+    if incarnation > self._incarnation_of.get(sender, 0):
+      self._incarnation_of[sender] = incarnation
+      borrowed = self.manager.borrowed().get(sender, 0)
+      if borrowed:
+        raise Violation(
+          f"Instance {self.number} has heard of life {incarnation} of instance"
+          f" {sender}, and still counts {borrowed} rBlocks there."
         )
 
   def _check_own(self, uid: RequestUid, block_id: int) -> None:

@@ -9,16 +9,13 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from infinite_llm.scheduler.messages import (
+from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
-  Envelope,
   Fetch,
   FetchedEntry,
   FetchReply,
   HostedEntry,
-  LeaseReply,
-  LeaseRequest,
   Release,
   ReleaseReply,
   Reserve,
@@ -27,6 +24,7 @@ from infinite_llm.scheduler.messages import (
   Sync,
   SyncReply,
 )
+from infinite_llm.scheduler.messages import Envelope, LeaseReply, LeaseRequest
 from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid
 
 LEASE_REQUESTS = (Reserve, Commit, Release, Sync, Fetch)

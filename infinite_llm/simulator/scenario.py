@@ -28,6 +28,8 @@ class Scenario:
     crash_s: Seconds for which somebody is down, at most.
     partition_s: Seconds for which a partition lasts, at most.
     clock_rate: How much faster or slower a clock may go, as a share.
+    clock_jump: Probability that a clock that goes wrong also jumps ahead, by up
+      to a lease.
     payload_lost: Probability that a payload of the exchange never arrives.
     payload_repeated: Probability that a payload is sent once more, later.
     min_s: Seconds for which there is trouble, at least.
@@ -50,6 +52,7 @@ class Scenario:
   crash_s: float = 2.0
   partition_s: float = 2.0
   clock_rate: float = 0.04
+  clock_jump: float = 0.0
   payload_lost: float = 0.0
   payload_repeated: float = 0.0
   min_s: float = 3.0
@@ -69,7 +72,7 @@ class Scenario:
     own = self.num_blocks - 1
     if self.lending.policy == "static":
       return own
-    lent = max(own - self.lending.headroom_blocks, 0)
+    lent = max(own - (self.lending.headroom_blocks or 0), 0)
     if self.lending.max_lent_blocks is not None:
       lent = min(lent, self.lending.max_lent_blocks)
     return own + (self.num_instances - 1) * lent
@@ -93,13 +96,18 @@ def draw_scenario(
   drawn = rng.randint(2, 5) if num_instances is None else num_instances
   num_blocks = rng.choice((7, 10, 14))
   lending = LendingConfig(
-    policy="borrow",
+    policy=rng.choice(("borrow", "borrow", "greedy")),
     spill_slots=rng.choice((1, 2, 4)),
     max_lent_blocks=rng.choice((None, None, num_blocks // 2)),
     headroom_blocks=rng.choice((0, 0, 1)),
     resend_after_s=0.3,
     heartbeat_every_s=0.1,
     lease_s=rng.choice((1.5, 2.5)),
+    full_heartbeat_every=rng.choice((3, 10)),
+    expire_after_s=2.0,
+    leader_lease_s=0.5,
+    plan_every_s=0.5,
+    freeze_s=0.5,
   )
   scheduler = SchedulerConfig(
     max_num_seqs=4,
@@ -115,6 +123,7 @@ def draw_scenario(
     late=rng.choice((0.02, 0.1)),
     late_s=rng.choice((1.0, 4.0)),
   )
+  lease_s = lending.lease_s
   return Scenario(
     num_instances=drawn,
     num_blocks=num_blocks,
@@ -124,6 +133,9 @@ def draw_scenario(
     request_every_s=rng.choice((0.2, 0.5)),
     trouble_every_s=rng.choice((0.15, 0.4)),
     plan_every_s=rng.choice((0.05, 0.2)),
+    crash_s=rng.choice((0.5, 2.0, 2 * lease_s)),
+    partition_s=rng.choice((0.5, 2.0, 3 * lease_s)),
+    clock_jump=rng.choice((0.0, 0.3)),
     payload_lost=rng.choice((0.0, 0.0, 0.1)),
     payload_repeated=rng.choice((0.0, 0.3)),
     min_messages=min_messages,
