@@ -87,7 +87,7 @@ class Adversary:
     longest = own // 3
     if rng.random() < 0.5:
       longest = self._scenario.reachable_blocks * size
-    output = rng.randint(1, 6)
+    output = rng.randint(1, 6 if rng.random() < 0.7 else 40)
     prompt = rng.randint(1, max(longest - output, 1))
     self._cluster.add_request(rng.choice(up), prompt, output)
 
@@ -133,8 +133,11 @@ class Adversary:
       *range(self._scenario.num_instances),
     ]
     self._rng.shuffle(addresses)
-    cut = self._rng.randint(1, len(addresses) - 1)
-    self._network.partition(addresses[:cut], addresses[cut:])
+    if self._rng.random() < 0.5:  # Two cannot talk to each other.
+      self._network.partition(addresses[:1], addresses[1:2])
+    else:
+      cut = self._rng.randint(1, len(addresses) - 1)
+      self._network.partition(addresses[:cut], addresses[cut:])
     self._wait(self._scenario.partition_s / 2, self._network.heal)
 
   def _skew(self) -> None:

@@ -14,7 +14,10 @@ from infinite_llm.simulator.scenario import Scenario, draw_scenario
 from infinite_llm.simulator.trace import Observer
 from infinite_llm.types import FaultPoint, InstanceId
 
-_MAX_DRAIN_S = 400.0
+_QUIET_S = 1.5
+"""Seconds without anything held by anybody, after which nobody is about to."""
+
+_MAX_DRAIN_S = 300.0
 """Seconds after which requests must have ended, all being well again."""
 
 
@@ -59,9 +62,7 @@ class SeedResult:
 def run_seed(
   seed: int,
   *,
-  num_instances: int | None = None,
-  min_messages: int = 300,
-  min_faults: int = 5,
+  scenario: Scenario | None = None,
   observer: Observer | None = None,
   note: Callable[[float, str], None] | None = None,
   faults: Callable[[InstanceId], FaultPoint] | None = None,
@@ -70,9 +71,7 @@ def run_seed(
 
   Args:
     seed: Decides all that happens.
-    num_instances: I; None has the seed decide.
-    min_messages: Messages that are delivered while there is trouble, at least.
-    min_faults: Faults that happen, at least.
+    scenario: Sizes and troubles; None has the seed decide.
     observer: Hears of every message; None costs nothing.
     note: Hears of all else; None costs nothing.
     faults: Gives each instance its fault points; None has no fault.
@@ -81,12 +80,7 @@ def run_seed(
     What came of it; a violation ends it at once.
   """
   rng = random.Random(seed)
-  scenario = draw_scenario(
-    rng,
-    num_instances=num_instances,
-    min_messages=min_messages,
-    min_faults=min_faults,
-  )
+  scenario = scenario or draw_scenario(rng)
   cluster = Cluster(scenario, rng, observer=observer, note=note, faults=faults)
   adversary = Adversary(cluster, rng)
   result = SeedResult(seed=seed)
@@ -141,9 +135,10 @@ def _drain(cluster: Cluster) -> None:
       raise Violation(f"Not ended {_MAX_DRAIN_S} s after the last fault: {late}")
   # Leases of those who are gone end, and what they freed is given back.
   deadline_s = network.now_s + 3 * cluster.world.scenario.lending.lease_s
-  while not cluster.is_empty and network.now_s < deadline_s:
+  empty_s = 0.0
+  while empty_s < _QUIET_S and network.now_s < deadline_s:
     network.run_until(network.now_s + 0.5)
-  network.run_until(network.now_s + 0.5)
+    empty_s = empty_s + 0.5 if cluster.is_empty else 0.0
 
 
 def _faults(cluster: Cluster) -> collections.Counter[str]:
