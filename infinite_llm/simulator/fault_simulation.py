@@ -58,6 +58,24 @@ class SeedResult:
   num_moved: int = 0
   time_s: float = 0.0
 
+  @property
+  def num_faults(self) -> int:
+    """Faults of all kinds."""
+    return self.faults.total()
+
+  @property
+  def num_events(self) -> int:
+    """Message events: sendings, and what became of them.
+
+    A message is delivered, lost, cut off or unheard, perhaps twice.
+    """
+    fates = (Fault.LOST, Fault.CUT_OFF, Fault.UNHEARD)
+    return (
+      self.num_sent
+      + self.num_delivered
+      + sum(self.faults[fate.value] for fate in fates)
+    )
+
 
 def run_seed(
   seed: int,

@@ -78,22 +78,13 @@ class Scenario:
     return own + (self.num_instances - 1) * lent
 
 
-def draw_scenario(
-  rng: random.Random,
-  *,
-  num_instances: int | None = None,
-  min_messages: int = 300,
-  min_faults: int = 5,
-) -> Scenario:
+def draw_scenario(rng: random.Random) -> Scenario:
   """Draws a small cluster where memory is short and much goes wrong.
 
   Args:
     rng: Decides.
-    num_instances: I; None draws it.
-    min_messages: Messages that are delivered while there is trouble, at least.
-    min_faults: Faults that happen, at least.
   """
-  drawn = rng.randint(2, 5) if num_instances is None else num_instances
+  num_instances = rng.randint(2, 5)
   num_blocks = rng.choice((7, 10, 14))
   lending = LendingConfig(
     policy=rng.choice(("borrow", "borrow", "greedy")),
@@ -125,7 +116,7 @@ def draw_scenario(
   )
   lease_s = lending.lease_s
   return Scenario(
-    num_instances=drawn,
+    num_instances=num_instances,
     num_blocks=num_blocks,
     lending=lending,
     scheduler=scheduler,
@@ -138,6 +129,4 @@ def draw_scenario(
     clock_jump=rng.choice((0.0, 0.3)),
     payload_lost=rng.choice((0.0, 0.0, 0.1)),
     payload_repeated=rng.choice((0.0, 0.3)),
-    min_messages=min_messages,
-    min_faults=min_faults,
   )
