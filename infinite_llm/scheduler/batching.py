@@ -225,7 +225,7 @@ class Batcher:
 
   def _admit(self) -> None:
     """Lets requests in from the head of the queue while they fit."""
-    if not self._waiting:
+    if not self._waiting or self._rmanager.is_frozen:
       return
     room = self._rmanager.pool.num_free + self._rmanager.lendable_elsewhere()
     room -= sum(
@@ -298,6 +298,8 @@ class Batcher:
       free and no more are to be had, none if room is being made.
     """
     start = request.num_computed_tokens
+    if self._rmanager.is_frozen:  # Preempting others would give it nothing.
+      return max(min(num_tokens, self._capacity(request) - start), 0)
     while True:
       missing = self._missing_blocks(request, start + num_tokens)
       if not missing or self._rmanager.allocate(request.uid, missing):
@@ -307,8 +309,7 @@ class Batcher:
       num_free = self._rmanager.pool.num_free
       if num_free > 0:
         self._rmanager.allocate(request.uid, num_free)
-        table = self._rmanager.table(request.uid)
-        return table.num_blocks * self._block_size - start
+        return self._capacity(request) - start
       if not self._preempt_younger_than(request):
         return 0
 
@@ -330,6 +331,11 @@ class Batcher:
       return False
     self.preempt(youngest.uid)
     return True
+
+  def _capacity(self, request: Request) -> int:
+    """Tokens that a request's rBlocks hold."""
+    table = self._rmanager.table(request.uid)
+    return table.num_blocks * self._block_size
 
   def _missing_blocks(self, request: Request, num_tokens: int) -> int:
     """rBlocks that a request lacks for its first tokens."""

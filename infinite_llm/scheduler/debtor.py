@@ -86,6 +86,10 @@ class Debtor:
     """Whether a request is open."""
     return uid in self._accounts
 
+  def is_recalling(self, uid: RequestUid) -> bool:
+    """Whether rBlocks of an open request are coming home."""
+    return uid in self._accounts and self._accounts[uid].recall is not None
+
   @property
   def num_open(self) -> int:
     """Open requests."""

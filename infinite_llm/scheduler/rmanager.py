@@ -325,6 +325,7 @@ class RManager:
   @property
   def is_frozen(self) -> bool:
     """Whether requests get no rBlocks for now, here or elsewhere."""
+    self.plans.thaw_if_due()
     return self._debtor.is_frozen
 
   def on_exchanged(self, moves: Iterable[Move]) -> None:

@@ -1,13 +1,9 @@
 """Faults at named points inside the code.
 
-Code that can be disturbed takes a `FaultPoint | None` where it is built, and
-asks it where something may go wrong:
-
-    if self._faults is not None and self._faults("creditor refuses"):
-      return ReserveReply(grants=())
-
-Outside of simulations it is given None, so that a point costs one comparison
-and no call. There is nothing global: two managers may be disturbed differently.
+Code that can be disturbed takes a `FaultPoint` where it is built, and asks it
+where something may go wrong; `scheduler/fault_points.py` names the managers'
+places and has the `no_fault` that they get outside of simulations. There is
+nothing global: two managers may be disturbed differently.
 """
 
 import collections

@@ -22,6 +22,8 @@ KINDS = [
   messages.ReleaseReply,
   messages.Sync,
   messages.SyncReply,
+  messages.Renew,
+  messages.Renewed,
 ]
 
 

@@ -20,7 +20,7 @@ from infinite_llm.engine.group_inputs import empty_hosted
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.models.hf_loader import LoadedModel, load_hf
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.messages import Body, Envelope
+from infinite_llm.scheduler.messages import GMANAGER, Address, Body, Envelope
 from infinite_llm.scheduler.request import Request
 from infinite_llm.types import InstanceId
 from tests.testing import GOLDEN, GreedyOracle, lockstep
@@ -219,8 +219,9 @@ class Rig:
         instance=ask.instance,
       )
 
-  def forge(self, sender: InstanceId, receiver: InstanceId, body: Body) -> None:
-    """Sends a message in the name of an instance that does not know of it."""
+  def forge(self, sender: Address, receiver: InstanceId, body: Body) -> None:
+    """Sends a message in the name of somebody who does not know of it."""
+    epoch = self.engine.group._gmanager.epoch if sender == GMANAGER else 0
     self.engine.group.transport.send(
       Envelope(
         sender=sender,
@@ -228,6 +229,8 @@ class Rig:
         incarnation=1,
         seq=next(self._forged_seqs),
         body=body,
+        meant_for=1,
+        leader_epoch=epoch,
       )
     )
 

@@ -32,6 +32,31 @@ def _row(uid, start, num_tokens, samples):
   return Row(uid=uid, start=start, num_tokens=num_tokens, samples=samples)
 
 
+class TestFrost:
+  def test_a_frozen_instance_preempts_and_admits_nobody(self):
+    engine = _engine(num_blocks=9)
+    engine.add(0, make_request(1, 36, max_tokens=20))
+    engine.add(0, make_request(2, 24, max_tokens=8))
+    engine.step()
+    engine.step()
+    batcher = engine.batchers[0]
+    engine.add(0, make_request(3, 1))
+    engine.cluster.managers[0].plans.freeze(1.0)
+    while True:
+      plan = batcher.plan()
+      if not plan.rows:
+        break
+      for row in plan.rows:  # What their last rBlocks still hold.
+        engine.cluster.write(0, row.uid, row.start, row.end)
+        engine._commit(0, row, True)
+
+    assert [r.uid for r in batcher.running] == [1, 2]
+    assert [r.num_computed_tokens for r in batcher.running] == [40, 24]
+    assert [r.uid for r in batcher.waiting] == [3]
+    engine.run()
+    assert all(r.status.is_finished for r in engine.requests.values())
+
+
 class TestRows:
   def test_a_prompt_is_computed_in_chunks_and_samples_at_its_end(self):
     engine = _engine()

@@ -462,38 +462,57 @@ class TestPlans:
         leader_epoch=9,
       )
     )
-    cluster.settle()
     return manager
 
   def test_a_move_is_followed(self, cluster):
     plan = MoveKvcache(uid=UID, num_blocks=1, dst=2)
     manager = self._tell(cluster, plan)
+    cluster.settle()
 
     assert manager.borrowed() == {1: 4, 2: 1}
     assert manager.plans.num_declined == 0
     assert _is_covered(cluster)
 
-  def test_a_recall_is_followed_and_freezes(self, cluster):
+  def test_a_recall_is_followed_and_freezes_until_it_is_over(self, cluster):
     plan = RecallKvcache(uid=UID, num_blocks=3, src=1, freeze_s=2.0)
     manager = self._tell(cluster, plan)
+    cluster.open(2, 9, 2 * BLOCK_SIZE)
+    assert manager.is_frozen
+    assert not manager.allocate(UID, 1)
+    assert cluster.managers[2].move_kvcache(9, 1, 0)
+    cluster.settle()
 
     assert manager.borrowed() == {1: 1}
-    assert manager.is_frozen
-    assert not manager.borrow(UID, 1)
+    assert manager.lent() == {}
+    assert not manager.is_frozen
+    assert manager.allocate(UID, 1)
     assert _is_covered(cluster)
+
+  def test_a_recall_that_takes_too_long_freezes_no_longer(self, cluster, log):
+    log.lost = Fetch
+    plan = RecallKvcache(uid=UID, num_blocks=3, src=1, freeze_s=2.0)
+    manager = self._tell(cluster, plan)
+    cluster.tick(1.9)
+    assert manager.is_frozen
+    cluster.tick(0.1)
+
+    assert manager.phase(UID) is Phase.FETCHING
+    assert not manager.is_frozen
 
   @pytest.mark.parametrize(
     "plan",
     [
       MoveKvcache(uid=99, num_blocks=1, dst=2),
       MoveKvcache(uid=UID, num_blocks=1, dst=2, with_request=True),
-      RecallKvcache(uid=99, num_blocks=1, src=1, freeze_s=0.0),
-      RecallKvcache(uid=UID, num_blocks=1, src=2, freeze_s=0.0),
+      RecallKvcache(uid=99, num_blocks=1, src=1, freeze_s=2.0),
+      RecallKvcache(uid=UID, num_blocks=1, src=2, freeze_s=2.0),
     ],
   )
   def test_who_cannot_follow_waits_for_the_next_plan(self, cluster, plan):
     manager = self._tell(cluster, plan)
 
+    cluster.settle()
     assert manager.plans.num_declined == 1
+    assert not manager.is_frozen
     assert manager.borrowed() == {1: 4}
     assert manager.refused == {}
