@@ -23,6 +23,7 @@ _SUMS = (
   "num_sent",
   "num_delivered",
   "num_requests",
+  "num_failed",
   "num_rows",
   "num_unproved",
   "num_tokens",
@@ -193,7 +194,8 @@ def _print(summary: Mapping[str, Any]) -> None:
     f" {summary['message_events_per_s']:,.0f} message events/s"
   )
   print(
-    f"{totals['num_requests']} requests, {totals['num_tokens']} tokens,"
+    f"{totals['num_requests']} requests ({totals['num_failed']} could not prove"
+    f" their KV), {totals['num_tokens']} tokens,"
     f" {totals['num_rows']} rows ({totals['num_unproved']} not proved),"
     f" {totals['num_moved']} rBlocks moved"
   )

@@ -45,6 +45,7 @@ class Adversary:
       self._abort,
       self._preempt,
       self._freeze,
+      self._spoil,
     )
     self._request()
     self._wait(self._scenario.request_every_s, self._request_again)
@@ -87,7 +88,7 @@ class Adversary:
     longest = own // 3
     if rng.random() < 0.5:
       longest = self._scenario.reachable_blocks * size
-    output = rng.randint(1, 6 if rng.random() < 0.7 else 40)
+    output = rng.randint(1, 6 if rng.random() < 0.85 else 40)
     prompt = rng.randint(1, max(longest - output, 1))
     self._cluster.add_request(rng.choice(up), prompt, output)
 
@@ -203,6 +204,15 @@ class Adversary:
     if up:
       self._rng.choice(up).manager.plans.freeze(self._rng.uniform(0, 1))
       self.counts["freeze"] += 1
+
+  def _spoil(self) -> None:
+    """Something wrote over an rBlock's tag, so nothing proves its content."""
+    up = self._cluster.up
+    if up:
+      number = self._rng.choice(up).number
+      tags = self._cluster.world.plane.devices[number].tag
+      tags[self._rng.randrange(1, len(tags))] = 0
+      self.counts["spoil"] += 1
 
   def _busy_instance(self) -> Instance | None:
     busy = [i for i in self._cluster.up if i.batcher.has_work]

@@ -9,7 +9,7 @@ from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.request import Request
 from infinite_llm.simulator.data_plane import DataPlane
 from infinite_llm.simulator.gmanagers import GManagers
-from infinite_llm.simulator.instance import Instance, Violation, World
+from infinite_llm.simulator.instance import Instance, World
 from infinite_llm.simulator.invariants import (
   check_agreement,
   check_empty,
@@ -18,6 +18,7 @@ from infinite_llm.simulator.invariants import (
 from infinite_llm.simulator.network import SimulatedNetwork
 from infinite_llm.simulator.scenario import Scenario
 from infinite_llm.simulator.trace import Observer
+from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import FaultPoint, InstanceId
 
 _STALL_S = 2.0
@@ -62,7 +63,7 @@ class Cluster:
       note=note,
     )
     self.accepted: dict[str, Request] = {}
-    self._faults = faults or (lambda _: no_fault)
+    self._faults = faults
     self._uids = itertools.count(1)
     self._incarnations = [1] * scenario.num_instances
     self._journal: dict[InstanceId, list[Request]] = {}
@@ -179,7 +180,7 @@ class Cluster:
     """What must hold at any moment.
 
     Raises:
-      Violation: If it does not.
+      ViolationError: If it does not.
     """
     check_ownership(self.world.instances, self.world.plane)
 
@@ -187,7 +188,7 @@ class Cluster:
     """What must hold when no request is left and all has been said.
 
     Raises:
-      Violation: If it does not.
+      ViolationError: If it does not.
     """
     self.check()
     check_agreement(self.world.instances)
@@ -195,9 +196,8 @@ class Cluster:
     self.gmanagers.check_quiescent(self.world.instances)
     for name, request in self.accepted.items():
       if not request.status.is_finished:
-        raise Violation(f"{name} never ended: {request.status}.")
+        raise ViolationError(f"{name} never ended: {request.status}.")
 
   def _instance(self, number: InstanceId) -> Instance:
-    return Instance(
-      number, self._incarnations[number], self.world, self._faults(number)
-    )
+    faults = self._faults(number) if self._faults else no_fault
+    return Instance(number, self._incarnations[number], self.world, faults)

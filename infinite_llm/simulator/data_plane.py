@@ -228,8 +228,9 @@ class DataPlane:
   ) -> int:
     tags = self.devices[holder].tag
     mixed = self._mixed
-    pairs = entries.log.read(entries.begin, entries.end).tolist()
-    for block_id, logical_id in zip(*pairs, strict=True):
+    block_ids: list[int] = entries.block_ids.tolist()
+    logical_ids: list[int] = entries.logical_ids.tolist()
+    for block_id, logical_id in zip(block_ids, logical_ids, strict=True):
       key = tags[block_id], logical_id
       if key not in mixed:
         mixed[key] = mix_tag(*key)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from infinite_llm.simulator.adversary import Adversary
 from infinite_llm.simulator.cluster import Cluster
 from infinite_llm.simulator.faults import Fault
-from infinite_llm.simulator.instance import Violation
 from infinite_llm.simulator.scenario import Scenario, draw_scenario
 from infinite_llm.simulator.trace import Observer
+from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import FaultPoint, InstanceId
 
-_QUIET_S = 1.5
+_QUIET_S = 1.0
 """Seconds without anything held by anybody, after which nobody is about to."""
 
 _MAX_DRAIN_S = 300.0
@@ -37,6 +37,8 @@ class SeedResult:
     num_unproved: Rows of them whose KV was not proved, so that they were not
       committed.
     num_tokens: Tokens that were emitted.
+    num_failed: Requests that failed because their KV was not proved again and
+      again.
     num_moved: Payloads that arrived.
     time_s: Simulated seconds.
   """
@@ -55,6 +57,7 @@ class SeedResult:
   num_rows: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
+  num_failed: int = 0
   num_moved: int = 0
   time_s: float = 0.0
 
@@ -118,6 +121,7 @@ def run_seed(
   result.num_rows = world.num_steps
   result.num_unproved = world.num_unproved
   result.num_tokens = world.num_tokens
+  result.num_failed = world.num_failed
   result.num_moved = world.plane.num_arrived
   result.time_s = world.network.now_s
   return result
@@ -150,7 +154,9 @@ def _drain(cluster: Cluster) -> None:
         for name, request in cluster.accepted.items()
         if not request.status.is_finished
       ]
-      raise Violation(f"Not ended {_MAX_DRAIN_S} s after the last fault: {late}")
+      raise ViolationError(
+        f"Not ended {_MAX_DRAIN_S} s after the last fault: {late}"
+      )
   # Leases of those who are gone end, and what they freed is given back.
   deadline_s = network.now_s + 3 * cluster.world.scenario.lending.lease_s
   empty_s = 0.0
@@ -163,7 +169,11 @@ def _faults(cluster: Cluster) -> collections.Counter[str]:
   """What went wrong so far, by kind."""
   counts = cluster.world.network.counts()
   faults = collections.Counter(
-    {fault.value: n for fault, n in counts.items() if fault is not Fault.RESTART}
+    {
+      fault.value: n
+      for fault, n in counts.items()
+      if fault is not Fault.RESTART
+    }
   )
   faults["payload lost"] = cluster.world.num_payloads_lost
   faults["payload repeated"] = cluster.world.num_payloads_repeated
@@ -172,8 +182,8 @@ def _faults(cluster: Cluster) -> collections.Counter[str]:
 
 def _describe(error: Exception) -> str:
   """The error, and where it was raised unless it was found by a check."""
-  text = f"{type(error).__name__}: {error}"
-  if isinstance(error, Violation):
-    return text
+  if isinstance(error, ViolationError):
+    return str(error)
   frame = traceback.extract_tb(error.__traceback__)[-1]
-  return f"{text} (in {frame.name}, line {frame.lineno})"
+  where = f"{frame.name}, line {frame.lineno}"
+  return f"{type(error).__name__}: {error} (in {where})"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from infinite_llm.distributed.transport.base import Handler
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -11,7 +12,8 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.performance_model import PerformanceModel, Profile
 from infinite_llm.scheduler.planning import PlanningConfig
-from infinite_llm.simulator.instance import Instance, Violation, World
+from infinite_llm.simulator.instance import Instance, World
+from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import Epoch
 
 ADDRESSES: Sequence[GManagerAddress] = (GMANAGER, STANDBY)
@@ -64,12 +66,12 @@ class GManagers:
     """What must hold when all has been said.
 
     Raises:
-      Violation: If not just one leads, or it does not know what all have.
+      ViolationError: If not just one leads, or it does not know what all have.
     """
-    leaders = [a for a, gmanager in self.up.items() if gmanager.is_leader]
+    leaders = [gmanager for gmanager in self.up.values() if gmanager.is_leader]
     if len(leaders) != 1:
-      raise Violation(f"One gManager must lead; got {leaders}.")
-    lines = {line.instance: line for line in self.up[leaders[0]].view().lines}
+      raise ViolationError(f"One gManager must lead; {len(leaders)} do.")
+    lines = {line.instance: line for line in leaders[0].view().lines}
     for instance in instances:
       line = lines.get(instance.number)
       counts = instance.manager.counts()
@@ -79,7 +81,7 @@ class GManagers:
         counts.free,
         lent,
       ):
-        raise Violation(
+        raise ViolationError(
           f"The ledger says {line} of instance {instance.number}, which has"
           f" {counts} and lent {lent}."
         )
@@ -98,7 +100,7 @@ class GManagers:
       is_leader=is_leader,
     )
 
-  def _handler(self, address: GManagerAddress):
+  def _handler(self, address: GManagerAddress) -> Handler:
     def on_message(envelope: Envelope) -> None:
       self.up[address].on_message(envelope)
       self._settle(address)
@@ -121,7 +123,7 @@ class GManagers:
       leader = address, self._incarnations[address]
       known = self._leader_of.setdefault(gmanager.epoch, leader)
       if known != leader:
-        raise Violation(
+        raise ViolationError(
           f"Both {known} and {leader} lead under epoch {gmanager.epoch}."
         )
     for envelope in gmanager.drain_messages():

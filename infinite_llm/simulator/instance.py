@@ -1,7 +1,7 @@
 """One instance of a simulated cluster: real managers over a model device.
 
 Each event ends with the checks that concern this instance alone; all of them
-are cheap. What is wrong is raised as a `Violation` where it happens.
+are cheap. What is wrong is raised as a `ViolationError` where it happens.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from infinite_llm.simulator.lease_history import (
 )
 from infinite_llm.simulator.network import SimulatedNetwork
 from infinite_llm.simulator.scenario import Scenario
+from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import (
   NO_EPOCH,
   Epoch,
@@ -41,10 +42,6 @@ from infinite_llm.types import (
 
 EPOCHS_PER_INCARNATION = 100_000
 """A pool that begins anew begins beyond the epochs of the lost one."""
-
-
-class Violation(Exception):
-  """Something happened that must never happen."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -64,6 +61,8 @@ class World:
     num_steps: Rows that were computed.
     num_unproved: Rows of them whose KV was not proved.
     num_tokens: Tokens that were emitted.
+    num_failed: Requests that failed because their KV was not proved again and
+      again.
     progress_s: When something last went on.
     note: Hears of what is done beside messages; None costs nothing.
   """
@@ -82,6 +81,7 @@ class World:
   num_steps: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
+  num_failed: int = 0
   progress_s: float = 0.0
   note: Callable[[float, str], None] | None = None
 
@@ -233,6 +233,12 @@ class Instance:
     self.batcher.abort(uid)
     self.settle()
 
+  def check_payload(self, move: Move) -> None:
+    """A payload that was accepted must be what its rBlock was granted for."""
+    block = self.manager.pool.block(move.dst_block)
+    if (block.uid, block.epoch) != (move.uid, move.dst_epoch):
+      raise ViolationError(f"{move} was written over {block}.")
+
   def stop(self) -> tuple[Request, ...]:
     """Crashes: all that it had is gone.
 
@@ -294,7 +300,7 @@ class Instance:
     for logical_id in range(row.start // size, -(-row.end // size)):
       location = table.location(logical_id)
       if location.instance != self.number:
-        raise Violation(
+        raise ViolationError(
           f"A step of request {row.uid} on instance {self.number} writes to"
           f" rBlock {location.block_id} of instance {location.instance}."
         )
@@ -335,8 +341,9 @@ class Instance:
   def _take_ended(self) -> None:
     while (request := self.batcher.take_ended()) is not None:
       error = request.error
+      self._world.num_failed += error is not None
       if error is not None and not isinstance(error, CoverageError):
-        raise Violation(f"Request {request.uid} failed: {error}")
+        raise ViolationError(f"Request {request.uid} failed: {error}")
 
   def _schedule_exchange(self) -> None:
     if not self._is_exchange_due:
@@ -374,8 +381,9 @@ class Instance:
       self._schedule_exchange()
 
   def _send_payload(self, move: Move) -> None:
-    if self._world.instances[move.dst_instance].is_up:
-      self._world.plane.exchange(move)
+    receiver = self._world.instances[move.dst_instance]
+    if receiver.is_up and self._world.plane.exchange(move):
+      receiver.check_payload(move)
 
   # Checks.
 
@@ -386,7 +394,7 @@ class Instance:
     outgoing = self.manager.drain_messages()
     effects = self.manager.drain_effects()
     if outgoing or effects or self._sees_of_gmanagers() != before:
-      raise Violation(
+      raise ViolationError(
         f"Instance {self.number} has heard of leader epoch"
         f" {self._leader_epoch}, and obeys {envelope}."
       )
@@ -399,9 +407,7 @@ class Instance:
       manager.is_borrowing(),
     )
 
-  def _read(
-    self, uid: RequestUid, num_tokens: int
-  ) -> tuple[Piece, ...] | None:
+  def _read(self, uid: RequestUid, num_tokens: int) -> tuple[Piece, ...] | None:
     """What a program reads of a request; None if that was not proved."""
     table = self.manager.table(uid)
     spill = self.manager.spill(uid)
@@ -417,7 +423,7 @@ class Instance:
     """Holds what a program proved to have read against the truth."""
     fault = self._world.plane.wrong_piece(uid, pieces, num_tokens)
     if fault is not None:
-      raise Violation(
+      raise ViolationError(
         f"Request {uid} on instance {self.number} proved its KV, but {fault}."
       )
     for holder, block_id, logical_id in pieces:
@@ -427,7 +433,7 @@ class Instance:
       lender = self._world.instances[holder]
       lease = lender.history.lease(self.number, self.incarnation, block_id)
       if lease is None or lease.uid != uid:
-        raise Violation(
+        raise ViolationError(
           f"Request {uid} on instance {self.number} reads logical rBlock"
           f" {logical_id} from rBlock {block_id} of instance {holder} without"
           f" a live lease; there is {lender.history.leases.get(block_id)}."
@@ -449,7 +455,7 @@ class Instance:
           self.number, self.incarnation, location.block_id
         )
         if lease is None or (lease.uid, lease.epoch) != (uid, location.epoch):
-          raise Violation(
+          raise ViolationError(
             f"Request {uid} on instance {self.number} trusts {location}, where"
             f" there is {lender.history.leases.get(location.block_id)}."
           )
@@ -461,7 +467,7 @@ class Instance:
       self._incarnation_of[sender] = incarnation
       borrowed = self.manager.borrowed().get(sender, 0)
       if borrowed:
-        raise Violation(
+        raise ViolationError(
           f"Instance {self.number} has heard of life {incarnation} of instance"
           f" {sender}, and still counts {borrowed} rBlocks there."
         )
@@ -469,18 +475,16 @@ class Instance:
   def _check_own(self, uid: RequestUid, block_id: int) -> None:
     block = self.manager.pool.block(block_id)
     if (block.owner, block.uid) != (self.number, uid):
-      raise Violation(
+      raise ViolationError(
         f"Request {uid} on instance {self.number} uses a foreign {block}."
       )
 
-  def _check_outgoing(
-    self, envelope: Envelope, cause: Envelope | None
-  ) -> None:
+  def _check_outgoing(self, envelope: Envelope, cause: Envelope | None) -> None:
     body, receiver = envelope.body, envelope.receiver
     if isinstance(body, LEASE_REPLIES) and isinstance(receiver, int):
       request = self._heard.get((receiver, envelope.incarnation, envelope.seq))
       if request is None:
-        raise Violation(f"Nobody asked for the answer {envelope}.")
+        raise ViolationError(f"Nobody asked for the answer {envelope}.")
       self.history.on_answered(request, envelope, self._clock())
       return
     is_new = envelope.seq > self._newest_seq
@@ -491,7 +495,7 @@ class Instance:
       and cause is not None
       and isinstance(cause.body, Reserve)
     ):
-      raise Violation(
+      raise ViolationError(
         f"Instance {self.number} forwards a borrow: {cause.body} made it ask"
         f" {receiver!r}: {body}."
       )
@@ -502,15 +506,15 @@ class Instance:
     self.history.check_books(lent)
     counts = pool.counts()
     if not counts.is_conserved() or not 0 <= counts.free <= counts.total:
-      raise Violation(f"Instance {self.number} lost count: {counts}.")
+      raise ViolationError(f"Instance {self.number} lost count: {counts}.")
     if pool.num_lent != len(self.history.leases):
-      raise Violation(
+      raise ViolationError(
         f"Instance {self.number} keeps {pool.num_lent} rBlocks for others, but"
         f" {len(self.history.leases)} leases live."
       )
     cap = self._world.scenario.lending.max_lent_blocks
     if cap is not None and pool.num_lent > cap:
-      raise Violation(
+      raise ViolationError(
         f"Instance {self.number} lent {pool.num_lent} rBlocks; its cap is"
         f" {cap}."
       )

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 
 from infinite_llm.cache.rblock import BlockState
 from infinite_llm.simulator.data_plane import DataPlane
-from infinite_llm.simulator.instance import Instance, Violation
+from infinite_llm.simulator.instance import Instance
+from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import NO_EPOCH, BlockId, InstanceId, RequestUid
 
 
-def check_ownership(
-  instances: Sequence[Instance], plane: DataPlane
-) -> None:
+def check_ownership(instances: Sequence[Instance], plane: DataPlane) -> None:
   """What must hold at any moment, over all instances that are up.
 
   Raises:
-    Violation: If an rBlock is named by two tables, or by one whose it is not,
+    ViolationError: If an rBlock is named by two tables, or by one whose it is not,
       or is counted or received under another name than its lease's.
   """
   named: dict[tuple[InstanceId, BlockId], RequestUid] = {}
@@ -28,14 +27,14 @@ def check_agreement(instances: Sequence[Instance]) -> None:
   """What must hold once all messages have arrived.
 
   Raises:
-    Violation: If two instances disagree on what one lent to the other.
+    ViolationError: If two instances disagree on what one lent to the other.
   """
   for lender in instances:
     for debtor in instances:
       lent = lender.manager.lent().get(debtor.number, 0)
       borrowed = debtor.manager.borrowed().get(lender.number, 0)
       if lent != borrowed:
-        raise Violation(
+        raise ViolationError(
           f"Instance {lender.number} says that it lent {lent} rBlocks to"
           f" instance {debtor.number}, which says that it borrowed {borrowed}."
         )
@@ -45,7 +44,7 @@ def check_empty(instances: Sequence[Instance], plane: DataPlane) -> None:
   """What must hold once no request is left.
 
   Raises:
-    Violation: If anything is still held by anybody.
+    ViolationError: If anything is still held by anybody.
   """
   for instance in instances:
     manager = instance.manager
@@ -60,18 +59,18 @@ def check_empty(instances: Sequence[Instance], plane: DataPlane) -> None:
       or any(epoch != NO_EPOCH for epoch in epochs)
       or hosted
     ):
-      raise Violation(
+      raise ViolationError(
         f"Instance {instance.number} is not empty: {counts}, lent"
         f" {manager.lent()}, borrowed {manager.borrowed()}, epochs {epochs},"
         f" hosted {hosted}."
       )
     if slots != instance.num_spill_slots:
-      raise Violation(
+      raise ViolationError(
         f"Instance {instance.number} has {slots} free spill slots, not"
         f" {instance.num_spill_slots}."
       )
     if sum(manager.refused.values()):
-      raise Violation(
+      raise ViolationError(
         f"Instance {instance.number} refused messages of sane senders:"
         f" {dict(manager.refused)}."
       )
@@ -89,7 +88,7 @@ def _check_tables(
       # rBlock to another; its tables say so, and the proof fails.
       if location.instance == instance.number:
         if place in named:
-          raise Violation(
+          raise ViolationError(
             f"Requests {named[place]} and {request.uid} both name rBlock"
             f" {place[1]} of instance {place[0]}."
           )
@@ -97,7 +96,7 @@ def _check_tables(
         block = instance.manager.pool.block(location.block_id)
         held = block.owner, block.uid, block.epoch
         if held != (instance.number, request.uid, location.epoch):
-          raise Violation(
+          raise ViolationError(
             f"Request {request.uid} of instance {instance.number} names"
             f" {location} as its own, which is {block}."
           )
@@ -115,7 +114,7 @@ def _check_pool(instance: Instance, plane: DataPlane) -> None:
     lease = leases.get(block_id)
     is_lent = block.owner not in (None, instance.number)
     if (lease is not None) != is_lent:
-      raise Violation(
+      raise ViolationError(
         f"Instance {instance.number} has {block}, but the lease is {lease}."
       )
     if lease is not None:
@@ -123,16 +122,16 @@ def _check_pool(instance: Instance, plane: DataPlane) -> None:
       if held != (lease.owner, lease.uid, lease.epoch, lease.epoch) or (
         lease.is_hosted != (block.state is BlockState.HOSTED)
       ):
-        raise Violation(
+        raise ViolationError(
           f"Instance {instance.number} keeps {block}, received under epoch"
           f" {epochs[block_id]}, but the lease is {lease}."
         )
     elif epochs[block_id] not in (NO_EPOCH, block.epoch):
-      raise Violation(
+      raise ViolationError(
         f"Instance {instance.number} receives under epoch {epochs[block_id]}"
         f" into {block}."
       )
   if num_free != counts.free:
-    raise Violation(
+    raise ViolationError(
       f"Instance {instance.number} counts {counts}, but {num_free} are free."
     )

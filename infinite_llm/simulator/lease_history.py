@@ -25,6 +25,7 @@ from infinite_llm.scheduler.lease_messages import (
   SyncReply,
 )
 from infinite_llm.scheduler.messages import Envelope, LeaseReply, LeaseRequest
+from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid
 
 LEASE_REQUESTS = (Reserve, Commit, Release, Sync, Fetch)
@@ -37,10 +38,6 @@ LEASE_REPLIES = (
 )
 
 _KEPT_OPERATIONS = 400
-
-
-class HistoryError(Exception):
-  """A creditor did what no sequential keeper of leases would do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,7 +176,7 @@ class LeaseHistory:
     """Executes a request that the creditor has answered.
 
     Raises:
-      HistoryError: If it should not have been executed, or not answered so.
+      ViolationError: If it should not have been executed, or not answered so.
     """
     body, reply, owner = request.body, answer.body, request.sender
     if (
@@ -211,7 +208,7 @@ class LeaseHistory:
     """Compares how much the creditor says that it has lent.
 
     Raises:
-      HistoryError: If that is not what the history says.
+      ViolationError: If that is not what the history says.
     """
     if lent != self._num_lent:
       raise self._wrong(f"says that it lent {dict(lent)}, not {self._num_lent}")
@@ -275,8 +272,7 @@ class LeaseHistory:
         )
       if grant.epoch <= self._last_epoch:
         raise self._wrong(
-          f"granted {grant} under an epoch that is not after"
-          f" {self._last_epoch}"
+          f"granted {grant} under an epoch that is not after {self._last_epoch}"
         )
       self._last_epoch = grant.epoch
       self.leases[grant.block_id] = ModelLease(
@@ -419,7 +415,7 @@ class LeaseHistory:
       Operation(self._now_s, self._creditor, owner, incarnation, name, grants)
     )
 
-  def _wrong(self, what: str) -> HistoryError:
-    return HistoryError(
+  def _wrong(self, what: str) -> ViolationError:
+    return ViolationError(
       f"Creditor {self._creditor}.{self._incarnation} {what}."
     )
