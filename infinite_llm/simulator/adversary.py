@@ -59,7 +59,7 @@ class Adversary:
     self._cluster.world.is_healed = True
     self._network.heal()
     self._network.faults = NetworkFaults()
-    for instance in self._cluster.world.instances:
+    for instance in self._cluster.instances:
       if not instance.is_up:
         self._cluster.restart(instance.number)
     for address in ADDRESSES:
@@ -112,7 +112,7 @@ class Adversary:
     self._wait(self._scenario.crash_s / 2, lambda: self._restart(number))
 
   def _restart(self, number: InstanceId) -> None:
-    if not self._cluster.world.instances[number].is_up:
+    if not self._cluster.instances[number].is_up:
       self._cluster.restart(number)
 
   def _crash_gmanager(self) -> None:

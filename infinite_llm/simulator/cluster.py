@@ -1,4 +1,4 @@
-"""A simulated cluster: instances, gManagers, requests, and what befalls them."""
+"""A simulated cluster: instances, gManagers, requests and their fates."""
 
 import itertools
 import random
@@ -9,7 +9,7 @@ from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.request import Request
 from infinite_llm.simulator.data_plane import DataPlane
 from infinite_llm.simulator.gmanagers import GManagers
-from infinite_llm.simulator.instance import Instance, World
+from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.invariants import (
   check_agreement,
   check_empty,
@@ -19,6 +19,7 @@ from infinite_llm.simulator.network import SimulatedNetwork
 from infinite_llm.simulator.scenario import Scenario
 from infinite_llm.simulator.trace import Observer
 from infinite_llm.simulator.violation import ViolationError
+from infinite_llm.simulator.watch import World
 from infinite_llm.types import FaultPoint, InstanceId
 
 _STALL_S = 2.0
@@ -30,6 +31,7 @@ class Cluster:
 
   Attributes:
     world: What the instances share.
+    instances: Those that are up, and the last life of those that are not.
     gmanagers: The leading one and the standby.
     accepted: Requests that were accepted, by name; the last life of each.
   """
@@ -62,6 +64,7 @@ class Cluster:
       ),
       note=note,
     )
+    self.instances: list[Instance] = []
     self.accepted: dict[str, Request] = {}
     self._faults = faults
     self._uids = itertools.count(1)
@@ -69,16 +72,17 @@ class Cluster:
     self._journal: dict[InstanceId, list[Request]] = {}
     for number in range(scenario.num_instances):
       instance = self._instance(number)
-      self.world.instances.append(instance)
+      self.instances.append(instance)
+      self.world.watches.append(instance.watch)
       network.register(number, instance.on_message)
     self.gmanagers = GManagers(self.world)
-    for instance in self.world.instances:
+    for instance in self.instances:
       instance.start()
 
   @property
   def up(self) -> list[Instance]:
     """Instances that live."""
-    return [instance for instance in self.world.instances if instance.is_up]
+    return [instance for instance in self.instances if instance.is_up]
 
   @property
   def num_open(self) -> int:
@@ -92,7 +96,7 @@ class Cluster:
       instance.is_quiet
       and instance.manager.counts().free == instance.manager.counts().total
       and not instance.manager.borrowed()
-      for instance in self.world.instances
+      for instance in self.instances
     )
 
   # Requests.
@@ -129,7 +133,7 @@ class Cluster:
 
   def crash(self, number: InstanceId) -> None:
     """Takes an instance down, with all that it has."""
-    instance = self.world.instances[number]
+    instance = self.instances[number]
     self._journal[number] = list(instance.stop())
     self.world.network.crash(number)
     self.world.plane.reset(number)
@@ -138,7 +142,8 @@ class Cluster:
     """Brings an instance back; what it had accepted begins anew."""
     self._incarnations[number] += 1
     instance = self._instance(number)
-    self.world.instances[number] = instance
+    self.instances[number] = instance
+    self.world.watches[number] = instance.watch
     self.world.network.restart(number, instance.on_message)
     for lost in self._journal.pop(number):
       # A uid is never used twice in a lending group.
@@ -182,7 +187,7 @@ class Cluster:
     Raises:
       ViolationError: If it does not.
     """
-    check_ownership(self.world.instances, self.world.plane)
+    check_ownership(self.instances, self.world.plane)
 
   def check_quiescent(self) -> None:
     """What must hold when no request is left and all has been said.
@@ -191,9 +196,9 @@ class Cluster:
       ViolationError: If it does not.
     """
     self.check()
-    check_agreement(self.world.instances)
-    check_empty(self.world.instances, self.world.plane)
-    self.gmanagers.check_quiescent(self.world.instances)
+    check_agreement(self.instances)
+    check_empty(self.instances, self.world.plane)
+    self.gmanagers.check_quiescent(self.instances)
     for name, request in self.accepted.items():
       if not request.status.is_finished:
         raise ViolationError(f"{name} never ended: {request.status}.")

@@ -12,8 +12,9 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.performance_model import PerformanceModel, Profile
 from infinite_llm.scheduler.planning import PlanningConfig
-from infinite_llm.simulator.instance import Instance, World
+from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.violation import ViolationError
+from infinite_llm.simulator.watch import World
 from infinite_llm.types import Epoch
 
 ADDRESSES: Sequence[GManagerAddress] = (GMANAGER, STANDBY)

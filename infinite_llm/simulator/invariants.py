@@ -13,8 +13,8 @@ def check_ownership(instances: Sequence[Instance], plane: DataPlane) -> None:
   """What must hold at any moment, over all instances that are up.
 
   Raises:
-    ViolationError: If an rBlock is named by two tables, or by one whose it is not,
-      or is counted or received under another name than its lease's.
+    ViolationError: If an rBlock is named by two tables, or by one whose it is
+      not, or is counted or received under another name than its lease's.
   """
   named: dict[tuple[InstanceId, BlockId], RequestUid] = {}
   for instance in instances:
@@ -105,7 +105,7 @@ def _check_tables(
 def _check_pool(instance: Instance, plane: DataPlane) -> None:
   pool = instance.manager.pool
   counts = pool.counts()
-  leases = instance.history.leases
+  leases = instance.watch.history.leases
   epochs = plane.devices[instance.number].epoch
   num_free = 0
   for block_id in range(1, counts.total + 1):

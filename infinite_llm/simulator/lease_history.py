@@ -1,4 +1,4 @@
-"""A history checker: each creditor's books against a sequential model of leases.
+"""A history checker: a creditor's books against a sequential model of leases.
 
 The model knows what leases are and nothing of how managers keep them. It sees
 what a creditor heard and what it answered, in the order in which that happened,
@@ -25,8 +25,9 @@ from infinite_llm.scheduler.lease_messages import (
   SyncReply,
 )
 from infinite_llm.scheduler.messages import Envelope, LeaseReply, LeaseRequest
+from infinite_llm.simulator.lease_model import ModelLease, Operation
 from infinite_llm.simulator.violation import ViolationError
-from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid
+from infinite_llm.types import BlockId, Epoch, InstanceId
 
 LEASE_REQUESTS = (Reserve, Commit, Release, Sync, Fetch)
 LEASE_REPLIES = (
@@ -38,54 +39,6 @@ LEASE_REPLIES = (
 )
 
 _KEPT_OPERATIONS = 400
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Operation:
-  """One thing that happened to the leases of a creditor.
-
-  Attributes:
-    time_s: When, by the creditor's clock.
-    creditor: Who lends.
-    owner: Who borrows.
-    incarnation: The owner's.
-    name: What happened.
-    grants: `(block_id, epoch)` of each rBlock concerned.
-  """
-
-  time_s: float
-  creditor: InstanceId
-  owner: InstanceId
-  incarnation: int
-  name: str
-  grants: tuple[tuple[BlockId, Epoch], ...]
-
-  def __str__(self) -> str:
-    return (
-      f"{self.time_s:.6f} creditor {self.creditor}: {self.name} of owner"
-      f" {self.owner}.{self.incarnation} {list(self.grants)}"
-    )
-
-
-@dataclasses.dataclass(slots=True)
-class ModelLease:
-  """An rBlock that is lent.
-
-  Attributes:
-    owner: To whom.
-    incarnation: The owner's.
-    uid: The owner's request.
-    slot: The request's spill slot.
-    epoch: Reservation epoch.
-    is_hosted: Whether it was committed.
-  """
-
-  owner: InstanceId
-  incarnation: int
-  uid: RequestUid
-  slot: SlotName
-  epoch: Epoch
-  is_hosted: bool = False
 
 
 @dataclasses.dataclass(slots=True)

@@ -19,8 +19,8 @@ from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane
 from infinite_llm.simulator.fault_simulation import run_seed
-from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.scenario import draw_scenario
+from infinite_llm.simulator.watch import Watch
 
 
 def _drawn(seed):
@@ -110,7 +110,7 @@ def _take_all_for_proved(monkeypatch):
     table, spill = self.manager.table(uid), self.manager.spill(uid)
     return self._world.plane.read(table, spill, hosted, num_tokens).pieces
 
-  monkeypatch.setattr(Instance, "_read", read)
+  monkeypatch.setattr(Watch, "read", read)
 
 
 _PLACES = {
