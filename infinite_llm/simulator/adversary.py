@@ -6,15 +6,12 @@ from collections.abc import Callable
 
 from infinite_llm.scheduler.messages import Address, GManagerAddress
 from infinite_llm.simulator.cluster import Cluster
-from infinite_llm.simulator.faults import NetworkFaults
 from infinite_llm.simulator.gmanagers import ADDRESSES
 from infinite_llm.simulator.instance import Instance
 from infinite_llm.types import InstanceId
 
 _SELF: Address = -1
 """Address under which the adversary waits; nobody else has it."""
-
-_HOUSEKEEPING_S = 0.5
 
 
 class Adversary:
@@ -51,27 +48,14 @@ class Adversary:
     self._wait(self._scenario.request_every_s, self._request_again)
     self._wait(self._scenario.trouble_every_s, self._trouble)
     self._wait(self._scenario.plan_every_s, self._plan)
-    self._network.call_later(_SELF, _HOUSEKEEPING_S, self._keep_house)
 
   def heal(self) -> None:
     """Ends all trouble: everybody is up, and every message arrives."""
     self._is_active = False
-    self._cluster.world.is_healed = True
-    self._network.heal()
-    self._network.faults = NetworkFaults()
-    for instance in self._cluster.instances:
-      if not instance.is_up:
-        self._cluster.restart(instance.number)
-    for address in ADDRESSES:
-      self._restart_gmanager(address)
+    self._cluster.heal()
 
   def _wait(self, mean_s: float, callback: Callable[[], None]) -> None:
     self._network.call_later(_SELF, 2 * mean_s * self._rng.random(), callback)
-
-  def _keep_house(self) -> None:
-    self._cluster.break_stall()
-    self._cluster.check()
-    self._network.call_later(_SELF, _HOUSEKEEPING_S, self._keep_house)
 
   def _request_again(self) -> None:
     if self._is_active:

@@ -8,7 +8,8 @@ from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.request import Request
 from infinite_llm.simulator.data_plane import DataPlane
-from infinite_llm.simulator.gmanagers import GManagers
+from infinite_llm.simulator.faults import NetworkFaults
+from infinite_llm.simulator.gmanagers import ADDRESSES, GManagers
 from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.invariants import (
   check_agreement,
@@ -21,6 +22,9 @@ from infinite_llm.simulator.trace import Observer
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import World
 from infinite_llm.types import FaultPoint, InstanceId
+
+_HOUSEKEEPING_S = 0.5
+"""Seconds between two full checks."""
 
 _STALL_S = 2.0
 """Seconds without any progress after which the youngest request gives way."""
@@ -159,9 +163,53 @@ class Cluster:
       instance.add(replayed)
     instance.start()
 
-  # Stalls.
+  def heal(self) -> None:
+    """Everybody is up from now on, and every message arrives."""
+    network = self.world.network
+    self.world.is_healed = True
+    network.heal()
+    network.faults = NetworkFaults()
+    for instance in self.instances:
+      if not instance.is_up:
+        self.restart(instance.number)
+    for address in ADDRESSES:
+      if network.is_crashed(address):
+        self.gmanagers.restart(address)
 
-  def break_stall(self) -> None:
+  # Time.
+
+  def run_until(self, time_s: float) -> None:
+    """Lets time pass, with the full checks that hold at any moment.
+
+    Args:
+      time_s: How late it is then.
+
+    Raises:
+      ViolationError: If something must not be as it is.
+    """
+    network = self.world.network
+    while network.now_s < time_s:
+      network.run_until(min(network.now_s + _HOUSEKEEPING_S, time_s))
+      self._break_stall()
+      check_ownership(self.instances, self.world.plane)
+
+  # Checks.
+
+  def check_quiescent(self) -> None:
+    """What must hold when no request is left and all has been said.
+
+    Raises:
+      ViolationError: If it does not.
+    """
+    check_ownership(self.instances, self.world.plane)
+    check_agreement(self.instances)
+    check_empty(self.instances, self.world.plane)
+    self.gmanagers.check_quiescent(self.instances)
+    for name, request in self.accepted.items():
+      if not request.status.is_finished:
+        raise ViolationError(f"{name} never ended: {request.status}.")
+
+  def _break_stall(self) -> None:
     """As the engine: requests may wait for each other's rBlocks for ever."""
     world = self.world
     if world.network.now_s - world.progress_s < _STALL_S:
@@ -178,30 +226,6 @@ class Cluster:
       world.tell(f"stall: request {uid} on {instance.number} gives way")
       instance.batcher.preempt(uid)
       instance.settle()
-
-  # Checks.
-
-  def check(self) -> None:
-    """What must hold at any moment.
-
-    Raises:
-      ViolationError: If it does not.
-    """
-    check_ownership(self.instances, self.world.plane)
-
-  def check_quiescent(self) -> None:
-    """What must hold when no request is left and all has been said.
-
-    Raises:
-      ViolationError: If it does not.
-    """
-    self.check()
-    check_agreement(self.instances)
-    check_empty(self.instances, self.world.plane)
-    self.gmanagers.check_quiescent(self.instances)
-    for name, request in self.accepted.items():
-      if not request.status.is_finished:
-        raise ViolationError(f"{name} never ended: {request.status}.")
 
   def _instance(self, number: InstanceId) -> Instance:
     faults = self._faults(number) if self._faults else no_fault

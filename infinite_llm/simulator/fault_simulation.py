@@ -108,8 +108,7 @@ def run_seed(
   try:
     _trouble(cluster, scenario)
     adversary.heal()
-    _drain(cluster)
-    cluster.check_quiescent()
+    drain(cluster)
   except Exception as error:  # Whatever a manager raises is a finding as well.
     result.violation = _describe(error)
   world = cluster.world
@@ -127,27 +126,21 @@ def run_seed(
   return result
 
 
-def _trouble(cluster: Cluster, scenario: Scenario) -> None:
-  """Lets time pass until enough has happened."""
-  network = cluster.world.network
-  end_s = scenario.min_s
-  while True:
-    network.run_until(end_s)
-    if (
-      network.num_delivered >= scenario.min_messages
-      and _faults(cluster).total() >= scenario.min_faults
-    ):
-      return
-    end_s += 1.0
+def drain(cluster: Cluster) -> None:
+  """Lets time pass until all requests have ended and all has been said.
 
+  Args:
+    cluster: One that is healed.
 
-def _drain(cluster: Cluster) -> None:
-  """Lets time pass until all requests have ended and all has been said."""
-  network = cluster.world.network
-  deadline_s = network.now_s + _MAX_DRAIN_S
+  Raises:
+    ViolationError: If that never comes, or anything is wrong then.
+  """
+  now_s = cluster.world.network.now_s
+  deadline_s = now_s + _MAX_DRAIN_S
   while cluster.num_open:
-    network.run_until(network.now_s + 1.0)
-    if network.now_s > deadline_s:
+    now_s += 1.0
+    cluster.run_until(now_s)
+    if now_s > deadline_s:
       late = [
         f"{name} ({request.status.value}, {request.num_computed_tokens} of"
         f" {request.num_tokens} tokens)"
@@ -158,11 +151,27 @@ def _drain(cluster: Cluster) -> None:
         f"Not ended {_MAX_DRAIN_S} s after the last fault: {late}"
       )
   # Leases of those who are gone end, and what they freed is given back.
-  deadline_s = network.now_s + 3 * cluster.world.scenario.lending.lease_s
+  deadline_s = now_s + 3 * cluster.world.scenario.lending.lease_s
   empty_s = 0.0
-  while empty_s < _QUIET_S and network.now_s < deadline_s:
-    network.run_until(network.now_s + 0.5)
+  while empty_s < _QUIET_S and now_s < deadline_s:
+    now_s += 0.5
+    cluster.run_until(now_s)
     empty_s = empty_s + 0.5 if cluster.is_empty else 0.0
+  cluster.check_quiescent()
+
+
+def _trouble(cluster: Cluster, scenario: Scenario) -> None:
+  """Lets time pass until enough has happened."""
+  network = cluster.world.network
+  end_s = scenario.min_s
+  while True:
+    cluster.run_until(end_s)
+    if (
+      network.num_delivered >= scenario.min_messages
+      and _faults(cluster).total() >= scenario.min_faults
+    ):
+      return
+    end_s += 1.0
 
 
 def _faults(cluster: Cluster) -> collections.Counter[str]:
