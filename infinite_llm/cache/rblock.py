@@ -16,7 +16,7 @@ from infinite_llm.types import (
 _HISTORY_LENGTH = 6
 
 
-class BlockState(enum.Enum):
+class BlockState(enum.StrEnum):
   """Who answers for an rBlock, and how far its content is proved.
 
   The owner's blocks go FREE, RESERVED, LIVE, FREE, with MOVING while a second

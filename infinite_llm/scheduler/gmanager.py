@@ -27,9 +27,12 @@ from infinite_llm.scheduler.messages import (
 from infinite_llm.scheduler.placement_map import PlacementMap
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
-from infinite_llm.types import Epoch, InstanceId
+from infinite_llm.types import NO_EPOCH, Epoch, InstanceId
 
 _GMANAGERS: tuple[GManagerAddress, ...] = (GMANAGER, STANDBY)
+
+_LIVES = 256
+"""Starts of one gManager after which its epochs may repeat."""
 
 
 class GManager:
@@ -41,9 +44,10 @@ class GManager:
 
   A standby hears the same heartbeats and says nothing. When the leader was
   silent for its lease, it leads under a newer epoch. Epochs are never shared:
-  each gManager has every other number. rManagers ignore older epochs than they
-  have heard of and say in heartbeats which that is, so a leader that was only
-  slow, or cut off, harms nobody and steps down when it hears of the other.
+  each life of each gManager has numbers of its own. rManagers ignore older
+  epochs than they have heard of and say in heartbeats which that is, so a
+  leader that was only slow, or cut off, harms nobody and steps down when it
+  hears of the other.
 
   Attributes:
     is_leader: Whether it answers and plans.
@@ -110,7 +114,7 @@ class GManager:
     self._leader_heard_s = now
     self._announced_s = self._planned_s = -math.inf
     self.num_plans = 0
-    self.epoch: Epoch = (incarnation - 1) * len(_GMANAGERS)
+    self.epoch: Epoch = NO_EPOCH
     self.is_leader = False
     if is_leader:
       self._lead()
@@ -234,8 +238,9 @@ class GManager:
   def _lead(self) -> None:
     """Begins to lead, under the next epoch that is this gManager's own."""
     self.is_leader = True
-    rank = _GMANAGERS.index(self._address)
-    self.epoch += 1 + (rank - self.epoch - 1) % len(_GMANAGERS)
+    own = self._incarnation % _LIVES * len(_GMANAGERS)
+    own += _GMANAGERS.index(self._address)
+    self.epoch += 1 + (own - self.epoch - 1) % (_LIVES * len(_GMANAGERS))
     self._announced_s = -math.inf
     self._planned_s = self._clock()
     self._has_news = True

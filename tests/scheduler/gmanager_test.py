@@ -547,7 +547,7 @@ class TestLeadership:
     assert leader.drain_messages() == []
     # And leads again, under a still newer epoch, if that one dies.
     _wait(leader, clock, 3)
-    assert (leader.is_leader, leader.epoch) == (True, 4)
+    assert (leader.is_leader, leader.epoch) == (True, 2 + 512)
 
   def test_epochs_are_never_shared_nor_used_twice(self, clock):
     epochs = [
@@ -556,4 +556,23 @@ class TestLeadership:
       for address in (GMANAGER, STANDBY)
     ]
 
-    assert epochs == [2, 1, 4, 3, 6, 5]
+    assert epochs == [2, 3, 4, 5, 6, 7]
+
+  def test_a_new_life_repeats_no_epoch_of_an_earlier_one(self, clock):
+    # The first life follows epoch 2, leads under 3 and dies unheard; the next
+    # one hears only of 2 before it leads.
+    epochs = []
+    for incarnation in (1, 2):
+      standby = _gmanager(
+        clock,
+        address=STANDBY,
+        peers=[GMANAGER],
+        incarnation=incarnation,
+        is_leader=False,
+      )
+      standby.on_message(self._leadership(2))
+      _wait(standby, clock, 3)
+      assert standby.is_leader
+      epochs.append(standby.epoch)
+
+    assert epochs == [3, 5]

@@ -1,0 +1,232 @@
+"""A simulated cluster: instances, gManagers, requests and their fates."""
+
+import itertools
+import random
+from collections.abc import Callable
+
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.fault_points import no_fault
+from infinite_llm.scheduler.request import Request
+from infinite_llm.simulator.data_plane import DataPlane
+from infinite_llm.simulator.faults import NetworkFaults
+from infinite_llm.simulator.gmanagers import ADDRESSES, GManagers
+from infinite_llm.simulator.instance import Instance
+from infinite_llm.simulator.invariants import (
+  check_agreement,
+  check_empty,
+  check_ownership,
+)
+from infinite_llm.simulator.network import SimulatedNetwork
+from infinite_llm.simulator.scenario import Scenario
+from infinite_llm.simulator.trace import Observer
+from infinite_llm.simulator.violation import ViolationError
+from infinite_llm.simulator.watch import World
+from infinite_llm.types import FaultPoint, InstanceId
+
+_HOUSEKEEPING_S = 0.5
+"""Seconds between two full checks."""
+
+_STALL_S = 2.0
+"""Seconds without any progress after which the youngest request gives way."""
+
+
+class Cluster:
+  """All of a simulated cluster, on one thread.
+
+  Attributes:
+    world: What the instances share.
+    instances: Those that are up, and the last life of those that are not.
+    gmanagers: The leading one and the standby.
+    accepted: Requests that were accepted, by name; the last life of each.
+  """
+
+  def __init__(
+    self,
+    scenario: Scenario,
+    rng: random.Random,
+    *,
+    observer: Observer | None = None,
+    note: Callable[[float, str], None] | None = None,
+    faults: Callable[[InstanceId], FaultPoint] | None = None,
+  ):
+    """Starts all instances and gManagers at time 0.
+
+    Args:
+      scenario: Sizes and troubles.
+      rng: Decides all that happens by chance.
+      observer: Hears of every message; None costs nothing.
+      note: Hears of all else; None costs nothing.
+      faults: Gives each instance its fault points; None has no fault.
+    """
+    network = SimulatedNetwork(rng, scenario.network, observer)
+    self.world = World(
+      scenario=scenario,
+      rng=rng,
+      network=network,
+      plane=DataPlane(
+        scenario.num_instances, scenario.num_blocks, scenario.block_size
+      ),
+      note=note,
+    )
+    self.instances: list[Instance] = []
+    self.accepted: dict[str, Request] = {}
+    self._faults = faults
+    self._uids = itertools.count(1)
+    self._incarnations = [1] * scenario.num_instances
+    self._journal: dict[InstanceId, list[Request]] = {}
+    for number in range(scenario.num_instances):
+      instance = self._instance(number)
+      self.instances.append(instance)
+      self.world.watches.append(instance.watch)
+      network.register(number, instance.on_message)
+    self.gmanagers = GManagers(self.world)
+    for instance in self.instances:
+      instance.start()
+
+  @property
+  def up(self) -> list[Instance]:
+    """Instances that live."""
+    return [instance for instance in self.instances if instance.is_up]
+
+  @property
+  def num_open(self) -> int:
+    """Requests that were accepted and have not ended."""
+    return sum(not r.status.is_finished for r in self.accepted.values())
+
+  @property
+  def is_empty(self) -> bool:
+    """Whether nobody holds anything, and nothing is under way."""
+    return all(
+      instance.is_quiet
+      and instance.manager.counts().free == instance.manager.counts().total
+      and not instance.manager.borrowed()
+      for instance in self.instances
+    )
+
+  # Requests.
+
+  def add_request(self, instance: Instance, prompt: int, output: int) -> None:
+    """Has an instance accept a request.
+
+    Args:
+      instance: One that is up.
+      prompt: Tokens of its prompt.
+      output: Tokens that it is to have beside.
+    """
+    uid = next(self._uids)
+    request = Request(
+      uid=uid,
+      request_id=f"request-{uid}",
+      prompt_token_ids=tuple(range(prompt)),
+      sampling=SamplingParams(max_tokens=output),
+      arrival=uid,
+      max_total_tokens=prompt + output,
+    )
+    self.world.tell(
+      f"request {uid} with {prompt}+{output} tokens to {instance.number}"
+    )
+    self.accepted[request.request_id] = request
+    instance.add(request)
+
+  def abort(self, instance: Instance, request: Request) -> None:
+    """Ends a request of an instance at somebody's wish."""
+    self.world.tell(f"abort of request {request.uid} on {instance.number}")
+    instance.abort(request.uid)
+
+  # Life and death.
+
+  def crash(self, number: InstanceId) -> None:
+    """Takes an instance down, with all that it has."""
+    instance = self.instances[number]
+    self._journal[number] = list(instance.stop())
+    self.world.network.crash(number)
+    self.world.plane.reset(number)
+
+  def restart(self, number: InstanceId) -> None:
+    """Brings an instance back; what it had accepted begins anew."""
+    self._incarnations[number] += 1
+    instance = self._instance(number)
+    self.instances[number] = instance
+    self.world.watches[number] = instance.watch
+    self.world.network.restart(number, instance.on_message)
+    for lost in self._journal.pop(number):
+      # A uid is never used twice in a lending group.
+      replayed = Request(
+        uid=next(self._uids),
+        request_id=lost.request_id,
+        prompt_token_ids=lost.prompt_token_ids,
+        sampling=lost.sampling,
+        arrival=lost.arrival,
+        max_total_tokens=lost.max_total_tokens,
+      )
+      self.accepted[lost.request_id] = replayed
+      instance.add(replayed)
+    instance.start()
+
+  def heal(self) -> None:
+    """Everybody is up from now on, and every message arrives."""
+    network = self.world.network
+    self.world.is_healed = True
+    network.heal()
+    network.faults = NetworkFaults()
+    for instance in self.instances:
+      if not instance.is_up:
+        self.restart(instance.number)
+    for address in ADDRESSES:
+      if network.is_crashed(address):
+        self.gmanagers.restart(address)
+
+  # Time.
+
+  def run_until(self, time_s: float) -> None:
+    """Lets time pass, with the full checks that hold at any moment.
+
+    Args:
+      time_s: How late it is then.
+
+    Raises:
+      ViolationError: If something must not be as it is.
+    """
+    network = self.world.network
+    while network.now_s < time_s:
+      network.run_until(min(network.now_s + _HOUSEKEEPING_S, time_s))
+      self._break_stall()
+      check_ownership(self.instances, self.world.plane)
+
+  # Checks.
+
+  def check_quiescent(self) -> None:
+    """What must hold when no request is left and all has been said.
+
+    Raises:
+      ViolationError: If it does not.
+    """
+    check_ownership(self.instances, self.world.plane)
+    check_agreement(self.instances)
+    check_empty(self.instances, self.world.plane)
+    self.gmanagers.check_quiescent(self.instances)
+    for name, request in self.accepted.items():
+      if not request.status.is_finished:
+        raise ViolationError(f"{name} never ended: {request.status}.")
+
+  def _break_stall(self) -> None:
+    """As the engine: requests may wait for each other's rBlocks for ever."""
+    world = self.world
+    if world.network.now_s - world.progress_s < _STALL_S:
+      return
+    world.progress_s = world.network.now_s
+    running = [
+      (request.arrival, request.uid, instance)
+      for instance in self.up
+      if not instance.has_flight
+      for request in instance.batcher.running
+    ]
+    if len(running) > 1:
+      _, uid, instance = max(running, key=lambda entry: entry[0])
+      world.tell(f"stall: request {uid} on {instance.number} gives way")
+      instance.batcher.preempt(uid)
+      instance.settle()
+
+  def _instance(self, number: InstanceId) -> Instance:
+    faults = self._faults(number) if self._faults else no_fault
+    return Instance(number, self._incarnations[number], self.world, faults)

@@ -1,0 +1,282 @@
+"""One instance of a simulated cluster: real managers over a model device.
+
+What is wrong is raised as a `ViolationError` where it happens.
+"""
+
+from collections.abc import Callable
+
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.errors import CoverageError
+from infinite_llm.scheduler.batching import Batcher
+from infinite_llm.scheduler.effects import Move, MoveBlocks
+from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
+from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.rmanager import RManager
+from infinite_llm.scheduler.step_plan import Row
+from infinite_llm.simulator.violation import ViolationError
+from infinite_llm.simulator.watch import EPOCHS_PER_INCARNATION, Watch, World
+from infinite_llm.types import FaultPoint, InstanceId, RequestUid
+
+
+class Instance:
+  """One life of an instance, from its start to its crash.
+
+  Attributes:
+    number: Which instance.
+    incarnation: Which of its lives.
+    manager: Its rManager.
+    batcher: Its requests.
+    watch: Checks what it does.
+    requests: Requests that it has taken, by uid.
+  """
+
+  def __init__(
+    self,
+    number: InstanceId,
+    incarnation: int,
+    world: World,
+    faults: FaultPoint,
+  ):
+    """Starts an instance without requests.
+
+    Args:
+      number: Which instance.
+      incarnation: Rises with each start.
+      world: What it shares with the others.
+      faults: What goes wrong inside of its manager.
+    """
+    scenario = world.scenario
+    self.number = number
+    self.incarnation = incarnation
+    self.requests: dict[RequestUid, Request] = {}
+    self._world = world
+    pool = BlockPool(
+      number,
+      scenario.num_blocks,
+      (incarnation - 1) * EPOCHS_PER_INCARNATION,
+    )
+    self.manager = RManager(
+      instance=number,
+      num_instances=scenario.num_instances,
+      pool=pool,
+      block_size=scenario.block_size,
+      lending=scenario.lending,
+      clock=world.network.clock(number),
+      incarnation=incarnation,
+      gmanagers=(GMANAGER, STANDBY),
+      faults=faults,
+    )
+    self.batcher = Batcher(
+      self.manager,
+      scenario.scheduler,
+      scenario.lending,
+      scenario.block_size,
+    )
+    self.watch = Watch(self.manager, incarnation, world)
+    self._moves: list[Move] = []
+    self._ghosts: list[Move] = []
+    self._is_exchange_due = False
+    self._flight: tuple[tuple[Row, bool], ...] = ()
+
+  @property
+  def num_spill_slots(self) -> int:
+    """S, spill slots that it has in all."""
+    return self._world.scenario.lending.spill_slots
+
+  @property
+  def is_up(self) -> bool:
+    """Whether it lives."""
+    return self.watch.is_up
+
+  @property
+  def has_flight(self) -> bool:
+    """Whether a step is under way."""
+    return bool(self._flight)
+
+  @property
+  def is_quiet(self) -> bool:
+    """Whether no step and no payload is under way."""
+    return not (self._flight or self._moves or self._ghosts)
+
+  def start(self) -> None:
+    """Begins to tick, some time soon."""
+    tick_s = self._world.scenario.tick_s
+    self._wake(tick_s * self._world.rng.random(), self._tick)
+
+  def on_message(self, envelope: Envelope) -> None:
+    """Takes a message."""
+    self.watch.hand_over(envelope)
+    self.settle(envelope)
+
+  def settle(self, cause: Envelope | None = None) -> None:
+    """Sends what the manager says, does what it wants, checks what it has.
+
+    Args:
+      cause: The message that it has just taken, if that was it.
+    """
+    world = self._world
+    for envelope in self.manager.drain_messages():
+      self.watch.check_outgoing(envelope, cause)
+      world.network.send(envelope)
+    for effect in self.manager.drain_effects():
+      if isinstance(effect, MoveBlocks):
+        self._moves += effect.moves
+        self._schedule_exchange()
+      else:
+        world.plane.grant(self.number, effect)
+    self.watch.check_books()
+
+  def add(self, request: Request) -> None:
+    """Takes a request."""
+    self.requests[request.uid] = request
+    self.batcher.add(request)
+
+  def abort(self, uid: RequestUid) -> None:
+    """Ends a request at somebody's wish."""
+    self.batcher.abort(uid)
+    self.settle()
+
+  def stop(self) -> tuple[Request, ...]:
+    """Crashes: all that it had is gone.
+
+    Returns:
+      Requests that it had not finished.
+    """
+    self.watch.is_up = False
+    self._moves.clear()
+    self._ghosts.clear()
+    self._flight = ()
+    return self.batcher.running + self.batcher.waiting
+
+  # What it does by itself.
+
+  def _wake(self, delay_s: float, callback: Callable[[], None]) -> None:
+    self._world.network.call_later(self.number, delay_s, callback)
+
+  def _tick(self) -> None:
+    self.watch.tick()
+    self.settle()
+    if not self._flight:
+      self._verify()
+      self._step()
+    self._wake(self._world.scenario.tick_s, self._tick)
+
+  def _verify(self) -> None:
+    """Proves or refutes moved rBlocks, as `LendingGroup` does."""
+    unverified = self.manager.unverified()
+    if not unverified:
+      return
+    size = self._world.scenario.block_size
+    for uid in unverified:
+      num_tokens = self.requests[uid].num_computed_tokens // size * size
+      pieces = self.watch.read(uid, num_tokens)
+      if pieces is not None:
+        self.watch.check_proof(uid, pieces, num_tokens)
+      else:
+        self.watch.check_trust(uid)
+      self.manager.on_verified(uid, pieces is not None)
+    self.settle()
+
+  def _step(self) -> None:
+    """Plans a step and launches it; what it proved is known later."""
+    if not self.batcher.has_work:
+      return
+    plan = self.batcher.plan()
+    self._take_ended()
+    if plan.rows:
+      self._flight = tuple((row, self._compute(row)) for row in plan.rows)
+      self._wake(self._world.scenario.step_s, self._land)
+    self.settle()
+
+  def _compute(self, row: Row) -> bool:
+    """Runs one row on the devices; whether its KV was proved."""
+    world = self._world
+    table = self.manager.table(row.uid)
+    size = world.scenario.block_size
+    for logical_id in range(row.start // size, -(-row.end // size)):
+      location = table.location(logical_id)
+      if location.instance != self.number:
+        raise ViolationError(
+          f"A step of request {row.uid} on instance {self.number} writes to"
+          f" rBlock {location.block_id} of instance {location.instance}."
+        )
+      self.watch.check_own(row.uid, location.block_id)
+    world.plane.write_tags(table, row.start, row.end)
+    pieces = self.watch.read(row.uid, row.end)
+    world.num_steps += 1
+    world.num_unproved += pieces is None
+    if pieces is not None:
+      self.watch.check_proof(row.uid, pieces, row.start)
+    else:
+      self.watch.check_trust(row.uid)
+    world.plane.write_tokens(
+      table, row.start, row.end, is_right=pieces is not None
+    )
+    return pieces is not None
+
+  def _land(self) -> None:
+    """Commits the rows that were proved, and only those."""
+    flight, self._flight = self._flight, ()
+    for row, is_proved in flight:
+      request = self.requests[row.uid]
+      if request.status is not RequestStatus.RUNNING:
+        continue  # It was aborted meanwhile.
+      if not is_proved:
+        self.batcher.row_failed(row)
+        continue
+      self._world.progress_s = self._world.network.now_s
+      self.batcher.advance(row)
+      if row.samples:
+        request.output_token_ids.append(row.end)
+        self._world.num_tokens += 1
+        if request.num_tokens == request.max_total_tokens:
+          self.batcher.finish(row.uid, RequestStatus.FINISHED_LENGTH)
+    self._take_ended()
+    self.settle()
+
+  def _take_ended(self) -> None:
+    while (request := self.batcher.take_ended()) is not None:
+      error = request.error
+      self._world.num_failed += error is not None
+      if error is not None and not isinstance(error, CoverageError):
+        raise ViolationError(f"Request {request.uid} failed: {error}")
+
+  def _schedule_exchange(self) -> None:
+    if not self._is_exchange_due:
+      self._is_exchange_due = True
+      delay_s = self._world.scenario.exchange_s * self._world.rng.random()
+      self._wake(delay_s, self._exchange)
+
+  def _exchange(self) -> None:
+    """Sends some waiting payloads, in any order."""
+    world = self._world
+    scenario, rng = world.scenario, world.rng
+    self._is_exchange_due = False
+    for ghost in self._ghosts:
+      self._send_payload(ghost)
+    self._ghosts.clear()
+    quota = scenario.lending.exchange_blocks
+    if len(self._moves) > 1:
+      quota = rng.randint(1, len(self._moves))
+      rng.shuffle(self._moves)
+    sent, self._moves = self._moves[:quota], self._moves[quota:]
+    for move in sent:
+      if not world.is_healed and rng.random() < scenario.payload_lost:
+        world.num_payloads_lost += 1
+        world.tell(f"payload lost: {move}")
+      else:
+        self._send_payload(move)
+      if not world.is_healed and rng.random() < scenario.payload_repeated:
+        world.num_payloads_repeated += 1
+        self._ghosts.append(move)
+    if sent:
+      world.progress_s = world.network.now_s
+      self.manager.on_exchanged(sent)
+      self.settle()
+    if self._moves or self._ghosts:
+      self._schedule_exchange()
+
+  def _send_payload(self, move: Move) -> None:
+    receiver = self._world.watches[move.dst_instance]
+    if receiver.is_up and self._world.plane.exchange(move):
+      receiver.check_payload(move)

@@ -1,0 +1,132 @@
+"""What one simulated cluster is like, drawn from its seed."""
+
+import dataclasses
+import random
+
+from infinite_llm.config import LendingConfig, SchedulerConfig
+from infinite_llm.errors import ConfigError
+from infinite_llm.simulator.faults import NetworkFaults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenario:
+  """A cluster, its work, and what goes wrong there.
+
+  Attributes:
+    num_instances: I.
+    num_blocks: N, rBlocks of each pool with the null one.
+    block_size: P, tokens per rBlock.
+    lending: How pools are shared.
+    scheduler: Sizes of steps.
+    network: How messages fare until the cluster is healed.
+    tick_s: Seconds between two ticks of a manager.
+    step_s: Seconds that a step is under way.
+    exchange_s: Seconds within which waiting payloads are exchanged.
+    request_every_s: Mean seconds between two requests.
+    trouble_every_s: Mean seconds between two faults that the adversary makes.
+    plan_every_s: Mean seconds between two moves that the adversary orders.
+    crash_s: Seconds for which somebody is down, at most.
+    partition_s: Seconds for which a partition lasts, at most.
+    clock_rate: How much faster or slower a clock may go, as a share.
+    clock_jump: Probability that a clock that goes wrong also jumps ahead, by up
+      to a lease.
+    payload_lost: Probability that a payload of the exchange never arrives.
+    payload_repeated: Probability that a payload is sent once more, later.
+    min_s: Seconds for which there is trouble, at least.
+    min_messages: Messages that are delivered while there is trouble, at least.
+    min_faults: Faults that happen, at least.
+  """
+
+  num_instances: int
+  num_blocks: int
+  block_size: int = 8
+  lending: LendingConfig
+  scheduler: SchedulerConfig
+  network: NetworkFaults
+  tick_s: float = 0.1
+  step_s: float = 0.03
+  exchange_s: float = 0.1
+  request_every_s: float = 0.5
+  trouble_every_s: float = 0.4
+  plan_every_s: float = 0.3
+  crash_s: float = 2.0
+  partition_s: float = 2.0
+  clock_rate: float = 0.04
+  clock_jump: float = 0.0
+  payload_lost: float = 0.0
+  payload_repeated: float = 0.0
+  min_s: float = 3.0
+  min_messages: int = 300
+  min_faults: int = 5
+
+  def __post_init__(self):
+    for name in ("num_instances", "min_messages", "min_faults"):
+      if getattr(self, name) < 1:
+        raise ConfigError(
+          f"{name} must be at least 1; got {getattr(self, name)}."
+        )
+
+  @property
+  def reachable_blocks(self) -> int:
+    """rBlocks that one request can have, if nobody else has any."""
+    own = self.num_blocks - 1
+    if self.lending.policy == "static":
+      return own
+    lent = max(own - (self.lending.headroom_blocks or 0), 0)
+    if self.lending.max_lent_blocks is not None:
+      lent = min(lent, self.lending.max_lent_blocks)
+    return own + (self.num_instances - 1) * lent
+
+
+def draw_scenario(rng: random.Random) -> Scenario:
+  """Draws a small cluster where memory is short and much goes wrong.
+
+  Args:
+    rng: Decides.
+  """
+  num_instances = rng.randint(2, 5)
+  num_blocks = rng.choice((7, 10, 14))
+  lending = LendingConfig(
+    policy=rng.choice(("borrow", "borrow", "greedy")),
+    spill_slots=rng.choice((1, 2, 4)),
+    max_lent_blocks=rng.choice((None, None, num_blocks // 2)),
+    headroom_blocks=rng.choice((0, 0, 1)),
+    resend_after_s=0.3,
+    heartbeat_every_s=0.1,
+    lease_s=rng.choice((1.5, 2.5)),
+    full_heartbeat_every=rng.choice((3, 10)),
+    expire_after_s=2.0,
+    leader_lease_s=0.5,
+    plan_every_s=0.5,
+    freeze_s=0.5,
+  )
+  scheduler = SchedulerConfig(
+    max_num_seqs=4,
+    decode_buckets=(4,),
+    prefill_buckets=(rng.choice((16, 32)),),
+    prefill_rows=2,
+  )
+  network = NetworkFaults(
+    min_delay_s=0.001,
+    max_delay_s=rng.choice((0.002, 0.05, 0.3)),
+    lost=rng.choice((0.02, 0.1, 0.25)),
+    repeated=rng.choice((0.02, 0.2)),
+    late=rng.choice((0.02, 0.1)),
+    late_s=rng.choice((1.0, 4.0)),
+  )
+  lease_s = lending.lease_s
+  return Scenario(
+    num_instances=num_instances,
+    num_blocks=num_blocks,
+    lending=lending,
+    scheduler=scheduler,
+    network=network,
+    request_every_s=rng.choice((0.2, 0.5)),
+    trouble_every_s=rng.choice((0.15, 0.4)),
+    plan_every_s=rng.choice((0.05, 0.2)),
+    crash_s=rng.choice((0.5, 2.0, 2 * lease_s)),
+    partition_s=rng.choice((0.5, 2.0, 3 * lease_s)),
+    clock_jump=rng.choice((0.0, 0.3)),
+    payload_lost=rng.choice((0.0, 0.0, 0.1)),
+    payload_repeated=rng.choice((0.0, 0.3)),
+  )

@@ -1,0 +1,5 @@
+"""What a simulation finds."""
+
+
+class ViolationError(Exception):
+  """Something happened that must never happen."""

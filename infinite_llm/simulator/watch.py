@@ -1,0 +1,287 @@
+"""What is watched at one instance of a simulated cluster, at every event.
+
+The checks concern what this instance does and says, and are cheap; those over
+all instances are in `invariants.py`.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+from infinite_llm.scheduler.effects import Move
+from infinite_llm.scheduler.hosted_tables import HostedTables
+from infinite_llm.scheduler.lease_messages import Reserve
+from infinite_llm.scheduler.messages import CandidatesRequest, Envelope
+from infinite_llm.scheduler.rmanager import RManager
+from infinite_llm.simulator.data_plane import DataPlane, Piece
+from infinite_llm.simulator.lease_history import (
+  LEASE_REPLIES,
+  LEASE_REQUESTS,
+  LeaseHistory,
+)
+from infinite_llm.simulator.network import SimulatedNetwork
+from infinite_llm.simulator.scenario import Scenario
+from infinite_llm.simulator.violation import ViolationError
+from infinite_llm.types import (
+  NO_EPOCH,
+  BlockId,
+  Epoch,
+  InstanceId,
+  RequestUid,
+)
+
+EPOCHS_PER_INCARNATION = 100_000
+"""A pool that begins anew begins beyond the epochs of the lost one."""
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class World:
+  """What the instances of one cluster share.
+
+  Attributes:
+    scenario: Sizes and troubles.
+    rng: Decides all that happens by chance.
+    network: Carries messages; its time is the time.
+    plane: All devices.
+    watches: One for each instance, of its present or last life.
+    is_healed: Nothing goes wrong any more.
+    has_jumped: A clock has jumped, by more than leases allow for.
+    num_payloads_lost: Payloads that never arrived.
+    num_payloads_repeated: Payloads that were sent once more.
+    num_steps: Rows that were computed.
+    num_unproved: Rows of them whose KV was not proved.
+    num_tokens: Tokens that were emitted.
+    num_failed: Requests that failed because their KV was not proved again and
+      again.
+    progress_s: When something last went on.
+    note: Hears of what is done beside messages; None costs nothing.
+  """
+
+  scenario: Scenario
+  rng: random.Random
+  network: SimulatedNetwork
+  plane: DataPlane
+  watches: "list[Watch]" = dataclasses.field(default_factory=list["Watch"])
+  is_healed: bool = False
+  has_jumped: bool = False
+  num_payloads_lost: int = 0
+  num_payloads_repeated: int = 0
+  num_steps: int = 0
+  num_unproved: int = 0
+  num_tokens: int = 0
+  num_failed: int = 0
+  progress_s: float = 0.0
+  note: Callable[[float, str], None] | None = None
+
+  def tell(self, what: str) -> None:
+    """Notes something for a reader of the trace."""
+    if self.note is not None:
+      self.note(self.network.now_s, what)
+
+  def hosted(self) -> Sequence[HostedTables]:
+    """Tables of each instance."""
+    return [watch.manager.hosted for watch in self.watches]
+
+
+class Watch:
+  """Sees all that one life of an instance hears, says and reads.
+
+  Attributes:
+    number: Which instance.
+    incarnation: Which of its lives.
+    manager: Its rManager.
+    history: What it may have lent.
+    is_up: Whether it lives.
+  """
+
+  def __init__(self, manager: RManager, incarnation: int, world: World):
+    """Begins to watch an instance that has just started.
+
+    Args:
+      manager: Its rManager.
+      incarnation: Which of its lives.
+      world: What it shares with the others.
+    """
+    lending = world.scenario.lending
+    self.number = manager.instance
+    self.incarnation = incarnation
+    self.manager = manager
+    self.is_up = True
+    self._clock = world.network.clock(self.number)
+    self.history = LeaseHistory(
+      self.number,
+      incarnation,
+      lease_s=lending.lease_s,
+      max_lent_blocks=lending.max_lent_blocks,
+      now_s=self._clock(),
+    )
+    self._world = world
+    self._heard: dict[tuple[InstanceId, int, int], Envelope] = {}
+    self._newest_seq = 0
+    self._leader_epoch: Epoch = NO_EPOCH
+    self._incarnation_of: dict[InstanceId, int] = {}
+
+  def hand_over(self, envelope: Envelope) -> None:
+    """Gives the manager a message; what it says and does comes after."""
+    sender = envelope.sender
+    if isinstance(sender, int):
+      self.history.on_heard(envelope, self._clock())
+      if isinstance(envelope.body, LEASE_REQUESTS):
+        self._heard[sender, envelope.incarnation, envelope.seq] = envelope
+      self.manager.on_message(envelope)
+      self._check_restart(sender, envelope)
+    elif envelope.leader_epoch < self._leader_epoch:
+      self._hand_over_fenced(envelope)
+    else:
+      self._leader_epoch = envelope.leader_epoch
+      self.manager.on_message(envelope)
+
+  def tick(self) -> None:
+    """Has the manager do what is due."""
+    self.manager.tick()
+    self.history.on_ticked(self._clock())
+
+  def read(self, uid: RequestUid, num_tokens: int) -> tuple[Piece, ...] | None:
+    """What a program reads of a request; None if that was not proved."""
+    table = self.manager.table(uid)
+    spill = self.manager.spill(uid)
+    hosted = self._world.hosted() if spill else ()
+    reading = self._world.plane.read(table, spill, hosted, num_tokens)
+    if reading.coverage != table.demand(num_tokens):
+      return None
+    return reading.pieces
+
+  def check_proof(
+    self, uid: RequestUid, pieces: tuple[Piece, ...], num_tokens: int
+  ) -> None:
+    """Holds what a program proved to have read against the truth."""
+    fault = self._world.plane.wrong_piece(uid, pieces, num_tokens)
+    if fault is not None:
+      raise ViolationError(
+        f"Request {uid} on instance {self.number} proved its KV, but {fault}."
+      )
+    for holder, block_id, logical_id in pieces:
+      if holder == self.number:
+        self.check_own(uid, block_id)
+        continue
+      lender = self._world.watches[holder]
+      lease = lender.history.lease(self.number, self.incarnation, block_id)
+      if lease is None or lease.uid != uid:
+        raise ViolationError(
+          f"Request {uid} on instance {self.number} reads logical rBlock"
+          f" {logical_id} from rBlock {block_id} of instance {holder} without"
+          f" a live lease; there is {lender.history.leases.get(block_id)}."
+        )
+
+  def check_trust(self, uid: RequestUid) -> None:
+    """An owner trusts only leases that live, as far as it can know."""
+    world = self._world
+    if world.has_jumped or not self.manager.is_readable(uid):
+      return
+    table = self.manager.table(uid)
+    for creditor in table.creditors():
+      lender = world.watches[creditor]
+      for _, location in table.hosted_entries(creditor):
+        life = location.epoch // EPOCHS_PER_INCARNATION + 1
+        if not lender.is_up or life != lender.incarnation:
+          continue  # Of a creditor that began anew it has not heard yet.
+        lease = lender.history.lease(
+          self.number, self.incarnation, location.block_id
+        )
+        if lease is None or (lease.uid, lease.epoch) != (uid, location.epoch):
+          raise ViolationError(
+            f"Request {uid} on instance {self.number} trusts {location}, where"
+            f" there is {lender.history.leases.get(location.block_id)}."
+          )
+
+  def check_own(self, uid: RequestUid, block_id: BlockId) -> None:
+    """A request uses only rBlocks at home that are its own."""
+    block = self.manager.pool.block(block_id)
+    if (block.owner, block.uid) != (self.number, uid):
+      raise ViolationError(
+        f"Request {uid} on instance {self.number} uses a foreign {block}."
+      )
+
+  def check_outgoing(self, envelope: Envelope, cause: Envelope | None) -> None:
+    """Answers are right, and being asked for rBlocks makes nobody ask.
+
+    Args:
+      envelope: What the manager says.
+      cause: The message that it has just taken, if that was it.
+    """
+    body, receiver = envelope.body, envelope.receiver
+    if isinstance(body, LEASE_REPLIES) and isinstance(receiver, int):
+      request = self._heard.get((receiver, envelope.incarnation, envelope.seq))
+      if request is None:
+        raise ViolationError(f"Nobody asked for the answer {envelope}.")
+      self.history.on_answered(request, envelope, self._clock())
+      return
+    is_new = envelope.seq > self._newest_seq
+    self._newest_seq = max(self._newest_seq, envelope.seq)
+    if (
+      is_new
+      and isinstance(body, Reserve | CandidatesRequest)
+      and cause is not None
+      and isinstance(cause.body, Reserve)
+    ):
+      raise ViolationError(
+        f"Instance {self.number} forwards a borrow: {cause.body} made it ask"
+        f" {receiver!r}: {body}."
+      )
+
+  def check_books(self) -> None:
+    """Nothing is lost from count, and leases are those of the history."""
+    pool = self.manager.pool
+    self.history.check_books(self.manager.lent())
+    counts = pool.counts()
+    if not counts.is_conserved() or not 0 <= counts.free <= counts.total:
+      raise ViolationError(f"Instance {self.number} lost count: {counts}.")
+    if pool.num_lent != len(self.history.leases):
+      raise ViolationError(
+        f"Instance {self.number} keeps {pool.num_lent} rBlocks for others, but"
+        f" {len(self.history.leases)} leases live."
+      )
+    cap = self._world.scenario.lending.max_lent_blocks
+    if cap is not None and pool.num_lent > cap:
+      raise ViolationError(
+        f"Instance {self.number} lent {pool.num_lent} rBlocks; its cap is"
+        f" {cap}."
+      )
+
+  def check_payload(self, move: Move) -> None:
+    """A payload that was accepted must be what its rBlock was granted for."""
+    block = self.manager.pool.block(move.dst_block)
+    if (block.uid, block.epoch) != (move.uid, move.dst_epoch):
+      raise ViolationError(f"{move} was written over {block}.")
+
+  def _hand_over_fenced(self, envelope: Envelope) -> None:
+    """Whatever a former leader says must change nothing."""
+    before = self._sees_of_gmanagers()
+    self.manager.on_message(envelope)
+    outgoing = self.manager.drain_messages()
+    effects = self.manager.drain_effects()
+    if outgoing or effects or self._sees_of_gmanagers() != before:
+      raise ViolationError(
+        f"Instance {self.number} has heard of leader epoch"
+        f" {self._leader_epoch}, and obeys {envelope}."
+      )
+
+  def _sees_of_gmanagers(self) -> tuple[int, bool, bool]:
+    manager = self.manager
+    return (
+      manager.lendable_elsewhere(),
+      manager.is_frozen,
+      manager.is_borrowing(),
+    )
+
+  def _check_restart(self, sender: InstanceId, envelope: Envelope) -> None:
+    """What lay at a creditor that began anew is in nobody's books."""
+    incarnation = envelope.responder or envelope.incarnation
+    if incarnation > self._incarnation_of.get(sender, 0):
+      self._incarnation_of[sender] = incarnation
+      borrowed = self.manager.borrowed().get(sender, 0)
+      if borrowed:
+        raise ViolationError(
+          f"Instance {self.number} has heard of life {incarnation} of instance"
+          f" {sender}, and still counts {borrowed} rBlocks there."
+        )

@@ -1,0 +1,91 @@
+"""Whole histories: right, long enough, and the same every time."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from infinite_llm.simulator.fault_simulation import run_seed
+from infinite_llm.simulator.trace import TraceHash
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+_PRINT_HASH = """
+from infinite_llm.simulator.fault_simulation import run_seed
+from infinite_llm.simulator.trace import TraceHash
+trace = TraceHash()
+run_seed(7, observer=trace)
+print(trace.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_goes_wrong_whatever_goes_wrong(seed):
+  result = run_seed(seed)
+
+  assert result.violation is None
+  assert result.num_delivered >= 300
+  assert result.num_faults >= 5
+  assert result.num_requests > 0
+  assert result.num_tokens > 0
+
+
+def test_all_kinds_of_faults_and_moves_happen():
+  results = [run_seed(seed) for seed in range(100, 130)]
+
+  happened = {
+    kind
+    for result in results
+    for counts in (result.faults, result.troubles)
+    for kind, count in counts.items()
+    if count
+  }
+  assert happened == {
+    "abort",
+    "crash",
+    "cut off",
+    "freeze",
+    "late",
+    "lost",
+    "move",
+    "overtaken",
+    "partition",
+    "payload lost",
+    "payload repeated",
+    "preempt",
+    "recall",
+    "repeated",
+    "skew",
+    "spoil",
+    "unheard",
+  }
+  assert sum(result.num_moved for result in results) > 0
+  assert sum(result.num_unproved for result in results) > 0
+
+
+def test_a_seed_has_one_history_whatever_the_hash_seed():
+  digests = {
+    subprocess.run(
+      [sys.executable, "-c", _PRINT_HASH],
+      cwd=_ROOT,
+      env={**os.environ, "PYTHONHASHSEED": hash_seed},
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+    for hash_seed in ("0", "1", "2")
+  }
+
+  trace = TraceHash()
+  run_seed(7, observer=trace)
+  assert digests == {trace.hexdigest()}
+
+
+def test_another_seed_has_another_history():
+  histories = [TraceHash(), TraceHash()]
+  for seed, trace in enumerate(histories):
+    run_seed(seed, observer=trace)
+
+  assert histories[0].hexdigest() != histories[1].hexdigest()
