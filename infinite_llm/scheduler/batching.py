@@ -62,6 +62,11 @@ class Batcher:
     return tuple(sorted(self._running.values(), key=lambda r: r.arrival))
 
   @property
+  def has_work(self) -> bool:
+    """Whether any request has not ended."""
+    return bool(self._waiting or self._running)
+
+  @property
   def has_spilled(self) -> bool:
     """Whether any running request has rBlocks elsewhere."""
     return any(self._rmanager.spill(uid) is not None for uid in self._running)

@@ -63,7 +63,7 @@ def greedy(count: int, **options) -> SamplingParams:
 
 def is_idle(llm: LLM) -> bool:
   """Whether no request runs; last outputs may still lie in the engine."""
-  return not any(b.waiting or b.running for b in llm.engine.batchers)
+  return not any(batcher.has_work for batcher in llm.engine.batchers)
 
 
 def joined(outputs) -> tuple[tuple[int, ...], str]:
