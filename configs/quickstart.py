@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
 
   config.lending = ConfigDict()
   config.lending.policy = "borrow"
+  config.lending.performance_profile = placeholder(str)  # For "greedy".
   config.lending.spill_slots = 2
   config.lending.max_lent_blocks = placeholder(int)
   config.lending.headroom_blocks = 16  # Kept for the short requests.
@@ -58,6 +59,12 @@ def get_config() -> ConfigDict:
   config.lending.exchange_blocks = 16
   config.lending.resend_after_s = 0.5
   config.lending.heartbeat_every_s = 0.1
+  config.lending.lease_s = 10.0
+  config.lending.full_heartbeat_every = 10
+  config.lending.expire_after_s = 5.0
+  config.lending.leader_lease_s = 1.0
+  config.lending.plan_every_s = 1.0
+  config.lending.freeze_s = 1.0
 
   config.scheduler = ConfigDict()
   config.scheduler.max_num_seqs = 4
