@@ -95,9 +95,8 @@ class RManager:
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
-    # One list for both halves: the same rBlock may concern one after the other.
-    effects: list[Effect] = []
-    self._effects = effects
+    # One list, in order: an rBlock may concern one half after the other.
+    effects = self._effects = list[Effect]()
     self._creditor = Creditor(pool, block_size, lending, clock, effects, faults)
     self._debtor = Debtor(
       pool, block_size, lending, clock, self._outbox, effects, faults

@@ -50,9 +50,16 @@ class Adversary:
     self._wait(self._scenario.plan_every_s, self._plan)
 
   def heal(self) -> None:
-    """Ends all trouble: everybody is up, and every message arrives."""
+    """Ends all trouble: everybody is up, and every message arrives.
+
+    Half of the requests are called off: the others must still end.
+    """
     self._is_active = False
     self._cluster.heal()
+    for instance in self._cluster.instances:
+      for request in instance.batcher.running + instance.batcher.waiting:
+        if self._rng.random() < 0.5:
+          self._cluster.abort(instance, request)
 
   def _wait(self, mean_s: float, callback: Callable[[], None]) -> None:
     self._network.call_later(_SELF, 2 * mean_s * self._rng.random(), callback)
@@ -65,7 +72,7 @@ class Adversary:
   def _request(self) -> None:
     """A short request, or one that needs the memory of several."""
     up = self._cluster.up
-    if not up or self._cluster.num_open > self._scenario.num_instances + 2:
+    if not up or self._cluster.num_open > self._scenario.num_instances + 1:
       return
     rng, size = self._rng, self._scenario.block_size
     own = (self._scenario.num_blocks - 1) * size
