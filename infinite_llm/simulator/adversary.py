@@ -79,7 +79,8 @@ class Adversary:
     longest = own // 3
     if rng.random() < 0.5:
       longest = self._scenario.reachable_blocks * size
-    output = rng.randint(1, 6 if rng.random() < 0.85 else 40)
+    is_long = rng.random() >= 1 - self._scenario.long_answers
+    output = rng.randint(1, 40 if is_long else 6)
     prompt = rng.randint(1, max(longest - output, 1))
     self._cluster.add_request(rng.choice(up), prompt, output)
 
