@@ -14,6 +14,10 @@ _SELF: Address = -1
 """Address under which the adversary waits; nobody else has it."""
 
 
+_MOST_POOLS = 5
+"""Pools that one request may fill: in a large cluster others run beside it."""
+
+
 class Adversary:
   """Disturbs a cluster until it is told to heal it.
 
@@ -78,7 +82,8 @@ class Adversary:
     own = (self._scenario.num_blocks - 1) * size
     longest = own // 3
     if rng.random() < 0.5:
-      longest = self._scenario.reachable_blocks * size
+      reachable = self._scenario.reachable_blocks * size
+      longest = min(reachable, _MOST_POOLS * own)
     is_long = rng.random() >= 1 - self._scenario.long_answers
     output = rng.randint(1, 40 if is_long else 6)
     prompt = rng.randint(1, max(longest - output, 1))
