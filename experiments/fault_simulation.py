@@ -63,10 +63,9 @@ def run(
       totals.update({name: getattr(result, name) for name in _SUMS})
       faults.update(result.faults)
       troubles.update(result.troubles)
-      if result.violation is None:
-        for name in fewest:
-          fewest[name] = min(fewest[name], getattr(result, name))
-      else:
+      for name in fewest:
+        fewest[name] = min(fewest[name], getattr(result, name))
+      if result.violation is not None:
         violations.append(_report(result, config))
   wall_s = time.perf_counter() - started_s
   cpu_s = time.process_time() - started_cpu_s
@@ -103,12 +102,21 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _scenario(seed: int, config: ml_collections.ConfigDict) -> Scenario:
-  scenario = draw_scenario(random.Random(seed))
-  return dataclasses.replace(
-    scenario,
-    num_instances=config.num_instances or scenario.num_instances,
+  scenario = dataclasses.replace(
+    draw_scenario(random.Random(seed)),
     min_messages=config.min_messages,
     min_faults=config.min_faults,
+  )
+  if not config.num_instances:
+    return scenario
+  # As much happens to each instance, however many there are.
+  share = scenario.num_instances / config.num_instances
+  return dataclasses.replace(
+    scenario,
+    num_instances=config.num_instances,
+    request_every_s=scenario.request_every_s * share,
+    trouble_every_s=scenario.trouble_every_s * share,
+    plan_every_s=scenario.plan_every_s * share,
   )
 
 

@@ -309,7 +309,9 @@ class Batcher:
       num_free = self._rmanager.pool.num_free
       if num_free > 0:
         self._rmanager.allocate(request.uid, num_free)
-        return self._capacity(request) - start
+      room = self._capacity(request) - start
+      if room > 0:  # Also what a step that failed has left.
+        return room
       if not self._preempt_younger_than(request):
         return 0
 

@@ -45,20 +45,25 @@ class Borrowing:
   """
 
   def __init__(
-    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+    self,
+    pool: BlockPool,
+    outbox: Outbox[Account],
+    effects: list[Effect],
+    faults: FaultPoint,
   ):
     """Makes the borrowing side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      effects: Takes what the data plane is to do.
       faults: What goes wrong.
     """
     self._faults = faults
     self.has_room = False
     self._pool = pool
     self._outbox = outbox
-    self._effects: list[Effect] = []
+    self._effects = effects
 
   def begin(self, account: Account, num_blocks: int) -> None:
     """Starts a borrow for an idle account that has a spill slot."""
@@ -182,11 +187,6 @@ class Borrowing:
       if account.phase is Phase.SWITCHED:
         account.table.switch(pending.move.logical_id, pending.old)
     self._end(account)
-
-  def drain_effects(self) -> list[Effect]:
-    """Takes what the data plane is to do now, in order."""
-    effects, self._effects = self._effects, []
-    return effects
 
   def _try_next(self, account: Account) -> None:
     borrow = account.current_borrow()

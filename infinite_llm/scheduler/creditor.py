@@ -104,6 +104,7 @@ class Creditor:
     block_size: int,
     lending: LendingConfig,
     clock: Callable[[], float],
+    effects: list[Effect],
     faults: FaultPoint,
   ):
     """Makes a creditor that lends nothing yet.
@@ -113,6 +114,7 @@ class Creditor:
       block_size: P, tokens per rBlock.
       lending: How much of it may be lent, and for how long.
       clock: Monotonic seconds.
+      effects: Takes what the data plane is to do.
       faults: What goes wrong.
     """
     self._faults = faults
@@ -125,7 +127,7 @@ class Creditor:
     self._leases: dict[BlockId, _Lease] = {}
     self._num_lent: collections.Counter[InstanceId] = collections.Counter()
     self._fetching: dict[Move, _Fetching] = {}
-    self._effects: list[Effect] = []
+    self._effects = effects
 
   @property
   def lendable(self) -> int:
@@ -249,11 +251,6 @@ class Creditor:
       if not fetching.unsent:
         done.append((fetching.envelope, self._end_fetch(fetching)))
     return done
-
-  def drain_effects(self) -> list[Effect]:
-    """Takes what the data plane is to do now, in order."""
-    effects, self._effects = self._effects, []
-    return effects
 
   def _commit(self, owner: Owner, request: Commit) -> CommitReply:
     leased = [e for e in request.entries if self._has_lease(owner, request, e)]

@@ -52,6 +52,7 @@ class Debtor:
     lending: LendingConfig,
     clock: Callable[[], float],
     outbox: Outbox[Account],
+    effects: list[Effect],
     faults: FaultPoint,
   ):
     """Makes a debtor without requests.
@@ -63,6 +64,7 @@ class Debtor:
         leases live.
       clock: Monotonic seconds.
       outbox: Takes its messages.
+      effects: Takes what the data plane is to do.
       faults: What goes wrong.
     """
     self._faults = faults
@@ -73,7 +75,7 @@ class Debtor:
     self._outbox = outbox
     self._slots = SpillSlotPool(lending.spill_slots)
     self._trust = LeaseTrust(lending.lease_s, clock)
-    self._transfers = Transfers(pool, outbox, faults)
+    self._transfers = Transfers(pool, outbox, effects, faults)
     self._accounts: dict[RequestUid, Account] = {}
     self._closed: list[Account] = []
 
@@ -365,10 +367,6 @@ class Debtor:
     """Tells all creditors that this owner lives."""
     for creditor in sorted(self.borrowed()):
       self._outbox.tell(creditor, Renew(sent_s=self._clock()))
-
-  def drain_effects(self) -> list[Effect]:
-    """Takes what the data plane is to do now, in order."""
-    return self._transfers.drain_effects()
 
   def _end_lapsed_trust(self) -> None:
     for creditor in self._trust.take_lapsed():

@@ -30,19 +30,24 @@ class Recalling:
   """
 
   def __init__(
-    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+    self,
+    pool: BlockPool,
+    outbox: Outbox[Account],
+    effects: list[Effect],
+    faults: FaultPoint,
   ):
     """Makes the recalling side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      effects: Takes what the data plane is to do.
       faults: What goes wrong.
     """
     self._faults = faults
     self._pool = pool
     self._outbox = outbox
-    self._effects: list[Effect] = []
+    self._effects = effects
 
   def begin(
     self, account: Account, creditor: InstanceId, num_blocks: int
@@ -156,11 +161,6 @@ class Recalling:
       self._drop_copies(account)
     elif account.phase is Phase.RETURNING:
       self._end(account)
-
-  def drain_effects(self) -> list[Effect]:
-    """Takes what the data plane is to do now, in order."""
-    effects, self._effects = self._effects, []
-    return effects
 
   def _drop_copies(self, account: Account) -> None:
     """Ends a recall without its copies; a sync tells what the creditor has."""

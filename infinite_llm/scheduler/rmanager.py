@@ -95,9 +95,11 @@ class RManager:
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
-    self._creditor = Creditor(pool, block_size, lending, clock, faults)
+    # One list, in order: an rBlock may concern one half after the other.
+    effects = self._effects = list[Effect]()
+    self._creditor = Creditor(pool, block_size, lending, clock, effects, faults)
     self._debtor = Debtor(
-      pool, block_size, lending, clock, self._outbox, faults
+      pool, block_size, lending, clock, self._outbox, effects, faults
     )
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._reception = Reception(
@@ -374,7 +376,8 @@ class RManager:
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
-    return self._creditor.drain_effects() + self._debtor.drain_effects()
+    effects, self._effects[:] = self._effects[:], []
+    return effects
 
   def _check_peer(self, name: str, peer: InstanceId) -> None:
     if peer == self.instance or not 0 <= peer < self._num_instances:

@@ -34,18 +34,23 @@ class Transfers:
   """
 
   def __init__(
-    self, pool: BlockPool, outbox: Outbox[Account], faults: FaultPoint
+    self,
+    pool: BlockPool,
+    outbox: Outbox[Account],
+    effects: list[Effect],
+    faults: FaultPoint,
   ):
     """Makes the moving side of one instance.
 
     Args:
       pool: Its rBlocks.
       outbox: Takes its messages.
+      effects: Takes what the data plane is to do.
       faults: What goes wrong.
     """
     self._outbox = outbox
-    self.borrowing = Borrowing(pool, outbox, faults)
-    self.recalling = Recalling(pool, outbox, faults)
+    self.borrowing = Borrowing(pool, outbox, effects, faults)
+    self.recalling = Recalling(pool, outbox, effects, faults)
     self.syncing = Syncing(outbox)
 
   def on_proved(self, account: Account) -> None:
@@ -114,10 +119,6 @@ class Transfers:
         account.end_leases(creditor, grants)
       case _:
         pass
-
-  def drain_effects(self) -> list[Effect]:
-    """Takes what the data plane is to do now, in order."""
-    return self.borrowing.drain_effects() + self.recalling.drain_effects()
 
   def _current(self, account: Account) -> Borrowing | Recalling:
     if account.phase is Phase.IDLE:

@@ -14,6 +14,10 @@ _SELF: Address = -1
 """Address under which the adversary waits; nobody else has it."""
 
 
+_MOST_POOLS = 5
+"""Pools that one request may fill: in a large cluster others run beside it."""
+
+
 class Adversary:
   """Disturbs a cluster until it is told to heal it.
 
@@ -50,9 +54,16 @@ class Adversary:
     self._wait(self._scenario.plan_every_s, self._plan)
 
   def heal(self) -> None:
-    """Ends all trouble: everybody is up, and every message arrives."""
+    """Ends all trouble: everybody is up, and every message arrives.
+
+    Half of the requests are called off: the others must still end.
+    """
     self._is_active = False
     self._cluster.heal()
+    for instance in self._cluster.instances:
+      for request in instance.batcher.running + instance.batcher.waiting:
+        if self._rng.random() < 0.5:
+          self._cluster.abort(instance, request)
 
   def _wait(self, mean_s: float, callback: Callable[[], None]) -> None:
     self._network.call_later(_SELF, 2 * mean_s * self._rng.random(), callback)
@@ -65,14 +76,16 @@ class Adversary:
   def _request(self) -> None:
     """A short request, or one that needs the memory of several."""
     up = self._cluster.up
-    if not up or self._cluster.num_open > self._scenario.num_instances + 2:
+    if not up or self._cluster.num_open > self._scenario.num_instances + 1:
       return
     rng, size = self._rng, self._scenario.block_size
     own = (self._scenario.num_blocks - 1) * size
     longest = own // 3
     if rng.random() < 0.5:
-      longest = self._scenario.reachable_blocks * size
-    output = rng.randint(1, 6 if rng.random() < 0.85 else 40)
+      reachable = self._scenario.reachable_blocks * size
+      longest = min(reachable, _MOST_POOLS * own)
+    is_long = rng.random() >= 1 - self._scenario.long_answers
+    output = rng.randint(1, 40 if is_long else 6)
     prompt = rng.randint(1, max(longest - output, 1))
     self._cluster.add_request(rng.choice(up), prompt, output)
 

@@ -101,7 +101,8 @@ def run_seed(
     What came of it; a violation ends it at once.
   """
   rng = random.Random(seed)
-  scenario = scenario or draw_scenario(rng)
+  drawn = draw_scenario(rng)
+  scenario = scenario or drawn
   cluster = Cluster(scenario, rng, observer=observer, note=note, faults=faults)
   adversary = Adversary(cluster, rng)
   result = SeedResult(seed=seed)

@@ -172,9 +172,10 @@ class Instance:
       pieces = self.watch.read(uid, num_tokens)
       if pieces is not None:
         self.watch.check_proof(uid, pieces, num_tokens)
+        self.manager.on_verified(uid, True)
       else:
         self.watch.check_trust(uid)
-      self.manager.on_verified(uid, pieces is not None)
+        self.watch.refute(uid)
     self.settle()
 
   def _step(self) -> None:

@@ -23,6 +23,8 @@ class Scenario:
     step_s: Seconds that a step is under way.
     exchange_s: Seconds within which waiting payloads are exchanged.
     request_every_s: Mean seconds between two requests.
+    long_answers: Probability that a request is to have up to 40 tokens beside
+      its prompt, rather than up to 6.
     trouble_every_s: Mean seconds between two faults that the adversary makes.
     plan_every_s: Mean seconds between two moves that the adversary orders.
     crash_s: Seconds for which somebody is down, at most.
@@ -47,6 +49,7 @@ class Scenario:
   step_s: float = 0.03
   exchange_s: float = 0.1
   request_every_s: float = 0.5
+  long_answers: float = 0.15
   trouble_every_s: float = 0.4
   plan_every_s: float = 0.3
   crash_s: float = 2.0

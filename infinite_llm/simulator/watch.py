@@ -8,6 +8,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
+from infinite_llm.cache.rblock import BlockState
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import Reserve
@@ -140,6 +141,22 @@ class Watch:
     """Has the manager do what is due."""
     self.manager.tick()
     self.history.on_ticked(self._clock())
+
+  def refute(self, uid: RequestUid) -> None:
+    """Has the manager return to old copies, which must still be there."""
+    pool = self.manager.pool
+    moving = [
+      block
+      for block in map(pool.block, range(1, pool.counts().total + 1))
+      if (block.state, block.uid) == (BlockState.MOVING, uid)
+    ]
+    self.manager.on_verified(uid, False)
+    for block in moving:
+      if block.uid != uid:
+        raise ViolationError(
+          f"Request {uid} on instance {self.number} gave up {block}, whose copy"
+          " was not proved."
+        )
 
   def read(self, uid: RequestUid, num_tokens: int) -> tuple[Piece, ...] | None:
     """What a program reads of a request; None if that was not proved."""

@@ -313,6 +313,21 @@ class TestShortage:
     assert all(len(r.output_token_ids) == 9 for r in requests)
     engine.cluster.check_empty()
 
+  def test_rblocks_that_a_failed_step_left_are_used_when_there_are_no_more(
+    self,
+  ):
+    engine = _engine(
+      1, num_blocks=6, policy="static", scheduler={"prefill_buckets": (64,)}
+    )
+    request = engine.add(0, make_request(1, 38, max_tokens=9))
+    batcher = engine.batchers[0]
+    # All five rBlocks there are, for a step that is not proved: none is free.
+    assert batcher.plan().rows == (_row(1, 0, 38, True),)
+    assert engine.cluster.managers[0].pool.num_free == 0
+    request.output_token_ids += [1, 2, 3]  # 41 tokens need six
+
+    assert batcher.plan().rows == (_row(1, 0, 40, False),)
+
   def test_a_request_never_preempts_an_older_one(self):
     engine = _engine(1, num_blocks=5)  # 4 rBlocks
     first = engine.add(0, make_request(1, 17, max_tokens=7))

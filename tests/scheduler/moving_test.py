@@ -168,6 +168,28 @@ class TestRecall:
     assert not any(cluster.devices[0].epoch)
     assert _is_covered(cluster)
 
+  def test_what_was_refused_for_a_recall_can_be_lent_at_once(self, cluster):
+    manager = cluster.managers[0]
+    assert manager.recall_kvcache(UID, 1, 1)
+    (grant,) = manager.drain_effects()
+    (home,) = grant.block_ids
+    manager.close(UID)  # rBlock `home` is free, payloads for it are refused
+    reserve = Envelope(
+      sender=2,
+      receiver=0,
+      incarnation=1,
+      seq=99,
+      body=Reserve(uid=8, slot=SlotName(slot=0, epoch=1), num_blocks=8),
+      meant_for=1,
+    )
+    manager.on_message(reserve)
+
+    epochs = {}
+    for effect in manager.drain_effects():
+      epochs |= dict(zip(effect.block_ids, effect.epochs, strict=True))
+    assert manager.lent() == {2: 8}
+    assert epochs[home] == manager.pool.block(home).epoch != 0
+
   def test_the_messages_and_effects_of_a_recall_are_these(self, cluster, log):
     manager, creditor, _ = cluster.managers
     table = manager.table(UID)

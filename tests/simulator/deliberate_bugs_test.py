@@ -52,6 +52,7 @@ def _with_long_partitions(seed):
     plan_every_s=0.05,
     partition_s=6 * scenario.lending.lease_s,
     exchange_s=1.5,
+    long_answers=0.6,
     network=dataclasses.replace(scenario.network, late=0.02, lost=0.02),
     clock_jump=0.0,
   )
@@ -126,7 +127,7 @@ _PLACES = {
   Place.RESTART_OVERLOOKED: (_with_many_crashes, 40, "still counts"),
   Place.TRUST_UNLIMITED: (_with_long_partitions, 120, "trusts Location"),
   Place.COMMIT_SKIPPED: (_drawn, 10, "trusts Location"),
-  Place.PROOF_SKIPPED: (_with_lost_payloads, 40, "Not ended"),
+  Place.PROOF_SKIPPED: (_with_lost_payloads, 20, "whose copy was not proved"),
   Place.FREED_TWICE: (_drawn, 20, "cannot free"),
   Place.RELEASE_FORGOTTEN: (
     _drawn,
