@@ -66,6 +66,8 @@ def _no_half_state():
       {"kv_dtype": "fp8"},
       r"kv_dtype must be None or one of float32, bfloat16; got 'fp8'\.",
     ),
+    ({"host_blocks": 1}, r"host_blocks must be 0 or at least 2; got 1\."),
+    ({"host_blocks": -1}, r"host_blocks must be 0 or at least 2; got -1\."),
     ({"headroom_blocks": 1.5}, r"headroom_blocks must be an integer; got 1\.5"),
     (
       {"max_lent_blocks": -1},
