@@ -11,6 +11,7 @@ import pytest
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.errors import CoverageError
 from infinite_llm.scheduler.request import RequestStatus
+from infinite_llm.types import Tier
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
@@ -47,7 +48,7 @@ class Network:
 class Run:
   """One seed: a random cluster, random requests, random faults."""
 
-  def __init__(self, seed):
+  def __init__(self, seed, policy=None):
     rng = self.rng = random.Random(seed)
     self.num_instances = rng.randint(1, 4)
     self.num_blocks = rng.choice((7, 12, 20))
@@ -62,7 +63,8 @@ class Run:
       self.num_blocks,
       interceptor=network,
       spill_slots=rng.choice((1, 2, 4)),
-      policy=rng.choice(("borrow", "borrow", "borrow", "static")),
+      policy=policy or rng.choice(("borrow", "borrow", "borrow", "static")),
+      host_blocks=rng.choice((4, 9, 30)) if policy == "swap" else 0,
       group_prefill_buckets=(16, 64),
     )
     self.engine = FakeEngine(
@@ -76,6 +78,7 @@ class Run:
     )
     self.corruption = rng.choice((0.0, 0.05))
     self.num_idle_steps = 0
+    self.has_host = self.cluster.host_blocks > 0
 
   def go(self):
     num_requests = self.rng.randint(1, 7)
@@ -104,9 +107,13 @@ class Run:
     )
 
   def _disturb(self):
+    if self.has_host:
+      self.cluster.is_copying = self.rng.random() < 0.6
     if self.rng.random() < self.corruption:
       device = self.rng.choice(self.cluster.devices)
-      device.tag[self.rng.randrange(1, self.num_blocks)] = 0
+      tier = self.rng.choice(list(Tier)) if self.has_host else Tier.HBM
+      tags = device.tags(tier)
+      tags[self.rng.randrange(1, len(tags))] = 0
     if self.rng.random() < 0.01:
       batcher = self.rng.choice(self.engine.batchers)
       requests = (*batcher.waiting, *batcher.running)
@@ -128,10 +135,12 @@ class Run:
 
 
 @pytest.mark.parametrize("seed", range(_SEEDS))
-def test_every_request_ends_and_nothing_is_leaked(seed):
-  run = Run(seed)
+@pytest.mark.parametrize("policy", [None, "swap"])
+def test_every_request_ends_and_nothing_is_leaked(seed, policy):
+  run = Run(seed, policy)
   run.go()
 
+  run.cluster.is_copying = True
   for _ in range(60):  # long enough for every message to get through
     run.cluster.heartbeat()
   run.cluster.check_agreement()
