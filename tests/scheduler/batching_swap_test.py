@@ -23,7 +23,7 @@ _SCHEDULER = SchedulerConfig(
 )
 
 
-def _engine(*, policy="swap", host_blocks=9):
+def _engine(*, policy="swap", host_blocks=9, requests=((31, 9), (31, 4))):
   cluster = FakeCluster(
     1,
     9,
@@ -33,8 +33,8 @@ def _engine(*, policy="swap", host_blocks=9):
   )
   cluster.heartbeat()
   engine = FakeEngine(cluster, _SCHEDULER)
-  engine.add(0, make_request(1, 31, max_tokens=9))
-  engine.add(0, make_request(2, 31))
+  for uid, (num_tokens, max_tokens) in enumerate(requests, start=1):
+    engine.add(0, make_request(uid, num_tokens, max_tokens=max_tokens))
   engine.step()
   engine.step()
   return engine
@@ -98,15 +98,17 @@ def test_otherwise_it_is_computed_again(policy, host_blocks):
 
 
 def test_while_copies_make_room_nobody_else_is_preempted():
-  engine = _engine()
+  engine = _engine(requests=((23, 20), (23, 20), (9, 20)))
   engine.cluster.is_copying = False
-  engine.step()  # Request 1 has 5 rBlocks; the 3 of request 2 are leaving.
-  engine.add(0, make_request(3, 8))  # It finds no room.
-  for _ in range(3):
+  batcher, manager = engine.batchers[0], engine.cluster.managers[0]
+  # Of 3 + 3 + 2 rBlocks, request 1 gets the one of request 3 that is not full.
+  # The other one is leaving when 2, then 1, need one more.
+  for _ in range(12):
     engine.step()
 
-  assert [r.uid for r in engine.batchers[0].running] == [1]
-  assert [r.uid for r in engine.batchers[0].waiting] == [2, 3]
+  assert [r.num_computed_tokens for r in batcher.running] == [32, 24]
+  assert [r.uid for r in batcher.waiting] == [3]
+  assert manager.swapping.stage(3) is Stage.LEAVING
   engine.cluster.is_copying = True
   engine.run()
   assert all(
