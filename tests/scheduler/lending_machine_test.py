@@ -67,14 +67,18 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.initialize(
     num_tokens=st.lists(
       st.integers(0, _BLOCKS * BLOCK_SIZE // 2), min_size=2, max_size=3
-    )
+    ),
+    swapped=st.tuples(st.booleans(), st.booleans(), st.booleans()),
   )
-  def begin_with_requests(self, num_tokens):
+  def begin_with_requests(self, num_tokens, swapped):
     for instance, count in enumerate(num_tokens):
       self._open(instance, count)
     self.come_to_rest()
-    for uid in self.owner:
-      self._move(uid, 2, 1)
+    for uid, leaves in zip(tuple(self.owner), swapped, strict=False):
+      if leaves:
+        self._swap_out(uid)
+      else:
+        self._move(uid, 2, 1)
     self.come_to_rest()
 
   @stateful.precondition(
@@ -170,15 +174,34 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.precondition(lambda self: self.owner)
   @stateful.rule(data=st.data())
   def swap_a_request_out(self, data):
-    uid = data.draw(st.sampled_from(sorted(self.owner)))
+    self._swap_out(data.draw(st.sampled_from(sorted(self.owner))))
+
+  def _swap_out(self, uid):
     manager = self.cluster.managers[self.owner[uid]]
     if manager.swapping.swap_out(uid):
       self.swapped_out[uid] = self.owner.pop(uid)
 
-  @stateful.precondition(lambda self: self.swapped_out)
+  @stateful.precondition(lambda self: self._entered())
   @stateful.rule(data=st.data())
-  def swap_a_request_in(self, data):
+  def swap_out_what_just_came_in(self, data):
+    uid = data.draw(st.sampled_from(self._entered()))
+    self._swap_out(uid)
+    assert uid in self.swapped_out
+
+  def _entered(self):
+    return [
+      uid
+      for uid, instance in sorted(self.owner.items())
+      if self.cluster.managers[instance].swapping.stage(uid) is not None
+    ]
+
+  @stateful.precondition(lambda self: self.swapped_out)
+  @stateful.rule(data=st.data(), waits=st.booleans())
+  def swap_a_request_in(self, data, waits):
     uid = data.draw(st.sampled_from(sorted(self.swapped_out)))
+    self.cluster.carry()
+    while waits and self.cluster.swap():
+      pass
     manager = self.cluster.managers[self.swapped_out[uid]]
     num_tokens = manager.swapping.swap_in(uid)
     if num_tokens is not None:

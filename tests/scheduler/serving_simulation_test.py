@@ -81,7 +81,7 @@ class Run:
     self.has_host = self.cluster.host_blocks > 0
 
   def go(self):
-    num_requests = self.rng.randint(1, 7)
+    num_requests = self.rng.randint(1, 30 if self.has_host else 7)
     for _ in range(_MAX_STEPS):
       if not (num_requests or self.engine.has_work):
         return
@@ -98,7 +98,8 @@ class Run:
     own = (self.num_blocks - 1) * BLOCK_SIZE
     is_shared = self.cluster.lending.policy == "borrow"
     reachable = own * (self.num_instances if is_shared else 1)
-    max_tokens = self.rng.randint(1, 20)
+    # Requests that grow much make others give way.
+    max_tokens = self.rng.randint(1, 40 if self.has_host else 20)
     longest = reachable if self.rng.random() < 0.4 else own // 3
     num_tokens = self.rng.randint(1, max(longest - max_tokens, 1))
     self.engine.add(
@@ -114,7 +115,7 @@ class Run:
       tier = self.rng.choice(list(Tier)) if self.has_host else Tier.HBM
       tags = device.tags(tier)
       tags[self.rng.randrange(1, len(tags))] = 0
-    if self.rng.random() < 0.01:
+    if self.rng.random() < (0.05 if self.has_host else 0.01):
       batcher = self.rng.choice(self.engine.batchers)
       requests = (*batcher.waiting, *batcher.running)
       if requests:
