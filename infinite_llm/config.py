@@ -66,7 +66,7 @@ def _require_positive(config: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-  """The rBlock pool of each instance.
+  """The rBlock pools of each instance.
 
   Attributes:
     block_size: Tokens per rBlock, a multiple of 8.
@@ -75,12 +75,15 @@ class CacheConfig:
     memory_fraction: Part of a device's memory that may be used, if `num_blocks`
       is to be found out; the rest is a margin.
     kv_dtype: Dtype of keys and values; None takes the model's.
+    host_blocks: rBlocks of host memory per instance, the null block included;
+      0 is no such pool. Preempted requests may wait there.
   """
 
   block_size: int = 64
   num_blocks: int | None = None
   memory_fraction: float = 0.92
   kv_dtype: str | None = None
+  host_blocks: int = 0
 
   def __post_init__(self):
     _require_integer("block_size", self.block_size)
@@ -107,6 +110,9 @@ class CacheConfig:
       f"None or one of {', '.join(DTYPES)}",
       self.kv_dtype,
     )
+    _require_integer("host_blocks", self.host_blocks)
+    is_pool = self.host_blocks == 0 or self.host_blocks >= 2
+    _require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
 
   @property
   def capacity_tokens(self) -> int:

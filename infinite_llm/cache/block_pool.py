@@ -12,6 +12,7 @@ from infinite_llm.types import (
   InstanceId,
   PoolCounts,
   RequestUid,
+  Tier,
 )
 
 _MAX_EPOCH = 2**32 - 1
@@ -20,7 +21,7 @@ _LENT_STATES = (BlockState.RESERVED, BlockState.HOSTED)
 
 
 class BlockPool:
-  """The rBlocks of one instance, for its own requests and for others'.
+  """The rBlocks of one tier of an instance, for its requests and for others'.
 
   The first free block is taken: the one with the lowest id. Shortage is a
   value (None), a wrong call an `InvariantError` that tells the block's history.
@@ -31,6 +32,7 @@ class BlockPool:
     instance: InstanceId,
     num_blocks: int,
     last_epoch: Epoch = NO_EPOCH,
+    tier: Tier = Tier.HBM,
   ):
     """Makes a pool in which everything is free.
 
@@ -40,6 +42,7 @@ class BlockPool:
       last_epoch: Epoch after which its own begin. A pool that takes the place
         of a lost one should begin beyond those, or a payload on its way to the
         lost one may be accepted.
+      tier: Memory that the rBlocks lie in.
 
     Raises:
       ConfigError: If there is no block beside the null one.
@@ -47,6 +50,7 @@ class BlockPool:
     if num_blocks < 2:
       raise ConfigError(f"num_blocks must be at least 2; got {num_blocks}.")
     self.instance = instance
+    self.tier = tier
     self._num_blocks = num_blocks
     self._free = list(range(NULL_BLOCK_ID + 1, num_blocks))
     self._blocks: dict[BlockId, RBlock] = {}
@@ -181,7 +185,10 @@ class BlockPool:
     self._count(block, BlockState.RESERVED)
     block.reserve(owner, uid, self._last_epoch)
     return Location(
-      instance=self.instance, block_id=block.block_id, epoch=block.epoch
+      instance=self.instance,
+      block_id=block.block_id,
+      epoch=block.epoch,
+      tier=self.tier,
     )
 
   def _release(self, block: RBlock) -> None:
@@ -219,4 +226,7 @@ class BlockPool:
     return block
 
   def _wrong(self, block: RBlock, action: str) -> InvariantError:
-    return InvariantError(f"Instance {self.instance} cannot {action} {block}.")
+    tier = "" if self.tier is Tier.HBM else f"{self.tier.name} "
+    return InvariantError(
+      f"Instance {self.instance} cannot {action} {tier}{block}."
+    )

@@ -58,12 +58,17 @@ class LendingGroup:
 
     Raises:
       ConfigError: If the policy is one for the simulator only, or lacks a
-        performance profile.
+        performance profile, or if there is to be a HOST pool.
     """
     if config.lending.policy not in _POLICIES:
       raise ConfigError(
         f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
         f" {config.lending.policy!r}."
+      )
+    if config.cache.host_blocks:
+      raise ConfigError(
+        "host_blocks must be 0 in an engine, whose devices do not move rBlocks"
+        f" to host memory yet; got {config.cache.host_blocks}."
       )
     self._config = config
     self._runner = runner

@@ -21,7 +21,8 @@ class Phase(enum.Enum):
   A borrow goes ASKING, RESERVING, MOVING, COMMITTING, SWITCHED, and from there
   to the next candidate or to IDLE; if it fails after the reservation, RETURNING
   gives the grants back first. A recall goes FETCHING, SWITCHED, RETURNING; if
-  it fails, it ends at once and a sync follows.
+  it fails, it ends at once and a sync follows. What comes back from the HOST
+  tier goes SWAPPING_IN, SWAPPED_IN.
   """
 
   IDLE = "idle"
@@ -33,6 +34,8 @@ class Phase(enum.Enum):
   FETCHING = "awaiting payloads from a creditor"
   RETURNING = "awaiting the end of returned leases"
   SYNCING = "awaiting that creditors install their tables anew"
+  SWAPPING_IN = "awaiting copies from the HOST tier"
+  SWAPPED_IN = "awaiting the proof of copies from the HOST tier"
 
 
 class Reconcile(enum.Enum):
@@ -180,6 +183,10 @@ class Account:
       )
     return self.recall
 
+  def can_leave(self) -> bool:
+    """Whether all of it is at home, intact, and nothing is under way."""
+    return self.phase is Phase.IDLE and self.slot is None and not self.is_lost
+
   def num_movable(self) -> int:
     """How many rBlocks may move away: those full, proved and at home."""
     return len(self._movable_entries())
@@ -195,7 +202,9 @@ class Account:
 
   def is_settled(self) -> bool:
     """Whether the versions that a step would name are surely installed."""
-    if self.is_lost or self.must_sync or self.phase is Phase.SYNCING:
+    if self.is_lost or self.must_sync:
+      return False
+    if self.phase in (Phase.SYNCING, Phase.SWAPPING_IN):
       return False
     if self.phase is not Phase.RETURNING:
       return True

@@ -26,6 +26,8 @@ class Batcher:
   promised from one step to the next. When rBlocks run short, the policy's
   victim lends its own out; if that is impossible, the youngest request that is
   younger than the one in need is preempted, so the oldest always gets through.
+  A preempted request waits in HOST if the policy prefers that and there is
+  room; otherwise its KV is computed anew.
   """
 
   def __init__(
@@ -53,7 +55,7 @@ class Batcher:
 
   @property
   def waiting(self) -> tuple[Request, ...]:
-    """Requests without rBlocks, next one first."""
+    """Requests without rBlocks in HBM, next one first."""
     return tuple(self._waiting)
 
   @property
@@ -114,8 +116,11 @@ class Batcher:
 
   def preempt(self, uid: RequestUid) -> None:
     """Gives up a running request's KV; it waits as its arrival says."""
-    request = self._running.pop(uid)
     self._rmanager.close(uid)
+    self._await_admission(uid)
+
+  def _await_admission(self, uid: RequestUid) -> None:
+    request = self._running.pop(uid)
     request.num_computed_tokens = 0
     request.status = RequestStatus.WAITING
     ahead = sum(other.arrival < request.arrival for other in self._waiting)
@@ -167,6 +172,7 @@ class Batcher:
       self._rmanager.close(uid)
     else:
       request = self._take_waiting(uid)
+      self._rmanager.swapping.drop(uid)
     request.status = status
     request.error = error
     self._ended.append(request)
@@ -234,20 +240,31 @@ class Batcher:
     while self._waiting and len(self._running) < self._scheduler.max_num_seqs:
       request = self._waiting[0]
       needed = self._num_blocks(request.num_tokens)
-      if needed > room:
+      if needed > room or not self._enter(request):
         return
       room -= needed
       self._waiting.popleft()
-      self._rmanager.open(request.uid)
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
+
+  def _enter(self, request: Request) -> bool:
+    """Opens a request that fits; whether it can come now."""
+    swapping = self._rmanager.swapping
+    if swapping.stage(request.uid) is None:
+      self._rmanager.open(request.uid)
+      return True
+    num_tokens = swapping.swap_in(request.uid)
+    if num_tokens is None:
+      return False
+    request.num_computed_tokens = num_tokens
+    return True
 
   def _note_waiting(self) -> None:
     """Lets the gManager know, by way of the heartbeats, who waits."""
     needed = 0
     if self._waiting:
       needed = self._num_blocks(self._waiting[0].num_tokens)
-    self._rmanager.note_waiting(len(self._waiting), needed)
+    self._rmanager.condition.note_waiting(len(self._waiting), needed)
 
   def _add_row(self, request: Request, draft: Draft) -> None:
     # Hundreds of times a step, so nothing is asked for twice.
@@ -328,10 +345,14 @@ class Batcher:
     )
 
   def _preempt_younger_than(self, request: Request) -> bool:
-    youngest = max(self._running.values(), key=lambda r: r.arrival)
-    if youngest is request:
+    swapping = self._rmanager.swapping
+    uid = max(self._running.values(), key=lambda r: r.arrival).uid
+    if uid == request.uid or swapping.is_making_room:
       return False
-    self.preempt(youngest.uid)
+    if swapping.is_preferred(uid) and swapping.swap_out(uid):
+      self._await_admission(uid)
+    else:
+      self.preempt(uid)
     return True
 
   def _capacity(self, request: Request) -> int:

@@ -11,25 +11,13 @@ from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.account import (
-  Account,
-  Phase,
-  Reconcile,
-  SpillInfo,
-)
+from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.effects import Effect, Move
 from infinite_llm.scheduler.fault_points import Place
-from infinite_llm.scheduler.lease_messages import (
-  Renew,
-  Reserve,
-)
+from infinite_llm.scheduler.lease_messages import Renew, Reserve
 from infinite_llm.scheduler.leases import LeaseTrust
 from infinite_llm.scheduler.mailbox import Outbox, Pending
-from infinite_llm.scheduler.messages import (
-  Candidates,
-  Reply,
-  RequestBlocks,
-)
+from infinite_llm.scheduler.messages import Candidates, Reply, RequestBlocks
 from infinite_llm.scheduler.spill_slots import SpillSlotPool
 from infinite_llm.scheduler.transfers import Transfers
 from infinite_llm.types import FaultPoint, InstanceId, RequestUid
@@ -137,18 +125,26 @@ class Debtor:
     account.has_synced = False
     account.num_refuted = 0
 
-  def close(self, uid: RequestUid) -> None:
+  def close(self, uid: RequestUid, num_kept: int = 0) -> None:
     """Ends the account of a request, in whatever phase it is.
 
     Its local rBlocks are free at once: a payload still to be sent from there
     carries the tag of the old content, and arrives unproved if that is gone.
     Leases end when the creditors say so; until then the spill slot is taken.
+
+    Args:
+      uid: An open request.
+      num_kept: rBlocks from the first on, all at home, that somebody else frees
+        because they are being copied to another tier or from there.
     """
     account = self.account(uid)
     del self._accounts[uid]
     account.is_closed = True
-    for _, location in account.table.hosted_entries(self._pool.instance):
-      self._pool.free(location.block_id, uid)
+    for logical_id, location in account.table.hosted_entries(
+      self._pool.instance
+    ):
+      if logical_id >= num_kept:
+        self._pool.free(location.block_id, uid)
     self._transfers.abandon(account)
     # Only its answer tells whether a reservation left something to give back.
     self._outbox.give_up(

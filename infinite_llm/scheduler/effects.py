@@ -4,10 +4,11 @@ The data plane carries effects out in the order in which a manager emits them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from infinite_llm.cache.content_tag import content_tag
 from infinite_llm.cache.rblock import Location
-from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid
+from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid, Tier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,4 +96,78 @@ def full_block_move(
   )
 
 
-type Effect = GrantEpochs | MoveBlocks
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Swap:
+  """One full rBlock to copy between the tiers of an instance.
+
+  The data plane copies it only if it finds `src_tag` at the source; otherwise
+  it leaves nothing at the destination that could be proved.
+
+  Attributes:
+    uid: Request that it belongs to.
+    logical_id: Its number in the request.
+    src_block: Its place in the tier that it is copied from.
+    src_tag: Content tag that it must have there.
+    dst_block: Its place in the tier that it is copied to.
+    dst_tag: Content tag that it has there.
+  """
+
+  uid: RequestUid
+  logical_id: int
+  src_block: BlockId
+  src_tag: int
+  dst_block: BlockId
+  dst_tag: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwapBlocks:
+  """rBlocks to copy between tiers, to be acknowledged once all are copied.
+
+  Attributes:
+    to_tier: Where to; the sources lie in the other tier.
+    swaps: All of one request, by rising logical number.
+  """
+
+  to_tier: Tier
+  swaps: tuple[Swap, ...]
+
+
+def swap_blocks(
+  uid: RequestUid,
+  old: Sequence[Location],
+  new: Sequence[Location],
+  block_size: int,
+) -> SwapBlocks:
+  """Names the copying of a request's first rBlocks to the other tier.
+
+  Args:
+    uid: The request.
+    old: Where they lie, from the first one on; at least one.
+    new: Where each is to lie.
+    block_size: P, tokens in each.
+
+  Returns:
+    The effect, with the content tag that each rBlock has in either place.
+  """
+  moves = (
+    full_block_move(uid, logical_id, src, dst, block_size)
+    for logical_id, (src, dst) in enumerate(zip(old, new, strict=True))
+  )
+  return SwapBlocks(
+    to_tier=new[0].tier,
+    swaps=tuple(
+      Swap(
+        uid=uid,
+        logical_id=move.logical_id,
+        src_block=move.src_block,
+        src_tag=move.src_tag,
+        dst_block=move.dst_block,
+        dst_tag=move.dst_tag,
+      )
+      for move in moves
+    ),
+  )
+
+
+type Effect = GrantEpochs | MoveBlocks | SwapBlocks

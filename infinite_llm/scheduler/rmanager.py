@@ -7,6 +7,7 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
+from infinite_llm.scheduler.condition import Condition
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Effect, Move
@@ -19,7 +20,6 @@ from infinite_llm.scheduler.messages import (
   Envelope,
   FullHeartbeatRequest,
   GManagerAddress,
-  Heartbeat,
   MoveKvcache,
   RecallKvcache,
 )
@@ -27,7 +27,14 @@ from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.reception import Reception
 from infinite_llm.scheduler.reporter import Reporter
-from infinite_llm.types import FaultPoint, InstanceId, PoolCounts, RequestUid
+from infinite_llm.scheduler.swapping import HostTier, Swapping
+from infinite_llm.types import (
+  FaultPoint,
+  InstanceId,
+  PoolCounts,
+  RequestUid,
+  Tier,
+)
 
 __all__ = ["RManager", "Reconcile", "SpillInfo"]
 
@@ -37,13 +44,15 @@ class RManager:
 
   It decides and keeps books; it sends nothing and touches no device. Messages
   go in through `on_message` and out through `drain_messages`; what the devices
-  are to do comes out of `drain_effects`, and `on_exchanged` and `on_verified`
-  tell what they did.
+  are to do comes out of `drain_effects`, and `on_exchanged`, `on_verified` and
+  `swapping.on_swapped` tell what they did.
 
   Attributes:
     instance: The instance.
-    pool: Books of its rBlocks.
+    pool: Books of its rBlocks in HBM.
+    swapping: Preempted requests whose rBlocks wait in HOST.
     hosted: Tables of what it hosts for others.
+    condition: What it tells the gManagers of itself.
     plans: What it does about the gManager's plans.
     refused: Messages that no sane sender would send, by the name of their kind.
   """
@@ -59,23 +68,25 @@ class RManager:
     incarnation: int = 1,
     gmanagers: Sequence[GManagerAddress] = (GMANAGER,),
     faults: FaultPoint = no_fault,
+    host: HostTier | None = None,
   ):
     """Makes the manager of an instance without requests.
 
     Args:
       instance: The instance.
       num_instances: I, instances of its lending group.
-      pool: Its rBlocks, all free.
+      pool: Its rBlocks in HBM, all free.
       block_size: P, tokens per rBlock.
       lending: How the group shares its pools.
       clock: Monotonic seconds.
       incarnation: Rises each time this manager starts anew.
       gmanagers: Those that it reports to; it listens to the one that leads.
       faults: What goes wrong, in a simulation.
+      host: Its rBlocks in host memory, all free; None if it has none.
 
     Raises:
-      ConfigError: If `instance` is not one of the group, or it may lend more
-        than it has.
+      ConfigError: If `instance` is not one of the group, it may lend more than
+        it has, or `host` is somebody else's.
     """
     if not 0 <= instance < num_instances:
       raise ConfigError(
@@ -101,6 +112,10 @@ class RManager:
     self._debtor = Debtor(
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
+    self.swapping = Swapping(self._debtor, pool, host, block_size, self._policy)
+    self.condition = Condition(
+      pool, self._creditor, self._debtor, self.swapping
+    )
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._reception = Reception(
       instance,
@@ -119,7 +134,6 @@ class RManager:
     )
     self.refused = self._reception.refused
     self._lendable_elsewhere = 0
-    self._waiting = (0, 0)
 
   @property
   def hosted(self) -> HostedTables:
@@ -131,9 +145,9 @@ class RManager:
     """Spill slots that no request has."""
     return self._debtor.num_free_slots
 
-  def counts(self) -> PoolCounts:
-    """How the instance's rBlocks are used."""
-    return self.pool.counts()
+  def counts(self, tier: Tier = Tier.HBM) -> PoolCounts:
+    """How the instance's rBlocks of one tier are used."""
+    return self.swapping.counts() if tier is Tier.HOST else self.pool.counts()
 
   def lent(self) -> dict[InstanceId, int]:
     """rBlocks kept for each debtor, promised ones included."""
@@ -147,15 +161,6 @@ class RManager:
     """rBlocks that all others would lend, as far as is known."""
     return self._lendable_elsewhere
 
-  def note_waiting(self, num_requests: int, next_blocks: int) -> None:
-    """Takes down, for the gManager, what waits on this instance.
-
-    Args:
-      num_requests: Requests that wait to run.
-      next_blocks: rBlocks that the first of them needs; 0 if there is none.
-    """
-    self._waiting = (num_requests, next_blocks)
-
   # Own requests.
 
   def open(self, uid: RequestUid) -> BlockTable:
@@ -163,7 +168,11 @@ class RManager:
 
     Returns:
       Its table, still empty; it stays the same object until `close`.
+
+    Raises:
+      InvariantError: If it is open, or waits in HOST.
     """
+    self.swapping.check_absent(uid)
     return self._debtor.open(uid)
 
   def table(self, uid: RequestUid) -> BlockTable:
@@ -190,16 +199,18 @@ class RManager:
       num_tokens: Tokens from the first on whose KV is present and proved.
     """
     self._debtor.confirm(uid, num_tokens)
+    self.swapping.on_proved(uid)
 
   def close(self, uid: RequestUid) -> None:
     """Gives back all rBlocks of a request, in whatever state they are.
 
-    Local ones are free at once, those elsewhere when their creditors say so.
+    Local ones are free at once, those elsewhere when their creditors say so,
+    and those that are being copied between tiers when that is acknowledged.
 
     Args:
       uid: An open request.
     """
-    self._debtor.close(uid)
+    self._debtor.close(uid, num_kept=self.swapping.drop(uid))
 
   # Steps.
 
@@ -218,9 +229,8 @@ class RManager:
   def is_readable(self, uid: RequestUid) -> bool:
     """Whether a step may read a request's rBlocks now.
 
-    While creditors install a table anew the version in force is not known, and
-    leases of a creditor that has not answered for long may have ended; a step
-    would fail to no purpose.
+    While creditors install a table anew the version in force is not known;
+    leases of a silent creditor, and copies from HOST, may not be there.
     """
     return self._debtor.is_readable(uid)
 
@@ -236,8 +246,8 @@ class RManager:
     """Reacts to a step of a request that could not be proved.
 
     Moves that nobody proved yet are undone first; if there are none, all
-    creditors install their tables anew; if that did not help either, or there
-    are none, only recomputing does. A proved step begins this anew.
+    creditors install their tables anew; else only recomputing helps. A proved
+    step begins this anew.
 
     Args:
       uid: An open request.
@@ -354,7 +364,7 @@ class RManager:
         self._lendable_elsewhere = lendable
         self._debtor.on_status(lendable > 0)
       case FullHeartbeatRequest():
-        self._reporter.tell(self._heartbeat(), is_full=True)
+        self._tell(is_full=True)
       case MoveKvcache() | RecallKvcache() as plan:
         self.plans.follow(plan)
       case None:
@@ -368,7 +378,7 @@ class RManager:
     self._outbox.resend()
     if self._reporter.is_due():
       self._debtor.renew()
-      self._reporter.tell(self._heartbeat())
+      self._tell()
 
   def drain_messages(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
@@ -377,7 +387,11 @@ class RManager:
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
     effects, self._effects[:] = self._effects[:], []
-    return effects
+    return effects + self.swapping.drain_effects()
+
+  def _tell(self, *, is_full: bool = False) -> None:
+    heartbeat = self.condition.heartbeat(self._reporter.leader_epoch)
+    self._reporter.tell(heartbeat, is_full=is_full)
 
   def _check_peer(self, name: str, peer: InstanceId) -> None:
     if peer == self.instance or not 0 <= peer < self._num_instances:
@@ -385,16 +399,3 @@ class RManager:
         f"{name} must be another instance in [0, {self._num_instances}); got"
         f" {peer} on instance {self.instance}."
       )
-
-  def _heartbeat(self) -> Heartbeat:
-    num_waiting, next_blocks = self._waiting
-    return Heartbeat(
-      counts=self.counts(),
-      lendable=self._creditor.lendable,
-      num_running=self._debtor.num_open,
-      num_waiting=num_waiting,
-      next_blocks=next_blocks,
-      lent=tuple(sorted(self.lent().items())),
-      requests=self._debtor.requests(),
-      leader_epoch=self._reporter.leader_epoch,
-    )

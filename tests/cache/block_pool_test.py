@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.rblock import BlockState, Location
 from infinite_llm.errors import ConfigError, InvariantError
-from infinite_llm.types import PoolCounts
+from infinite_llm.types import PoolCounts, Tier
 
 
 def test_the_lowest_free_blocks_are_taken_under_new_epochs():
@@ -246,3 +246,15 @@ TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = hypothesis.settings(
   max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
 )
+
+
+def test_a_pool_of_host_memory_says_so():
+  pool = BlockPool(0, 3, tier=Tier.HOST)
+
+  (location,) = pool.allocate(1, uid=7)
+
+  assert location == Location(instance=0, block_id=1, epoch=1, tier=Tier.HOST)
+  with pytest.raises(
+    InvariantError, match="cannot begin to move HOST rBlock 1"
+  ):
+    pool.begin_move(1)

@@ -66,12 +66,14 @@ def _no_half_state():
       {"kv_dtype": "fp8"},
       r"kv_dtype must be None or one of float32, bfloat16; got 'fp8'\.",
     ),
+    ({"host_blocks": 1}, r"host_blocks must be 0 or at least 2; got 1\."),
+    ({"host_blocks": -1}, r"host_blocks must be 0 or at least 2; got -1\."),
     ({"headroom_blocks": 1.5}, r"headroom_blocks must be an integer; got 1\.5"),
     (
       {"max_lent_blocks": -1},
       r"max_lent_blocks must be None or not negative; got -1\.",
     ),
-    ({"policy": "give"}, r"policy must be 'borrow' or 'static'; got 'give'\."),
+    ({"policy": "give"}, r"policy must be one of borrow, .*; got 'give'\."),
     (
       {"decode_buckets": (4, 2)},
       r"decode_buckets must be positive, rising and not empty; got \(4, 2\)\.",

@@ -20,7 +20,12 @@ from infinite_llm.distributed.transport.in_process import (
   InProcessTransport,
   Interceptor,
 )
-from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  Move,
+  MoveBlocks,
+  SwapBlocks,
+)
 from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import (
@@ -33,10 +38,17 @@ from infinite_llm.scheduler.messages import (
 )
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.rmanager import RManager, SpillInfo
-from infinite_llm.types import NO_EPOCH, FaultPoint
+from infinite_llm.scheduler.swap_costs import SwapCosts
+from infinite_llm.scheduler.swapping import HostTier
+from infinite_llm.types import NO_EPOCH, FaultPoint, InstanceId, Tier
 
 BLOCK_SIZE = 8
 EPOCHS_PER_INCARNATION = 1000
+
+SWAP_COSTS = SwapCosts(
+  block_bytes=1024, link_bytes_per_s=1e6, recompute_tokens_per_s=1e3
+)
+"""An rBlock is copied out and back in 2 ms; its tokens take 8 ms."""
 
 
 def until(done: Callable[[], bool], most: int = 200) -> Iterator[None]:
@@ -50,10 +62,14 @@ def until(done: Callable[[], bool], most: int = 200) -> Iterator[None]:
 
 @dataclasses.dataclass
 class FakeDevice:
-  """What one instance's pool holds: a tag and an epoch for each rBlock."""
+  """What one instance's pools hold: a tag for each rBlock, in HBM an epoch."""
 
   tag: list[int]
   epoch: list[int]
+  host_tag: list[int]
+
+  def tags(self, tier: Tier) -> list[int]:
+    return self.tag if tier is Tier.HBM else self.host_tag
 
 
 class FakeCluster:
@@ -69,12 +85,14 @@ class FakeCluster:
     has_standby: bool = False,
     planning: PlanningConfig | None = None,
     faults: FaultPoint = no_fault,
+    host_blocks: int = 0,
     **lending,
   ):
     self.now_s = 0.0
     self.faults = faults
     self.lending = LendingConfig(**lending)
     self.num_blocks = num_blocks
+    self.host_blocks = host_blocks
     self.incarnations = [1] * num_instances
     self.addresses = (GMANAGER, STANDBY) if has_standby else (GMANAGER,)
     self.managers = [
@@ -100,27 +118,39 @@ class FakeCluster:
     for address in self.addresses:
       self.transport.register(address, self._to_gmanager)
     self.moves: collections.deque[Move] = collections.deque()
+    self.swaps: collections.deque[tuple[InstanceId, SwapBlocks]] = (
+      collections.deque()
+    )
+    self.is_copying = True  # Between tiers; if not, `swaps` wait.
     self.refused_payloads = 0
     self.proved: dict[int, int] = {}
 
   def _manager(self, instance: int, num_instances: int) -> RManager:
     incarnation = self.incarnations[instance]
+    last_epoch = (incarnation - 1) * EPOCHS_PER_INCARNATION
+    host = None
+    if self.host_blocks:
+      host = HostTier(
+        pool=BlockPool(instance, self.host_blocks, last_epoch, Tier.HOST),
+        costs=SWAP_COSTS,
+      )
     return RManager(
       instance=instance,
       num_instances=num_instances,
-      pool=BlockPool(
-        instance, self.num_blocks, (incarnation - 1) * EPOCHS_PER_INCARNATION
-      ),
+      pool=BlockPool(instance, self.num_blocks, last_epoch),
       block_size=BLOCK_SIZE,
       lending=self.lending,
       clock=lambda: self.now_s,
       incarnation=incarnation,
       gmanagers=self.addresses,
       faults=self.faults,
+      host=host,
     )
 
   def _device(self) -> FakeDevice:
-    return FakeDevice([0] * self.num_blocks, [0] * self.num_blocks)
+    return FakeDevice(
+      [0] * self.num_blocks, [0] * self.num_blocks, [0] * self.host_blocks
+    )
 
   def restart(self, instance: int) -> None:
     """An instance loses all that it had, and begins anew."""
@@ -130,6 +160,9 @@ class FakeCluster:
     self.transport.register(instance, self.managers[instance].on_message)
     self.moves = collections.deque(
       move for move in self.moves if move.src_instance != instance
+    )
+    self.swaps = collections.deque(
+      (owner, swap) for owner, swap in self.swaps if owner != instance
     )
 
   # Control plane.
@@ -149,8 +182,8 @@ class FakeCluster:
       for envelope in manager.drain_messages():
         self.transport.send(envelope)
     happened = self.transport.deliver() > 0
-    for manager, device in zip(self.managers, self.devices, strict=True):
-      for effect in manager.drain_effects():
+    for instance, device in enumerate(self.devices):
+      for effect in self.managers[instance].drain_effects():
         happened = True
         match effect:
           case GrantEpochs(block_ids=block_ids, epochs=epochs):
@@ -160,6 +193,8 @@ class FakeCluster:
                 device.tag[block_id] = 0
           case MoveBlocks(moves=moves):
             self.moves.extend(moves)
+          case SwapBlocks():
+            self.swaps.append((instance, effect))
     return happened
 
   def tick(self, seconds: float = 1.0) -> None:
@@ -195,6 +230,25 @@ class FakeCluster:
       return
     target.tag[move.dst_block] = move.dst_tag
 
+  def swap(self, *, spoils: bool = False) -> bool:
+    """Copies the oldest rBlocks between tiers, if any, and acknowledges.
+
+    Args:
+      spoils: Lose what is copied.
+    """
+    if not self.swaps:
+      return False
+    instance, effect = self.swaps.popleft()
+    device = self.devices[instance]
+    is_out = effect.to_tier is Tier.HOST
+    source = device.tags(Tier.HBM if is_out else Tier.HOST)
+    target = device.tags(effect.to_tier)
+    for one in effect.swaps:
+      is_right = source[one.src_block] == one.src_tag and not spoils
+      target[one.dst_block] = one.dst_tag if is_right else 0
+    self.managers[instance].swapping.on_swapped(effect)
+    return True
+
   def verify(self) -> bool:
     """Proves or refutes moved rBlocks."""
     happened = False
@@ -211,6 +265,7 @@ class FakeCluster:
     for _ in range(1000):
       happened = self.carry()
       happened |= self.exchange(quota)
+      happened |= self.is_copying and self.swap()
       happened |= self.verify()
       if not happened:
         return
@@ -310,6 +365,7 @@ class FakeCluster:
     for manager, device in zip(self.managers, self.devices, strict=True):
       counts = manager.counts()
       assert counts.is_conserved(), counts
+      assert manager.counts(Tier.HOST).is_conserved()
       assert sum(manager.lent().values()) == manager.pool.num_lent
       cap = self.lending.max_lent_blocks
       assert cap is None or manager.pool.num_lent <= cap
@@ -328,6 +384,8 @@ class FakeCluster:
     for manager, device in zip(self.managers, self.devices, strict=True):
       counts = manager.counts()
       assert counts.free == counts.total, counts
+      host = manager.counts(Tier.HOST)
+      assert host.free == host.total == max(self.host_blocks - 1, 0), host
       assert manager.lent() == manager.borrowed() == {}
       assert manager.num_free_slots == self.lending.spill_slots
       assert not any(device.epoch)

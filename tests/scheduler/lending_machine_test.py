@@ -1,6 +1,7 @@
 """Lending over a network that loses, repeats and reorders every message.
 
-Instances sleep, and begin anew with nothing of what they had.
+Instances sleep, and begin anew with nothing of what they had. Requests leave
+for host memory and come back, and their copies take time and may be lost.
 """
 
 import collections
@@ -10,9 +11,10 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 from infinite_llm.cache.rblock import BlockState
-from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.account import Phase, Reconcile
 from infinite_llm.scheduler.fault_points import no_fault
 from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.swapping import Stage
 from tests.scheduler.fake_cluster import (
   BLOCK_SIZE,
   EPOCHS_PER_INCARNATION,
@@ -22,6 +24,7 @@ from tests.scheduler.fake_cluster import (
 
 _INSTANCES = 3
 _BLOCKS = 9
+_HOST_BLOCKS = 6
 _LEASE_S = 5.0
 
 
@@ -44,9 +47,12 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       headroom_blocks=1,
       lease_s=_LEASE_S,
       faults=self.faults,
+      host_blocks=_HOST_BLOCKS,
     )
     self.last_uid = 0
     self.owner = {}
+    self.swapped_out = {}
+    self.lost_copies = set()
 
   def _on_wire(self, envelope):
     self.wire.append(envelope)
@@ -61,17 +67,23 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.initialize(
     num_tokens=st.lists(
       st.integers(0, _BLOCKS * BLOCK_SIZE // 2), min_size=2, max_size=3
-    )
+    ),
+    swapped=st.tuples(st.booleans(), st.booleans(), st.booleans()),
   )
-  def begin_with_requests(self, num_tokens):
+  def begin_with_requests(self, num_tokens, swapped):
     for instance, count in enumerate(num_tokens):
       self._open(instance, count)
     self.come_to_rest()
-    for uid in self.owner:
-      self._move(uid, 2, 1)
+    for uid, leaves in zip(tuple(self.owner), swapped, strict=False):
+      if leaves:
+        self._swap_out(uid)
+      else:
+        self._move(uid, 2, 1)
     self.come_to_rest()
 
-  @stateful.precondition(lambda self: len(self.owner) < 4)
+  @stateful.precondition(
+    lambda self: len(self.owner) + len(self.swapped_out) < 4
+  )
   @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
   def open_request(self, instance):
     self._open(instance, 0)
@@ -154,9 +166,65 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     manager.close(uid)
     if is_preempted:  # The same uid begins anew while its leases still end.
       room = 0 if manager.is_frozen else manager.pool.num_free
+      self.lost_copies.discard(uid)
       self.cluster.open(self.owner[uid], uid, room // 2 * BLOCK_SIZE)
     else:
       del self.owner[uid]
+
+  @stateful.precondition(lambda self: self.owner)
+  @stateful.rule(data=st.data())
+  def swap_a_request_out(self, data):
+    self._swap_out(data.draw(st.sampled_from(sorted(self.owner))))
+
+  def _swap_out(self, uid):
+    manager = self.cluster.managers[self.owner[uid]]
+    if manager.swapping.swap_out(uid):
+      self.swapped_out[uid] = self.owner.pop(uid)
+
+  @stateful.precondition(lambda self: self._entered())
+  @stateful.rule(data=st.data())
+  def swap_out_what_just_came_in(self, data):
+    uid = data.draw(st.sampled_from(self._entered()))
+    self._swap_out(uid)
+    assert uid in self.swapped_out
+
+  def _entered(self):
+    return [
+      uid
+      for uid, instance in sorted(self.owner.items())
+      if self.cluster.managers[instance].swapping.stage(uid) is not None
+    ]
+
+  @stateful.precondition(lambda self: self.swapped_out)
+  @stateful.rule(data=st.data(), waits=st.booleans())
+  def swap_a_request_in(self, data, waits):
+    uid = data.draw(st.sampled_from(sorted(self.swapped_out)))
+    self.cluster.carry()
+    while waits and self.cluster.swap():
+      pass
+    manager = self.cluster.managers[self.swapped_out[uid]]
+    num_tokens = manager.swapping.swap_in(uid)
+    if num_tokens is not None:
+      self.owner[uid] = self.swapped_out.pop(uid)
+      self.cluster.proved[uid] = num_tokens
+
+  @stateful.precondition(lambda self: self.swapped_out)
+  @stateful.rule(data=st.data())
+  def abort_a_swapped_request(self, data):
+    uid = data.draw(st.sampled_from(sorted(self.swapped_out)))
+    instance = self.swapped_out.pop(uid)
+    assert self.cluster.managers[instance].swapping.drop(uid) == 0
+
+  @stateful.precondition(lambda self: self.cluster.swaps)
+  @stateful.rule()
+  def copy_between_tiers(self):
+    self.cluster.swap()
+
+  @stateful.precondition(lambda self: self.cluster.swaps)
+  @stateful.rule()
+  def lose_a_copy(self):
+    self.lost_copies.add(self.cluster.swaps[0][1].swaps[0].uid)
+    self.cluster.swap(spoils=True)
 
   @stateful.rule(seconds=st.sampled_from((0.2, 1.0, 2.0)))
   def let_time_pass(self, seconds):
@@ -176,8 +244,9 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(instance=st.integers(0, _INSTANCES - 1))
   def restart_an_instance(self, instance):
     self.cluster.restart(instance)
-    for uid in [uid for uid, home in self.owner.items() if home == instance]:
-      del self.owner[uid]
+    for homes in (self.owner, self.swapped_out):
+      for uid in [uid for uid, home in homes.items() if home == instance]:
+        del homes[uid]
 
   @stateful.rule()
   def recompute_what_is_lost(self):
@@ -186,6 +255,24 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       if uid in manager.lost():
         manager.close(uid)
         self.cluster.open(instance, uid, 0)
+
+  @stateful.precondition(lambda self: self.lost_copies)
+  @stateful.rule()
+  def recompute_what_came_back_wrong(self):
+    for uid in sorted(self.lost_copies & self.owner.keys()):
+      instance = self.owner[uid]
+      manager = self.cluster.managers[instance]
+      if self._is_unproved(uid) and not self.cluster.covers(
+        instance, uid, self.cluster.proved[uid]
+      ):
+        assert manager.reconcile(uid) is Reconcile.RECOMPUTE
+        manager.close(uid)
+        self.cluster.open(instance, uid, 0)
+        self.lost_copies.remove(uid)
+
+  def _is_unproved(self, uid):
+    swapping = self.cluster.managers[self.owner[uid]].swapping
+    return swapping.stage(uid) is Stage.UNPROVED
 
   @stateful.precondition(lambda self: self.wire)
   @stateful.rule(data=st.data(), is_kept=st.booleans())
@@ -209,6 +296,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
       self.deliver_all_messages()
     self.cluster.carry()
     self.cluster.exchange()
+    self.cluster.swap()
 
   @stateful.rule()
   def come_to_rest(self):
@@ -222,6 +310,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     happened |= bool(self.wire)
     self.deliver_all_messages()
     happened |= self.cluster.exchange()
+    happened |= self.cluster.swap()
     return self.cluster.verify() or happened
 
   @stateful.precondition(lambda self: self.wire)
@@ -267,6 +356,8 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     It fails while it reads copies that were spoiled on their way, and while it
     reads an instance that began anew and has not been heard since.
     """
+    if uid in self.lost_copies and self._is_unproved(uid):
+      return False
     phase = self.cluster.managers[self.owner[uid]].phase(uid)
     is_spoiled = uid in self.spoiled and phase is Phase.SWITCHED
     return not is_spoiled and all(map(self._is_alive, self._locations(uid)))
@@ -313,6 +404,8 @@ class LendingMachine(stateful.RuleBasedStateMachine):
     assert all(count == 1 for count in named.values())
 
   def teardown(self):
+    for uid, instance in self.swapped_out.items():
+      self.cluster.managers[instance].swapping.drop(uid)
     for uid, instance in self.owner.items():
       self.cluster.managers[instance].close(uid)
     # A reservation may still be asked for, then returned; and leases of those

@@ -29,7 +29,7 @@ def test_the_greedy_planner_moves_blocks_before_anybody_asks():
   cluster = _cluster(3, policy="greedy", planning=planning)
   cluster.open(0, UID, 8 * BLOCK_SIZE)  # All that instance 0 has.
   manager = cluster.managers[0]
-  manager.note_waiting(3, 2)
+  manager.condition.note_waiting(3, 2)
 
   for _ in until(lambda: manager.counts().free > 0, 40):
     assert manager.phase(UID) is Phase.IDLE
