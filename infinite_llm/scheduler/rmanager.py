@@ -355,10 +355,7 @@ class RManager:
   # Messages and effects.
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message, perhaps late or repeated; a nonsensical one is refused.
-
-    Refused messages change nothing and are counted in `refused`.
-    """
+    """Takes a message, perhaps late; nonsense is `refused` and counted."""
     match self._reception.on_message(envelope):
       case ClusterStatus(lendable=lendable):
         self._lendable_elsewhere = lendable

@@ -6,9 +6,14 @@ What is wrong is raised as a `ViolationError` where it happens.
 from collections.abc import Callable
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.errors import CoverageError
+from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.batching import Batcher
-from infinite_llm.scheduler.effects import Move, MoveBlocks
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  Move,
+  MoveBlocks,
+  SwapBlocks,
+)
 from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
@@ -119,11 +124,14 @@ class Instance:
       self.watch.check_outgoing(envelope, cause)
       world.network.send(envelope)
     for effect in self.manager.drain_effects():
-      if isinstance(effect, MoveBlocks):
-        self._moves += effect.moves
-        self._schedule_exchange()
-      else:
-        world.plane.grant(self.number, effect)
+      match effect:
+        case MoveBlocks(moves=moves):
+          self._moves += moves
+          self._schedule_exchange()
+        case GrantEpochs():
+          world.plane.grant(self.number, effect)
+        case SwapBlocks():
+          raise InvariantError(f"No HOST tier is simulated; got {effect}.")
     self.watch.check_books()
 
   def add(self, request: Request) -> None:
