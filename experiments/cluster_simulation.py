@@ -46,8 +46,8 @@ def run(
     workdir: Gets `policies.png`.
 
   Returns:
-    A row for each run, what the slowest of them reached, and whether all
-    rBlocks were given back in each that ended.
+    A row for each run, how fast they were simulated, and whether all rBlocks
+    were given back in each that ended.
   """
   cost = load_cost_model(config.costs)
   traces = _traces(config)
@@ -71,7 +71,12 @@ def run(
     "runs": rows,
     "large": large,
     "aims": {
-      name: {"at_least": aim, "slowest": min(row[name] for row in rows)}
+      name: {
+        "at_least": aim,
+        "all_runs_together": sum(row[name] * row["wall_s"] for row in rows)
+        / sum(row["wall_s"] for row in rows),
+        "slowest_run": min(row[name] for row in rows),
+      }
       for name, aim in _AIMS.items()
     },
     "correct": all(

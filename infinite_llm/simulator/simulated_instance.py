@@ -130,10 +130,18 @@ class InstanceStep:
 
   def work_at(self, step: int) -> Work:
     """What is to do in one of the steps, counted from 0."""
-    alive = [reading for reading in self.readings if reading.steps > step]
-    rows = sum(reading.is_own for reading in alive)
-    tokens = sum(reading.tokens for reading in alive) + step * rows
-    return dataclasses.replace(self.work, rows=rows, tokens=tokens)
+    rows = tokens = 0
+    for reading in self.readings:
+      if reading.steps > step:
+        rows += reading.is_own
+        tokens += reading.tokens + step * reading.is_own
+    return Work(
+      rows=rows,
+      tokens=tokens,
+      prefill_tokens=self.work.prefill_tokens,
+      prefill_pairs=self.work.prefill_pairs,
+      copied_s=self.work.copied_s,
+    )
 
 
 class SimulatedInstance:
