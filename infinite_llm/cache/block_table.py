@@ -131,6 +131,10 @@ class BlockTable:
       )
     )
 
+  def num_at(self, instance: InstanceId) -> int:
+    """How many rBlocks of the request lie on an instance."""
+    return self._num_at[instance]
+
   def tag(self, logical_id: int, filled: int) -> int:
     """Content tag of an rBlock.
 

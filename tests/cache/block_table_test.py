@@ -160,6 +160,14 @@ def test_demand_sees_what_went_wrong():
   assert good.demand(2 * P) == demand
 
 
+def test_rblocks_are_counted_where_they_lie():
+  table = _table(_at(0, 1), _at(0, 2), _at(3, 1))
+
+  table.switch(0, _at(3, 5))
+
+  assert (table.num_at(0), table.num_at(3), table.num_at(4)) == (1, 2, 0)
+
+
 def test_demand_of_no_tokens_is_nothing():
   assert _table(_at(0, 1)).demand(0) == 0
 

@@ -1,0 +1,65 @@
+"""Compares policies on simulated clusters of H200, on one CPU: no devices.
+
+Every field is a flag of the runner: `--config.trace.seed=1`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.experiment = "cluster_simulation"
+  config.seed = 0  # Draws the delays of messages.
+  config.costs = "experiments/anchors/h200_llama3_8b_costs.json"
+  # Any of borrow, greedy, static, swap, migrate; "-dgfm" leaves circles be.
+  config.policies = (
+    "borrow",
+    "borrow-dgfm",
+    "greedy",
+    "static",
+    "swap",
+    "migrate",
+  )
+
+  config.cluster = ConfigDict()
+  config.cluster.num_instances = 32
+  # 131,072 tokens: about what an A100 of 80 GB holds of a 7B model with as many
+  # KV heads as query heads, as in the paper. An H200 has room for 7 times as
+  # many tokens of this model, and sharing little to do. Books of large rBlocks
+  # cost less CPU time.
+  config.cluster.block_size = 256
+  config.cluster.num_blocks = 513
+  config.cluster.host_tokens = 2_000_000
+  config.cluster.decode_steps = 16  # Planned at once.
+  config.cluster.most_s = 7200.0
+
+  config.lending = ConfigDict()
+  config.lending.spill_slots = 8
+  config.lending.headroom_blocks = 64
+  config.lending.heartbeat_every_s = 0.25
+
+  config.scheduler = ConfigDict()
+  config.scheduler.max_num_seqs = 256
+  config.scheduler.chunk_tokens = 8192
+
+  config.trace = ConfigDict()
+  config.trace.path = ""  # A .csv or .json file, in place of drawn traces.
+  config.trace.seed = 0
+  config.trace.min_tokens = 1000
+  # Contexts of one trace are 1K to so many tokens long.
+  config.trace.max_tokens = (60_000, 200_000, 2_000_000)
+  # What arrives is the same for all: about so many tokens a second, so long.
+  config.trace.tokens_per_s = 450_000.0
+  config.trace.arrive_s = 20.0
+  config.trace.min_output_tokens = 128
+  config.trace.max_output_tokens = 1024
+
+  # One more run, of many instances.
+  config.large = ConfigDict()
+  config.large.num_instances = 1000  # 0 leaves it out.
+  config.large.policy = "borrow"
+  config.large.max_tokens = 200_000
+  config.large.tokens_per_s = 9_000_000.0
+  config.large.arrive_s = 3.0
+  config.large.heartbeat_every_s = 1.0
+  return config

@@ -1,0 +1,69 @@
+"""What a simulated cluster is made of."""
+
+import dataclasses
+
+from infinite_llm.config import LendingConfig, SchedulerConfig
+from infinite_llm.errors import ConfigError
+from infinite_llm.scheduler.policies import get_policy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+  """A cluster to simulate.
+
+  Attributes:
+    num_instances: I; all of them may lend to each other.
+    num_blocks: N, rBlocks per instance with the null block.
+    block_size: P, tokens per rBlock.
+    lending: Policy and periods.
+    scheduler: Sizes of a step.
+    has_dgfm: Whether circles of debts are dissolved; if not, what the gManager
+      says about them is not passed on.
+    host_tokens: Tokens of preempted requests that the host memory of an
+      instance holds, for policies that swap.
+    decode_steps: Steps without prefill that are planned at once, so that
+      arrivals, and rBlocks that ended requests leave, may wait for so many; 1
+      is as exact as can be.
+    min_delay_s: Shortest way of a message.
+    max_delay_s: Longest way of a message.
+    most_s: Simulated seconds after which a run ends anyway.
+    seed: Draws the delays.
+  """
+
+  num_instances: int
+  num_blocks: int
+  block_size: int = 64
+  lending: LendingConfig
+  scheduler: SchedulerConfig
+  has_dgfm: bool = True
+  host_tokens: int = 0
+  decode_steps: int = 1
+  min_delay_s: float = 0.0005
+  max_delay_s: float = 0.001
+  most_s: float = 3600.0
+  seed: int = 0
+
+  def __post_init__(self):
+    for name, least in (
+      ("num_instances", 1),
+      ("num_blocks", 2),
+      ("block_size", 1),
+      ("host_tokens", 0),
+      ("decode_steps", 1),
+    ):
+      value = getattr(self, name)
+      if value < least:
+        raise ConfigError(f"{name} must be at least {least}; got {value!r}.")
+    if not self.most_s > 0:
+      raise ConfigError(f"most_s must be positive; got {self.most_s!r}.")
+
+  @property
+  def reachable_tokens(self) -> int:
+    """Tokens that one request could have if it were alone."""
+    own = self.num_blocks - 1
+    if not get_policy(self.lending.policy).BORROWS:
+      return own * self.block_size
+    lent = max(own - (self.lending.headroom_blocks or 0), 0)
+    if self.lending.max_lent_blocks is not None:
+      lent = min(lent, self.lending.max_lent_blocks)
+    return (own + lent * (self.num_instances - 1)) * self.block_size

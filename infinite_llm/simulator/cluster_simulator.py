@@ -1,0 +1,396 @@
+"""A cluster by discrete events: real managers and batchers, times from a model.
+
+Messages travel over the simulated network without faults, rBlocks over links of
+a given speed, steps take what the cost model says. Instances joined by debts
+begin a step together, when all of them are through with the last one, and end
+it with the slowest if any row of it attends elsewhere. Devices are not there:
+what moved arrived intact.
+
+`swap` and `migrate`, which an engine does not carry out, are carried out here:
+a preempted request's KV comes back from host memory, a migrated one's over the
+link, in place of being computed again.
+"""
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Sequence
+from typing import cast
+
+from infinite_llm.errors import CapacityError, InvariantError
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.effects import Move, MoveBlocks
+from infinite_llm.scheduler.gmanager import GManager
+from infinite_llm.scheduler.messages import (
+  GMANAGER,
+  Envelope,
+  MoveKvcache,
+  RecallKvcache,
+)
+from infinite_llm.scheduler.planning import PlanningConfig
+from infinite_llm.scheduler.policies import get_policy
+from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.simulator.cluster_config import ClusterConfig
+from infinite_llm.simulator.cost_model import CostModel
+from infinite_llm.simulator.faults import NetworkFaults
+from infinite_llm.simulator.network import SimulatedNetwork
+from infinite_llm.simulator.simulated_instance import (
+  InstanceStep,
+  Kept,
+  SimulatedInstance,
+)
+from infinite_llm.simulator.simulation_result import (
+  RequestRecord,
+  SimulationResult,
+)
+from infinite_llm.simulator.stepping import StepGroups
+from infinite_llm.simulator.traces import TraceRequest
+from infinite_llm.types import InstanceId, RequestUid
+
+_ROUNDS_TOGETHER = 3
+_ROUNDS_ALONE = 30
+"""Rounds of messages in which nothing goes on, as of the engine's stalls."""
+
+
+class ClusterSimulator:
+  """Runs one trace on one cluster.
+
+  Attributes:
+    network: Messages and time.
+    instances: All instances.
+    gmanager: The gManager.
+    records: What became of each request so far.
+  """
+
+  def __init__(
+    self, config: ClusterConfig, cost: CostModel, trace: Sequence[TraceRequest]
+  ):
+    """Makes a cluster at time 0.
+
+    Args:
+      config: The cluster.
+      cost: How long everything takes.
+      trace: Requests, by rising arrival.
+    """
+    self._config = config
+    self._cost = cost
+    lending = config.lending
+    faults = NetworkFaults(
+      min_delay_s=config.min_delay_s, max_delay_s=config.max_delay_s
+    )
+    self.network = SimulatedNetwork(random.Random(config.seed), faults)
+    swaps = get_policy(lending.policy).SWAPS_TO_HOST
+    self.instances = [
+      SimulatedInstance(
+        instance,
+        config.num_instances,
+        config.num_blocks,
+        config.block_size,
+        lending,
+        config.scheduler,
+        cost,
+        self.network.clock(instance),
+        config.host_tokens if swaps else 0,
+      )
+      for instance in range(config.num_instances)
+    ]
+    planning = PlanningConfig(
+      block_size=config.block_size, performance=cost.performance
+    )
+    self.gmanager = GManager(
+      lending, self.network.clock(GMANAGER), planning=planning
+    )
+    self.network.register(GMANAGER, self._on_gmanager_message)
+    for instance in self.instances:
+      self.network.register(instance.instance, self._on_message)
+    self._steps = StepGroups(
+      config.decode_steps,
+      cost,
+      self.network,
+      self.instances,
+      on_planned=self._after_plan,
+      on_step_end=self._on_step_end,
+    )
+    self.records = [RequestRecord(request=request) for request in trace]
+    self._record_of: dict[RequestUid, RequestRecord] = {}
+    self._loads = [0] * config.num_instances
+    self._uids = itertools.count(1)
+    self._num_open = len(self.records)
+    self._link_free_s: dict[tuple[InstanceId, InstanceId], float] = {}
+    self._progress_s = 0.0
+    self._num_moved = self._num_recalled = 0
+    self._num_migrated = self._num_stalls = 0
+    self._lent_block_ticks = self._used_block_ticks = 0
+    self._begin()
+
+  @property
+  def is_over(self) -> bool:
+    """Whether all requests have ended, one way or another."""
+    return self._num_open == 0
+
+  def run(self) -> SimulationResult:
+    """Runs until all requests have ended, or time is up.
+
+    Returns:
+      What was measured.
+
+    Raises:
+      InvariantError: If an instance's rBlocks are not all accounted for.
+    """
+    while not self.is_over and self.network.now_s < self._config.most_s:
+      self.network.step()
+    duration_s = self.network.now_s
+    leaked = 0
+    if self.is_over:
+      # Creditors have yet to hear that the last requests are over.
+      lending = self._config.lending
+      round_s = lending.resend_after_s + lending.heartbeat_every_s
+      self.network.run_until(duration_s + 5 * round_s)
+      counts = [instance.manager.counts() for instance in self.instances]
+      leaked = sum(count.total - count.free for count in counts)
+    self.check()
+    return SimulationResult(
+      records=self.records,
+      duration_s=duration_s,
+      instance_steps=self._steps.instance_steps,
+      num_plans=self._steps.num_plans,
+      num_messages=self.network.num_sent,
+      num_blocks_moved=self._num_moved,
+      num_blocks_recalled=self._num_recalled,
+      num_migrated=self._num_migrated,
+      num_preempted=sum(i.batcher.num_preempted for i in self.instances),
+      num_stalls=self._num_stalls,
+      remote_share=self._lent_block_ticks / max(self._used_block_ticks, 1),
+      num_blocks_leaked=leaked,
+    )
+
+  def check(self) -> None:
+    """What must hold after every event.
+
+    Raises:
+      InvariantError: If an instance's rBlocks are not all accounted for.
+    """
+    for instance in self.instances:
+      counts = instance.manager.counts()
+      if not counts.is_conserved():
+        raise InvariantError(
+          f"rBlocks of instance {instance.instance} must add up; got {counts}."
+        )
+
+  def _begin(self) -> None:
+    for record in self.records:
+      self.network.call_later(
+        GMANAGER,
+        record.request.arrival_s,
+        lambda record=record: self._arrive(record),
+      )
+    every_s = self._config.lending.heartbeat_every_s
+    for instance in self.instances:
+      # Spread out: clusters have no common beat.
+      first_s = every_s * instance.instance / len(self.instances)
+      self.network.call_later(
+        instance.instance, first_s, lambda it=instance: self._tick(it)
+      )
+    self.network.call_later(GMANAGER, every_s, self._tick_gmanager)
+
+  # Requests.
+
+  def _arrive(self, record: RequestRecord) -> None:
+    """Gives a request to the instance whose requests have fewest tokens."""
+    reachable = self._config.reachable_tokens
+    if record.num_tokens > reachable:
+      record.refused = str(
+        CapacityError(
+          f"The request needs room for {record.num_tokens} tokens, but all"
+          f" reachable rBlocks hold {reachable}: policy"
+          f" {self._config.lending.policy!r}."
+        )
+      )
+      self._num_open -= 1
+      return
+    uid = next(self._uids)
+    prompt = range(record.request.prompt_tokens)
+    request = Request(
+      uid=uid,
+      request_id=f"request-{uid}",
+      # The scheduler only asks how long it is, and a range takes no room.
+      prompt_token_ids=cast("tuple[int, ...]", prompt),
+      sampling=SamplingParams(max_tokens=record.request.output_tokens),
+      arrival=uid,
+      max_total_tokens=record.num_tokens,
+    )
+    self._record_of[uid] = record
+    instance = self.instances[self._loads.index(min(self._loads))]
+    self._loads[instance.instance] += record.num_tokens
+    instance.add(request)
+    self._steps.wake(instance)
+
+  def _migrate(self, owner: SimulatedInstance, plan: MoveKvcache) -> None:
+    """Has a request that is all at home run elsewhere, and its KV with it."""
+    uid = plan.uid
+    if not owner.is_running(uid) or owner.manager.spill(uid) is not None:
+      return
+    request = owner.requests[uid]
+    num_tokens = request.num_computed_tokens
+    owner.batcher.abort(uid)
+    owner.take_ended()
+    record = self._record_of.pop(uid)
+    moved = dataclasses.replace(
+      request,
+      uid=next(self._uids),
+      num_computed_tokens=0,
+      status=RequestStatus.WAITING,
+    )
+    self._record_of[moved.uid] = record
+    self._loads[owner.instance] -= record.num_tokens
+    self._loads[plan.dst] += record.num_tokens
+    kept = None
+    if num_tokens:
+      kept = Kept(num_tokens=num_tokens, copy_s=self._cost.move_s(1))
+    target = self.instances[plan.dst]
+    target.add(moved, kept)
+    self._num_migrated += 1
+    self._steps.wake(target)
+
+  def _take_ended(self, instance: SimulatedInstance) -> None:
+    for request in instance.take_ended():
+      record = self._record_of.pop(request.uid)
+      self._loads[instance.instance] -= record.num_tokens
+      if request.error is not None:
+        record.error = str(request.error)
+      self._num_open -= 1
+
+  # Steps.
+
+  def _after_plan(self, instance: SimulatedInstance) -> None:
+    self._take_ended(instance)  # A plan may give a request up.
+    self._pump(instance)
+
+  def _on_step_end(
+    self,
+    instance: SimulatedInstance,
+    step: InstanceStep,
+    ends_s: Sequence[float],
+    begin_s: float,
+  ) -> None:
+    """Commits an instance's part of a step, or of several ones.
+
+    Args:
+      instance: The instance.
+      step: Its rows.
+      ends_s: When each of the steps ended.
+      begin_s: When the first of them began.
+    """
+    self._progress_s = self.network.now_s
+    num_steps = {row.uid: steps for row, steps in step.decode}
+    for request in instance.commit(step, ends_s[-1] - begin_s):
+      record = self._record_of[request.uid]
+      end_s = ends_s[num_steps.get(request.uid, len(ends_s)) - 1]
+      if record.first_token_s is None:
+        record.first_token_s = end_s
+      if request.status.is_finished:
+        record.finish_s = end_s
+    self._take_ended(instance)
+    self._pump(instance)
+
+  # Managers.
+
+  def _tick(self, instance: SimulatedInstance) -> None:
+    instance.manager.tick()
+    self._pump(instance)
+    self._steps.wake(instance)
+    every_s = self._config.lending.heartbeat_every_s
+    self.network.call_later(
+      instance.instance, every_s, lambda: self._tick(instance)
+    )
+
+  def _tick_gmanager(self) -> None:
+    self.gmanager.tick()
+    self._send_gmanager_messages()
+    for instance in self.instances:
+      counts = instance.manager.counts()
+      self._lent_block_ticks += counts.hosted
+      self._used_block_ticks += counts.hosted + counts.used
+    if self._steps.num_busy:
+      self._progress_s = self.network.now_s
+    else:
+      self._break_stall()
+    every_s = self._config.lending.heartbeat_every_s
+    self.network.call_later(GMANAGER, every_s, self._tick_gmanager)
+
+  def _break_stall(self) -> None:
+    """As the engine: the youngest gives way; one that is alone fails."""
+    requests = [
+      (request.status is RequestStatus.RUNNING, request.arrival, instance)
+      for instance in self.instances
+      for request in instance.requests.values()
+    ]
+    if not requests:
+      self._progress_s = self.network.now_s
+      return
+    running = sum(is_running for is_running, *_ in requests)
+    lending = self._config.lending
+    round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
+    rounds = _ROUNDS_TOGETHER if running > 1 else _ROUNDS_ALONE
+    if self.network.now_s - self._progress_s < rounds * round_s:
+      return
+    self._progress_s = self.network.now_s
+    self._num_stalls += 1
+    _, arrival, instance = max(requests, key=lambda entry: entry[:2])
+    uid = next(
+      uid for uid, r in instance.requests.items() if r.arrival == arrival
+    )
+    if running > 1:
+      instance.batcher.preempt(uid)
+    else:
+      error = CapacityError("The request needs rBlocks that nobody gives up.")
+      instance.batcher.fail(uid, error)
+    self._take_ended(instance)
+    self._pump(instance)
+
+  def _on_message(self, envelope: Envelope) -> None:
+    instance = self.instances[cast("InstanceId", envelope.receiver)]
+    body = envelope.body
+    if isinstance(body, MoveKvcache) and body.with_request:
+      self._migrate(instance, body)
+    else:
+      instance.manager.on_message(envelope)
+    self._pump(instance)
+    self._steps.wake(instance)
+
+  def _on_gmanager_message(self, envelope: Envelope) -> None:
+    self.gmanager.on_message(envelope)
+    self._send_gmanager_messages()
+
+  def _send_gmanager_messages(self) -> None:
+    for envelope in self.gmanager.drain_messages():
+      if self._config.has_dgfm or not isinstance(envelope.body, RecallKvcache):
+        self.network.send(envelope)
+
+  def _pump(self, instance: SimulatedInstance) -> None:
+    """Sends what a manager has to say, and does what it asks for."""
+    manager = instance.manager
+    for uid in manager.unverified():
+      manager.on_verified(uid, is_proved=True)
+    for effect in manager.drain_effects():
+      if isinstance(effect, MoveBlocks):
+        self._move(instance, effect.moves)
+    for envelope in manager.drain_messages():
+      self.network.send(envelope)
+
+  def _move(self, instance: SimulatedInstance, moves: tuple[Move, ...]) -> None:
+    """Sends rBlocks behind those that are on the same link already."""
+    link = moves[0].src_instance, moves[0].dst_instance
+    now_s = self.network.now_s
+    begin_s = max(now_s, self._link_free_s.get(link, 0.0))
+    end_s = begin_s + self._cost.move_s(len(moves) * self._config.block_size)
+    self._link_free_s[link] = end_s
+    self._num_moved += len(moves)
+    if moves[0].uid not in instance.requests:  # Only owners lend out.
+      self._num_recalled += len(moves)
+
+    def arrive() -> None:
+      instance.manager.on_exchanged(moves)
+      self._pump(instance)
+
+    self.network.call_later(instance.instance, end_s - now_s, arrive)
