@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
   config.cache.kv_dtype = placeholder(str)
   # Never used: this job's pools follow from its document, not from memory.
   config.cache.memory_fraction = 0.92
+  config.cache.host_blocks = 0
 
   config.lending = ConfigDict()
   config.lending.policy = "borrow"

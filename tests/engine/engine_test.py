@@ -391,7 +391,7 @@ def test_a_lot_of_buckets_is_warned_of(is_many, monkeypatch):
   warm_up.warn_of_many_programs(
     engine_config(prefill_buckets=range(8, 8 * (20 if is_many else 5), 8))
   )
-  expected = ["The buckets make 29 kinds of programs; more than 24 take long"]
+  expected = ["The buckets make 30 kinds of programs; more than 24 take long"]
   assert [w[: len(expected[0])] for w in warnings] == expected * is_many
 
 

@@ -4,7 +4,7 @@ from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.config import engine_config
 from infinite_llm.engine.instance_tables import InstanceTables
 from infinite_llm.scheduler.hosted_tables import HostedTables
-from infinite_llm.scheduler.messages import SlotName
+from infinite_llm.scheduler.lease_messages import SlotName
 
 N = 16
 

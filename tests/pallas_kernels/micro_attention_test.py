@@ -364,7 +364,7 @@ def test_a_wrong_call_names_argument_rule_and_value(changes, message):
 
 
 def test_an_unknown_implementation_names_the_known_ones():
-  with pytest.raises(ValueError, match="xla, reference; got 'cuda'"):
+  with pytest.raises(ValueError, match=r"xla, reference, .*; got 'cuda'"):
     micro_attention(
       *_inputs(_CASES["decode_ragged"]),
       implementation="cuda",

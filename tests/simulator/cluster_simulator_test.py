@@ -176,7 +176,7 @@ def test_circles_are_dissolved_unless_asked_not_to():
       requests, num_instances=3, num_blocks=8, has_dgfm=has_dgfm
     ).run()
 
-  assert run(has_dgfm=True).num_blocks_recalled == 4
+  assert run(has_dgfm=True).num_blocks_recalled > 0
   assert run(has_dgfm=False).num_blocks_recalled == 0
 
 
