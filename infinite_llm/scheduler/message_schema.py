@@ -172,8 +172,7 @@ def _sequence(item: Schema) -> Schema:
   encode_item, decode_item = item.encode, item.decode
 
   def encode(values: Sequence[Any]) -> Document:
-    assert encode_item is not None
-    return [encode_item(value) for value in values]
+    return [encode_item(value) if encode_item else value for value in values]
 
   def decode(value: Document) -> tuple[Any, ...]:
     if type(value) is not list:

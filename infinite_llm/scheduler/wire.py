@@ -70,8 +70,8 @@ class WireCodec:
     Raises:
       MessageError: If the frame would be too long.
     """
-    assert self._schema.encode is not None
-    document = self._schema.encode(envelope)
+    encode = self._schema.encode
+    document = encode(envelope) if encode else envelope
     body = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
     kind = _PLAIN if self._secret is None else _HMAC_SHA256
     header = _HEADER.pack(_MAGIC, VERSION, kind)
