@@ -4,6 +4,7 @@ import dataclasses
 
 from infinite_llm.cache.rblock import BlockState
 from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.group_engine import GroupEngine
 from infinite_llm.types import InstanceId
 
 
@@ -42,36 +43,25 @@ class BlockMap:
     return sum(use.owner == debtor for use in self.pools[instance])
 
 
-def take_block_map(engine: Engine) -> BlockMap:
+def take_block_map(engine: Engine | GroupEngine) -> BlockMap:
   """Looks at the books of all instances; changes nothing."""
-  names = {
-    request.uid: request.request_id
-    for batcher in engine.batchers
-    for request in batcher.running
-  }
-  pools = []
-  holders = {}
-  for manager, batcher in zip(
-    engine.group.managers, engine.batchers, strict=True
-  ):
-    blocks = map(manager.pool.block, range(1, manager.counts().total + 1))
-    pools.append(
-      tuple(
-        BlockUse(
-          state=block.state,
-          request=None if block.uid is None else names.get(block.uid, "ended"),
-          owner=block.owner,
-        )
-        for block in blocks
-      )
-    )
-    for request in batcher.running:
-      table = manager.table(request.uid)
-      holders[request.request_id] = tuple(
-        table.location(n).instance for n in range(table.num_blocks)
-      )
+  instances = engine.blocks()
+  names = {uid: name for each in instances for uid, name, _ in each.tables}
   return BlockMap(
     block_size=engine.config.cache.block_size,
-    pools=tuple(pools),
-    holders=holders,
+    pools=tuple(
+      tuple(
+        BlockUse(
+          state=use.state,
+          request=None if use.uid is None else names.get(use.uid, "ended"),
+          owner=use.owner,
+        )
+        for use in each.pool
+        for _ in range(use.count)
+      )
+      for each in instances
+    ),
+    holders={
+      name: holders for each in instances for _, name, holders in each.tables
+    },
   )

@@ -24,6 +24,7 @@ from experiments.report import serving_report
 from infinite_llm import LLM, RequestOutput, SamplingParams
 from infinite_llm.config import EngineConfig
 from infinite_llm.config import engine_config as config_from_options
+from infinite_llm.distributed.runtime import current_group
 from infinite_llm.engine.admission import check_request
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.needle import build_needle_checkpoint
@@ -69,13 +70,19 @@ def run(
     engine_config,
     tokenizer.get_vocab_size(),
   )
-  if config.cluster.platform == "cpu":
+  group = current_group()
+  if group is None and config.cluster.platform == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update(
       "jax_num_cpu_devices",
       config.cluster.num_instances * config.cluster.tensor_parallel,
     )
-  llm = LLM(checkpoint, engine_config, show_progress=config.show_progress)
+  llm = LLM(
+    checkpoint,
+    engine_config,
+    show_progress=config.show_progress,
+    group=group,
+  )
   ready_s = time.perf_counter()
   job = _Job(llm, config, long)
   job.run()
@@ -240,7 +247,7 @@ class _Job:
 
   def result(self) -> dict[str, object]:
     """What `result.json` says of the serving."""
-    engine = self._engine
+    engine, use = self._engine, self._engine.use()
     output = self._outputs[_LONG]
     answer = document.read_answer(output.text)
     shorts = {n: o for n, o in self._outputs.items() if n != _LONG}
@@ -270,9 +277,9 @@ class _Job:
       "short_requests_correct": num_right == len(shorts),
       "blocks_leaked": self._num_leaked(),
       "books_correct": self._num_leaked() == 0,
-      "blocks_moved": engine.group.num_blocks_moved,
-      "program_launches": dict(sorted(engine.runner.launches.items())),
-      "late_compiles": engine.runner.programs.num_late_compiles,
+      "blocks_moved": use.num_blocks_moved,
+      "program_launches": dict(use.launches),
+      "late_compiles": use.num_late_compiles,
       "prefill_s": prefill_s,
       "prefill_tokens_per_s": prefill_s
       and len(output.prompt_token_ids) / prefill_s,
@@ -325,12 +332,10 @@ class _Job:
 
   def _observe(self) -> None:
     """Notes peaks, and the pools while the long request decodes."""
-    managers = self._engine.group.managers
-    for use, lent, manager in zip(
-      self._uses, self._lent, managers, strict=True
-    ):
-      counts = manager.counts()
-      mine = manager.lent()
+    now = self._engine.use().instances
+    for use, lent, each in zip(self._uses, self._lent, now, strict=True):
+      counts = each.counts
+      mine = dict(each.lent)
       promised = sum(mine.values()) - counts.hosted
       own = counts.used + counts.reserved - promised
       use.peak_own = max(use.peak_own, own)
@@ -341,7 +346,7 @@ class _Job:
       return
     # The moment with the most short requests shows most. Looking at every
     # rBlock takes time, so it is done for few steps.
-    num_running = sum(len(b.running) for b in self._engine.batchers)
+    num_running = sum(each.num_running for each in now)
     if self.block_map is None or num_running > len(self.block_map.holders):
       self.block_map = take_block_map(self._engine)
 

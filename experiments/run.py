@@ -7,7 +7,8 @@ The config file's `get_config()` names the experiment; every field can be set on
 the command line. The folder gets `config.json`, the config as it was run, and
 `result.json`, what came out and on what. The exit status is 0 if the result is
 right, 1 if it says `"correct": false` (or any `"..._correct"`), 2 if the
-command or its input cannot work.
+command or its input cannot work, 75 if another process of its group is gone.
+`python -m experiments.launch.local` starts it in several processes.
 """
 
 import datetime
@@ -30,7 +31,19 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from infinite_llm.errors import CheckpointError, ConfigError, RequestError
+from infinite_llm.distributed.runtime import (
+  BROKEN_GROUP,
+  GroupOptions,
+  ProcessGroup,
+  end_with_group,
+)
+from infinite_llm.engine.group_engine import Member
+from infinite_llm.errors import (
+  CheckpointError,
+  ConfigError,
+  GroupError,
+  RequestError,
+)
 
 _CONFIG = re.compile(r"^--?config(?:=(.*))?$")
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
@@ -54,8 +67,11 @@ def main(argv: Sequence[str]) -> int:
     if _HELP.intersection(argv[1:]):
       print(_help(argv))
       return 0
-    config, workdir = _parse(argv)
+    config, workdir = parse(argv)
     run = _find_experiment(config.experiment)
+    options = GroupOptions.from_environment()
+    if options is not None:
+      return _run_in_group(options, run, config, workdir, argv)
     result = _run(run, config, workdir, argv)
   except (ConfigError, RequestError, CheckpointError) as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -63,6 +79,43 @@ def main(argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     return 130
+  return 0 if _is_right(result) else 1
+
+
+def _run_in_group(
+  options: GroupOptions,
+  run: Experiment,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  argv: Sequence[str],
+) -> int:
+  """Runs this process's part: process 0 the experiment, others instances.
+
+  Returns:
+    The exit status; `BROKEN_GROUP` if another process is missing or gone.
+  """
+  if "cluster" not in config:
+    raise ConfigError(
+      f"config.experiment must be one that runs on a cluster, to run in several"
+      f" processes; got {config.experiment!r}."
+    )
+  try:
+    group = ProcessGroup(
+      options,
+      {f"config.{k}": repr(v) for k, v in _fields(config).items()},
+      platform=config.cluster.platform,
+      num_instances=config.cluster.num_instances,
+      tensor_parallel=config.cluster.tensor_parallel,
+    )
+    with end_with_group(group):
+      if group.is_leader:
+        result = _run(run, config, workdir, argv)
+      else:
+        result = {}
+        Member(group).run()
+  except GroupError as error:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return BROKEN_GROUP
   return 0 if _is_right(result) else 1
 
 
@@ -118,10 +171,16 @@ def _is_right(result: Mapping) -> bool:
   )
 
 
-def _parse(
+def parse(
   argv: Sequence[str],
 ) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
   """Reads the flags and loads the config.
+
+  Args:
+    argv: The command line, program name first.
+
+  Returns:
+    The config and the folder for results.
 
   Raises:
     ConfigError: A flag or a field does not exist or has a wrong value.
@@ -248,7 +307,7 @@ def _help(argv: Sequence[str]) -> str:
     text.append(f"Config files: {_config_files()}.")
     text.append("With --config=FILE, --help lists the fields of that file.")
     return "\n".join(text)
-  config, _ = _parse(rest)
+  config, _ = parse(rest)
   text.append("Fields, with their values:")
   text += [
     f"  --config.{name}={'' if value is None else value}"

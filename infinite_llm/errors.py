@@ -30,6 +30,10 @@ class ModelError(RuntimeError):
   """Logits that are no distribution: a NaN, or nothing finite."""
 
 
+class GroupError(RuntimeError):
+  """A group that cannot begin or go on: a process of it is missing or gone."""
+
+
 class InvariantError(RuntimeError):
   """A broken invariant of the books: a bug, never a shortage."""
 

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Iterable
 from typing import ClassVar, cast
 
+from infinite_llm.types import Text
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -38,7 +40,7 @@ class SamplingParams:
   min_p: float = 0.0
   repetition_penalty: float = 1.0
   seed: int | None = None
-  stop: tuple[str, ...] = ()
+  stop: tuple[Text, ...] = ()
   stop_token_ids: tuple[int, ...] = ()
   include_stop_str_in_output: bool = False
   ignore_eos: bool = False

@@ -19,6 +19,13 @@ class Range:
   high: int
 
 
+@dataclasses.dataclass(frozen=True)
+class AnyCharacters:
+  """Marks strings that may have any characters; others are names, in ASCII."""
+
+
+# What people write and models answer.
+Text = Annotated[str, AnyCharacters()]
 # Position of an instance on the mesh axis "instance".
 InstanceId = Annotated[int, Range(low=0, high=2**31 - 1)]
 # Non-zero uint32, never used twice in a lending group.

@@ -80,6 +80,20 @@ class SpillSlots(NamedTuple):
   versions: jax.Array
 
 
+def needed_anywhere(flags: jax.Array) -> jax.Array:
+  """What any instance needs, which then all take part in.
+
+  Collective over axis: "instance".
+
+  Args:
+    flags: `[F]` bool, what this instance needs.
+
+  Returns:
+    `[F]` bool, the same on all instances.
+  """
+  return jax.lax.pmax(flags.astype(jnp.int32), INSTANCE_AXIS) > 0
+
+
 def select_hosted(
   hosted: HostedRows,
   tables: BlockTables,

@@ -64,6 +64,36 @@ def make_mesh(
   return _mesh(grid.reshape(num_instances, tensor_parallel))
 
 
+def own_instances(mesh: Mesh) -> range:
+  """The instances of this process: rows of the mesh whose devices it has.
+
+  Args:
+    mesh: A mesh from `make_mesh`.
+
+  Returns:
+    Their numbers, one after another.
+
+  Raises:
+    ConfigError: If an instance would lie in two processes, or none in this one.
+  """
+  me = jax.process_index()
+  owners = [{d.process_index for d in row} for row in mesh.devices]
+  for instance, processes in enumerate(owners):
+    if len(processes) > 1:
+      raise ConfigError(
+        "tensor_parallel must divide each process's devices, so that no"
+        f" instance lies in two; instance {instance} would lie in"
+        f" {sorted(processes)}."
+      )
+  mine = [i for i, processes in enumerate(owners) if processes == {me}]
+  if not mine or mine != list(range(mine[0], mine[-1] + 1)):
+    raise ConfigError(
+      "num_instances must be such that every process has some, one after"
+      f" another; process {me} has {mine} of {len(owners)}."
+    )
+  return range(mine[0], mine[-1] + 1)
+
+
 def row_mesh(mesh: Mesh, instance: InstanceId) -> Mesh:
   """Gives one instance's own row, for its local programs.
 

@@ -3,12 +3,15 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
-from absl import logging
+from collections.abc import Callable, Sequence
 
 from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.group_messages import EngineUse, InstanceBlocks
+from infinite_llm.distributed.step_header import (
+  GroupOrder,
+  OwnOrder,
+  StepHeader,
+)
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.admission import (
@@ -18,46 +21,48 @@ from infinite_llm.engine.admission import (
   reachable_tokens,
 )
 from infinite_llm.engine.in_flight import (
-  Flight,
   InFlight,
   IsReady,
-  LaunchedStep,
   is_computed,
 )
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.news import blocks_of, use_of
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.engine.pool_size import with_pool_size
 from infinite_llm.engine.request_book import Entry, RequestBook
-from infinite_llm.engine.sampler import Sampler, fetch
+from infinite_llm.engine.sampler import Sampler
 from infinite_llm.engine.stall import StallBreaker
-from infinite_llm.engine.step_launcher import GROUP_PREFILL, StepLauncher
+from infinite_llm.engine.step_committer import StepCommitter
+from infinite_llm.engine.step_launcher import StepLauncher
+from infinite_llm.engine.step_planner import StepPlanner
 from infinite_llm.engine.stream import OutputStream
 from infinite_llm.engine.warm_up import Progress, warm_up
-from infinite_llm.errors import ModelError, RequestError
+from infinite_llm.errors import RequestError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
-from infinite_llm.scheduler.request import Request, RequestStatus
-from infinite_llm.scheduler.step_plan import StepPlan
+from infinite_llm.scheduler.request import Request
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
 
 class Engine:
-  """Serves one model on the instances of one lending group.
+  """Serves one model on this process's instances of one lending group.
 
   Each instance is planned on its own and has one step under way at most: local
   programs for requests whose rBlocks are all at home, and its part of a group
   program for the others. Instances do not wait for each other unless a group
   program joins them. Rows that were proved are committed, and only those.
 
+  With more processes than this one, each has an engine of its own; what they
+  launch together they agree on by turns (`distributed/step_header.py`).
+
   Attributes:
     config: Sizes and rules; that of the pools is known.
     runner: The devices.
     group: Managers and data plane.
-    batchers: Continuous batching of each instance.
-    num_unproved_rows: Rows whose coverage was not what they demanded; each was
-      tried again, or its request failed.
+    instances: Numbers of this process's instances.
+    batchers: Continuous batching of each of them.
   """
 
   def __init__(
@@ -67,6 +72,7 @@ class Engine:
     *,
     clock: Callable[[], float] = time.monotonic,
     transport: Transport | None = None,
+    order: GroupOrder | None = None,
     attention: str | None = None,
     is_ready: IsReady = is_computed,
   ):
@@ -79,6 +85,8 @@ class Engine:
       config: Sizes and rules.
       clock: Monotonic seconds, for resends, heartbeats and stalls.
       transport: Carries the managers' messages; None makes one.
+      order: Agrees on group programs with other processes; None if there are
+        none.
       attention: Name of the micro-attention; None picks.
       is_ready: Tells whether a step is over, where several are under way.
     """
@@ -86,8 +94,14 @@ class Engine:
     self._model = model
     self._clock = clock
     self.runner = ModelRunner(model, config, attention=attention)
+    self.instances = self.runner.instances
+    self._order = order or OwnOrder(config.lending.group_prefill_buckets[-1])
     self.group = LendingGroup(
-      config, self.runner, clock, transport or InProcessTransport()
+      config,
+      self.runner,
+      clock,
+      transport or InProcessTransport(),
+      self._order,
     )
     self.batchers = [
       Batcher(
@@ -104,17 +118,39 @@ class Engine:
         max_num_seqs=config.scheduler.max_num_seqs,
         max_logprobs=config.max_logprobs,
       )
-      for instance, row in enumerate(self.runner.row_meshes)
+      for instance, row in zip(
+        self.instances, self.runner.row_meshes, strict=True
+      )
     ]
     self._launcher = StepLauncher(
       self.runner, self.group, self._samplers, clock
     )
     self._in_flight = InFlight(is_ready)
-    self.num_unproved_rows = 0
+    self._book = RequestBook(self.instances)
+    self._planner = StepPlanner(
+      config, self.group, self._order, self._in_flight, self.batchers, clock
+    )
+    self._committer = StepCommitter(
+      self._book,
+      self._in_flight,
+      self.instances,
+      self.batchers,
+      self._samplers,
+      clock,
+    )
     self._uids = itertools.count(1)
-    self._book = RequestBook(config.num_instances)
     self._finished: list[RequestOutput] = []
-    self._stall = StallBreaker(config.lending, clock, self._book, self.batchers)
+    self._stall = StallBreaker(
+      config.lending, clock, self._book, self.instances, self.batchers
+    )
+
+  @property
+  def num_unproved_rows(self) -> int:
+    """Rows whose coverage was not what they demanded.
+
+    Each was tried again, or its request failed.
+    """
+    return self._committer.num_unproved_rows
 
   @property
   def capacity_tokens(self) -> int:
@@ -138,6 +174,7 @@ class Engine:
     *,
     request_id: str | None = None,
     instance: InstanceId | None = None,
+    uid: RequestUid | None = None,
   ) -> str:
     """Takes a request.
 
@@ -146,6 +183,8 @@ class Engine:
       sampling: How to choose its tokens.
       request_id: Its name, unique among unfinished requests; None makes one.
       instance: Which instance owns it; None takes the least loaded one.
+      uid: Its number, never used before in the whole group; None takes the
+        next one.
 
     Returns:
       The request's name.
@@ -154,7 +193,7 @@ class Engine:
       RequestError: If an argument is wrong; nothing else is disturbed.
       CapacityError: If the prompt can never fit.
     """
-    uid = next(self._uids)
+    uid = next(self._uids) if uid is None else uid
     if request_id is None:
       request_id = self._book.unused_name(uid)
     prompt = as_token_ids(prompt_token_ids)
@@ -183,7 +222,7 @@ class Engine:
       request, self._model.tokenizer, self._model.generation, instance
     )
     self._book.add(Entry(request=request, instance=instance, stream=stream))
-    self.batchers[instance].add(request)
+    self._batcher(instance).add(request)
     return request_id
 
   def check(
@@ -221,7 +260,7 @@ class Engine:
     entry = self._book.find(request_id)
     if entry is not None:
       # A row of it that is under way finds nobody when it is committed.
-      self.batchers[entry.instance].abort(entry.request.uid)
+      self._batcher(entry.instance).abort(entry.request.uid)
       self._take_ended()
 
   def has_unfinished(self) -> bool:
@@ -229,12 +268,14 @@ class Engine:
     return bool(self._book) or bool(self._finished)
 
   def settle(self) -> bool:
-    """Lets the managers finish what they are about; `step` begins with it.
+    """Lets the managers go on with what they are about, without a step.
 
     Returns:
       Whether rBlocks were moved or proved.
     """
-    return self.group.settle(self._proved_tokens)
+    has_moved = self.group.talk()
+    turn = None if self._order.is_shared else self._order.next()
+    return self._move(turn) or has_moved
 
   def step(self) -> list[RequestOutput]:
     """Launches a step of every idle instance and waits for any to be over.
@@ -246,15 +287,17 @@ class Engine:
     Returns:
       Outputs of the requests that got a token or ended.
     """
-    has_moved = self.settle()
-    self._launch()
+    has_moved = self.group.talk()
+    turn = self._planner.next_turn()
+    has_moved |= self._move(turn)
+    self._launch(turn)
     # A plan may give a request up and let another take its place at once.
     self._take_ended()
-    flights = self._in_flight.wait()
+    flights = self._in_flight.wait(self._planner.interruption())
     for flight in flights:
-      self._commit(flight)
+      self._finished += self._committer.commit(flight)
     self._take_ended()
-    if has_moved or flights or not self._book:
+    if has_moved or flights or not self._book or self.group.is_checking:
       self._stall.progress()
     else:
       self._stall.wait()
@@ -282,114 +325,51 @@ class Engine:
     """How the rBlocks of each instance are used."""
     return [batcher.pool_counts() for batcher in self.batchers]
 
+  def use(self) -> EngineUse:
+    """How the instances are used now, and what was done so far."""
+    return use_of(
+      self.group, self.batchers, self.runner, self.num_unproved_rows
+    )
+
+  def blocks(self) -> tuple[InstanceBlocks, ...]:
+    """What lies in every rBlock."""
+    return blocks_of(self.group, self.batchers)
+
   def _request(self, uid: RequestUid) -> Request:
     return self._book[uid].request
 
-  def _launch(self) -> None:
+  def _move(self, turn: StepHeader | None) -> bool:
+    """Launches the part of a turn that is no step."""
+    if turn is None:
+      return False
+    self._order.take(turn)
+    return self.group.move(turn, self._proved_tokens)
+
+  def _launch(self, turn: StepHeader | None) -> None:
     """Launches what the idle instances can do now."""
-    plans = [
-      batcher.plan() if self._may_launch(instance) else StepPlan()
-      for instance, batcher in enumerate(self.batchers)
-    ]
+    plans = self._planner.plans(turn)
     try:
-      self._in_flight.add(self._launcher.launch(plans, self._request))
+      self._in_flight.add(self._launcher.launch(plans, turn, self._request))
     except BaseException:
       # Rows launched so far are planned again. They write the same KV, but the
       # samplers must not take their tokens for seen.
-      for instance, plan in enumerate(plans):
+      for plan, sampler in zip(plans, self._samplers, strict=True):
         for row in plan.rows:
-          self._samplers[instance].forget(row.uid)
+          sampler.forget(row.uid)
       raise
-
-  def _may_launch(self, instance: InstanceId) -> bool:
-    if self._in_flight.holds(instance):
-      return False
-    # On every device one group program runs after the other. Rows that need
-    # one are better off together in the next than in one of their own behind
-    # the one under way.
-    return not (
-      self._in_flight.has_group and self.batchers[instance].has_spilled
-    )
-
-  def _commit(self, flight: Flight) -> None:
-    """Advances the rows of a flight. Blocks the host until they are there."""
-    results = [fetch(step.pending) for step in flight.steps]
-    now_s = self._clock()
-    self._in_flight.remove(flight)
-    try:
-      for step, result in zip(flight.steps, results, strict=True):
-        self._commit_step(step, result, now_s)
-    except BaseException:
-      self._recompute(flight)
-      raise
-
-  def _commit_step(
-    self, step: LaunchedStep, result: Mapping[str, np.ndarray], now_s: float
-  ) -> None:
-    """Advances the proved rows of a step that was over at `now_s`."""
-    batcher = self.batchers[step.instance]
-    for b, row in enumerate(step.rows):
-      # Only the step that plans an instance preempts there, and only this one
-      # ends a request unasked: a row under way is that of a running request,
-      # or of one that was aborted.
-      if row.uid not in self._book:
-        continue
-      if step.kind == GROUP_PREFILL:
-        # What it waited for on the devices counts: others wait for that too.
-        duration_s = now_s - step.launched_s
-        self._request(row.uid).group_token_s = duration_s / row.num_tokens
-      if not result["proved"][b]:
-        self.num_unproved_rows += 1
-        logging.warning(
-          "Request %s: what its step read is not what it demanded; trying"
-          " again.",
-          self._request(row.uid).request_id,
-        )
-        self._samplers[step.instance].forget(row.uid)
-        batcher.row_failed(row)
-        continue
-      batcher.advance(row)
-      if row.samples:
-        self._append(row.uid, {name: x[b] for name, x in result.items()})
-
-  def _recompute(self, flight: Flight) -> None:
-    """Begins requests anew whose rows were perhaps committed by half."""
-    for step in flight.steps:
-      for row in step.rows:
-        if (
-          row.uid in self._book
-          and self._request(row.uid).status is RequestStatus.RUNNING
-        ):
-          self._samplers[step.instance].forget(row.uid)
-          self.batchers[step.instance].preempt(row.uid)
-
-  def _append(self, uid: RequestUid, sampled: Mapping[str, np.ndarray]) -> None:
-    entry = self._book[uid]
-    batcher = self.batchers[entry.instance]
-    status = entry.stream.push(sampled)
-    if status is RequestStatus.FAILED:
-      error = ModelError(
-        f"Request {entry.request.request_id}: the model gave logits that are"
-        f" no distribution at token {entry.request.num_tokens}: a NaN, or"
-        " nothing finite."
-      )
-      batcher.fail(uid, error)
-      return
-    self._book.note_token(uid)
-    if status is None:
-      self._finished.append(entry.stream.output(None))
-    else:
-      batcher.finish(uid, status)
 
   def _take_ended(self) -> None:
     """Reports requests that ended, and forgets them."""
-    for instance, batcher in enumerate(self.batchers):
+    for sampler, batcher in zip(self._samplers, self.batchers, strict=True):
       while (request := batcher.take_ended()) is not None:
-        self._samplers[instance].forget(request.uid)
+        sampler.forget(request.uid)
         stream = self._book.remove(request.uid).stream
         self._finished.append(
           stream.output(request.status.finish_reason, request.error)
         )
+
+  def _batcher(self, instance: InstanceId) -> Batcher:
+    return self.batchers[self.instances.index(instance)]
 
   def _proved_tokens(self, uid: RequestUid) -> int:
     return self._book[uid].request.num_computed_tokens

@@ -13,7 +13,7 @@ from infinite_llm.attention.dist_attention import (
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedVersion
-from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID
+from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, InstanceId
 
 
 def empty_slots(num_instances: int, num_slots: int) -> SpillSlots:
@@ -70,69 +70,62 @@ def empty_payloads(num_instances: int, quota: int) -> Payloads:
 
 def fill_payloads(
   moves: Iterable[Move], num_instances: int, quota: int
-) -> tuple[list[Payloads], list[Move]]:
-  """Fills one exchange with as many moves as its quotas take.
+) -> tuple[Payloads, list[Move]]:
+  """Fills one instance's part of an exchange with what its quotas take.
 
   Args:
-    moves: Moves in the order in which they are wanted.
+    moves: Moves from the instance, in the order in which they are wanted.
     num_instances: I.
     quota: Q, most rBlocks per pair of instances.
 
   Returns:
-    Payloads of each instance, and the moves that have to wait.
+    The payloads, and the moves that have to wait.
   """
-  payloads = [
-    empty_payloads(num_instances, quota) for _ in range(num_instances)
-  ]
-  filled = np.zeros((num_instances, num_instances), np.int64)
+  sent = empty_payloads(num_instances, quota)
+  filled = np.zeros(num_instances, np.int64)
   waiting = []
   for move in moves:
-    place = filled[move.src_instance, move.dst_instance]
+    place = filled[move.dst_instance]
     if place == quota:
       waiting.append(move)
       continue
-    filled[move.src_instance, move.dst_instance] += 1
-    sent = payloads[move.src_instance]
+    filled[move.dst_instance] += 1
     where = (move.dst_instance, place)
     sent.src_block[where] = move.src_block
     sent.src_tag[where] = move.src_tag
     sent.dst_block[where] = move.dst_block
     sent.dst_epoch[where] = move.dst_epoch
     sent.dst_tag[where] = move.dst_tag
-  return payloads, waiting
+  return sent, waiting
 
 
-def shifts_of_payloads(payloads: Sequence[Payloads]) -> np.ndarray:
-  """Which shifts s carry an rBlock from some instance i to i + s.
+def shifts_of_payloads(sender: InstanceId, sent: Payloads) -> np.ndarray:
+  """Which shifts s carry an rBlock from an instance i to i + s.
 
   Args:
-    payloads: Payloads of every instance.
+    sender: The instance.
+    sent: What it sends.
 
   Returns:
     `[I]` bool.
   """
-  num_instances = len(payloads)
-  in_use = np.zeros(num_instances, bool)
-  for sender, sent in enumerate(payloads):
-    receivers = (sent.dst_block != NULL_BLOCK_ID).any(axis=1)
-    for receiver in np.flatnonzero(receivers):
-      in_use[(receiver - sender) % num_instances] = True
-  return in_use
+  return _shifts(sender, (sent.dst_block != NULL_BLOCK_ID).any(axis=1))
 
 
-def shifts_of_slots(slots: Sequence[SpillSlots]) -> np.ndarray:
+def shifts_of_slots(owner: InstanceId, slots: SpillSlots) -> np.ndarray:
   """Which shifts s carry something from an owner i to a holder i + s.
 
   Args:
-    slots: Spill slots of every instance.
+    owner: The owner.
+    slots: Its spill slots.
 
   Returns:
     `[I]` bool.
   """
-  num_instances = len(slots)
-  in_use = np.zeros(num_instances, bool)
-  for owner, mine in enumerate(slots):
-    holders = (mine.versions[mine.rows != NO_ROW] >= 0).any(axis=0)
-    for holder in np.flatnonzero(holders):
-      in_use[(holder - owner) % num_instances] = True
-  return in_use
+  named = slots.versions[slots.rows != NO_ROW]
+  return _shifts(owner, (named >= 0).any(axis=0))
+
+
+def _shifts(start: InstanceId, targets: np.ndarray) -> np.ndarray:
+  """`[I]` bool by instance, as distances from one of them."""
+  return np.roll(targets, -start)

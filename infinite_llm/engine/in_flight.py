@@ -9,7 +9,7 @@ import jax
 from infinite_llm.engine.programs import StepKind
 from infinite_llm.engine.sampler import PendingSample
 from infinite_llm.scheduler.step_plan import Row
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, RequestUid
 
 IsReady = Callable[[jax.Array], bool]
 """Whether an array is computed; may wait for it."""
@@ -53,10 +53,13 @@ class Flight:
   Attributes:
     steps: What was launched, in this order.
     is_group: Whether a group program is among it.
+    answered: What its group programs gave, if none of the rows is in them: a
+      process that only answers others knows by it that they are over.
   """
 
   steps: tuple[LaunchedStep, ...]
   is_group: bool
+  answered: tuple[jax.Array, ...] = ()
 
   @property
   def instances(self) -> frozenset[InstanceId]:
@@ -88,22 +91,37 @@ class InFlight:
     """Whether a step of an instance is under way."""
     return any(instance in flight.instances for flight in self._flights)
 
+  def rows(self, instance: InstanceId) -> dict[RequestUid, Row]:
+    """Rows of an instance that are under way."""
+    return {
+      row.uid: row
+      for flight in self._flights
+      for step in flight.steps
+      if step.instance == instance
+      for row in step.rows
+    }
+
   def add(self, flights: Sequence[Flight]) -> None:
     """Takes what was launched just now."""
     self._flights += flights
 
-  def wait(self) -> list[Flight]:
+  def wait(self, interrupted: Callable[[], bool] | None = None) -> list[Flight]:
     """Waits until any flight is over. Blocks the host.
+
+    Args:
+      interrupted: Whether something else is to be done now; asked again and
+        again. None if nothing else can come.
 
     Returns:
       Those that are over, in the order of launching; they stay in here until
-      `remove`. One that is alone comes at once: fetching its tokens waits.
+      `remove`. One that is alone comes at once if nothing else can come:
+      fetching its tokens waits.
     """
-    if len(self._flights) <= 1:
+    if not self._flights or (interrupted is None and len(self._flights) == 1):
       return list(self._flights)
     while True:
       over = [flight for flight in self._flights if self._is_over(flight)]
-      if over:
+      if over or (interrupted is not None and interrupted()):
         return over
       time.sleep(_POLL_S)
 
@@ -113,6 +131,6 @@ class InFlight:
 
   def _is_over(self, flight: Flight) -> bool:
     # A program's outputs are all there at once.
-    return all(
+    return all(map(self._is_ready, flight.answered)) and all(
       self._is_ready(step.pending.sampled.token) for step in flight.steps
     )

@@ -5,11 +5,20 @@ effects into programs, and tells them what the devices proved.
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
 
 from infinite_llm.attention.dist_attention import SpillSlots
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.step_header import (
+  GroupOrder,
+  GroupWork,
+  StepHeader,
+)
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.model_runner import ModelRunner
@@ -17,21 +26,51 @@ from infinite_llm.engine.step_batch import CheckRow
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
 from infinite_llm.scheduler.gmanager import GManager
-from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.lease_messages import Fetch, LeaseReply
+from infinite_llm.scheduler.messages import GMANAGER, Envelope
 from infinite_llm.scheduler.performance_model import load_performance_model
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.types import RequestUid
+from infinite_llm.types import InstanceId, RequestUid
 
 _POLICIES = ("borrow", "greedy", "static")
 """Policies that the engine carries out; the others ask for what it cannot."""
+
+_BINDING = (*LeaseReply.__value__.__args__, Fetch)
+"""Messages after which their receiver relies on the sender's devices."""
 
 _MAX_ROUNDS = 1000
 """Rounds of messages between two programs; more are an endless conversation."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+  """A request whose moved rBlocks are being proved.
+
+  Attributes:
+    uid: The request.
+    slot: Its spill slot, which is its row.
+    names: What it was named by when the check was launched; a proof of what it
+      was then says nothing once that has changed.
+  """
+
+  uid: RequestUid
+  slot: int
+  names: tuple[object, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Check:
+  """A coverage check under way: answers and questions of each instance."""
+
+  proved: Sequence[jax.Array]
+  asked: Sequence[Sequence[_Asked]]
+
+
 class LendingGroup:
-  """Managers, transport and data plane of the instances of one JAX job.
+  """Managers, transport and data plane of this process's instances.
+
+  Everything by instance is of these instances alone, in their order.
 
   Attributes:
     managers: rManager of each instance.
@@ -47,6 +86,7 @@ class LendingGroup:
     runner: ModelRunner,
     clock: Callable[[], float],
     transport: Transport,
+    order: GroupOrder,
   ):
     """Registers all managers with the transport.
 
@@ -55,6 +95,7 @@ class LendingGroup:
       runner: The devices.
       clock: Monotonic seconds, for resends and heartbeats.
       transport: Carries messages; nobody else uses it.
+      order: Agrees on group programs with other processes.
 
     Raises:
       ConfigError: If the policy is one for the simulator only, or lacks a
@@ -72,6 +113,7 @@ class LendingGroup:
       )
     self._config = config
     self._runner = runner
+    self._order = order
     self.transport = transport
     self.managers = [
       RManager(
@@ -82,46 +124,92 @@ class LendingGroup:
         lending=config.lending,
         clock=clock,
       )
-      for instance in range(config.num_instances)
+      for instance in runner.instances
     ]
     profile = config.lending.performance_profile
     planning = PlanningConfig(
       block_size=config.cache.block_size,
       performance=profile and load_performance_model(profile),
     )
-    self._gmanager = GManager(config.lending, clock, planning=planning)
-    for instance, manager in enumerate(self.managers):
-      transport.register(instance, manager.on_message)
-    transport.register(GMANAGER, self._gmanager.on_message)
+    for manager in self.managers:
+      transport.register(manager.instance, self._noting_turns(manager))
+    self._gmanagers = []
+    if runner.instances.start == 0:
+      gmanager = GManager(config.lending, clock, planning=planning)
+      transport.register(GMANAGER, gmanager.on_message)
+      self._gmanagers.append(gmanager)
     self._installed = [manager.hosted.generation for manager in self.managers]
-    self._moves: collections.deque[Move] = collections.deque()
+    self._moves = [collections.deque[Move]() for _ in self.managers]
+    # First turn in which an instance's creditors surely know what they said.
+    self._first_turn = dict.fromkeys(runner.instances, 0)
+    self._check: _Check | None = None
     self.num_blocks_moved = 0
     self.num_unproved_moves = 0
 
-  def settle(self, proved_tokens: Callable[[RequestUid], int]) -> bool:
-    """Lets managers talk; moves rBlocks and checks them, within a budget.
+  def talk(self) -> bool:
+    """Lets managers talk, and tells them of a check that is over.
 
-    Between two steps at most one exchange runs, of `exchange_blocks` per pair
-    of instances, and at most one check, so that no step waits for a whole
-    borrow. What does not fit is moved by the next calls, in order.
+    Returns:
+      Whether rBlocks were proved; messages alone are no progress.
+    """
+    for manager in (*self.managers, *self._gmanagers):
+      manager.tick()
+    self._talk()
+    has_concluded = self.has_answer
+    if has_concluded:
+      self._conclude()
+      self._talk()
+    return has_concluded
+
+  @property
+  def is_checking(self) -> bool:
+    """Whether a coverage check is under way."""
+    return self._check is not None
+
+  @property
+  def has_answer(self) -> bool:
+    """Whether a coverage check is over that nobody was told of; no wait."""
+    return self._check is not None and all(
+      proved.is_ready() for proved in self._check.proved
+    )
+
+  def work(self) -> GroupWork:
+    """What there is for the next turn, beside steps."""
+    return GroupWork(
+      exchange=any(self._moves),
+      check=self._check is None
+      and any(manager.unverified() for manager in self.managers),
+    )
+
+  def may_join(self, instance: InstanceId, turn: StepHeader) -> bool:
+    """Whether what an instance does in a turn is what its creditors expect.
+
+    A creditor in another process may have launched its part of the turn before
+    it did what it promised. Nothing wrong would come of it, since coverage and
+    epochs are checked, but nothing right either.
+    """
+    return turn.number >= self._first_turn[instance]
+
+  def move(
+    self, turn: StepHeader, proved_tokens: Callable[[RequestUid], int]
+  ) -> bool:
+    """Moves rBlocks and has them checked, within a turn.
+
+    At most one exchange runs, of `exchange_blocks` per pair of instances, and
+    at most one check, so that no step waits for a whole borrow. What does not
+    fit is moved by the next turns, in order.
 
     Args:
+      turn: What is to be launched.
       proved_tokens: How many tokens of a request are computed and proved.
 
     Returns:
-      Whether rBlocks were moved or proved; messages alone are no progress.
+      Whether rBlocks were moved or are being proved.
     """
-    for manager in self.managers:
-      manager.tick()
-    self._gmanager.tick()
-    self._talk()
-    has_moved = self._exchange()
+    has_moved = self._exchange(turn)
     if has_moved:
       self._talk()
-    has_verified = self._verify(proved_tokens)
-    if has_verified:
-      self._talk()
-    return has_moved or has_verified
+    return self._launch_check(turn, proved_tokens) or has_moved
 
   def slots(self, rows: Sequence[Mapping[RequestUid, int]]) -> list[SpillSlots]:
     """Names the spill slots of a group program.
@@ -140,10 +228,10 @@ class LendingGroup:
 
   def install_tables(self) -> None:
     """Installs hosted tables that changed since they were last installed."""
-    for instance, manager in enumerate(self.managers):
-      if self._installed[instance] != manager.hosted.generation:
-        self._installed[instance] = manager.hosted.generation
-        self._runner.set_hosted(instance, manager.hosted.versions())
+    for own, manager in enumerate(self.managers):
+      if self._installed[own] != manager.hosted.generation:
+        self._installed[own] = manager.hosted.generation
+        self._runner.set_hosted(manager.instance, manager.hosted.versions())
 
   def _slots(
     self, manager: RManager, rows: Mapping[RequestUid, int]
@@ -173,71 +261,126 @@ class LendingGroup:
     )
 
   def _carry_messages(self) -> bool:
-    for sender in (*self.managers, self._gmanager):
+    for sender in (*self.managers, *self._gmanagers):
       for envelope in sender.drain_messages():
+        if self._order.is_shared:
+          turn = self._order.next_number
+          envelope = dataclasses.replace(envelope, turn=turn)
         self.transport.send(envelope)
     return self.transport.deliver() > 0
 
+  def _noting_turns(self, manager: RManager) -> Callable[[Envelope], None]:
+    """What takes a manager's messages."""
+
+    def receive(envelope: Envelope) -> None:
+      if isinstance(envelope.body, _BINDING):
+        instance = manager.instance
+        first = self._first_turn[instance]
+        self._first_turn[instance] = max(first, envelope.turn)
+      manager.on_message(envelope)
+
+    return receive
+
   def _apply_effects(self) -> bool:
     happened = False
-    for instance, manager in enumerate(self.managers):
+    for manager, moving in zip(self.managers, self._moves, strict=True):
       for effect in manager.drain_effects():
         happened = True
         match effect:
           case GrantEpochs(block_ids=block_ids, epochs=epochs):
             self._runner.grant_epochs(
-              instance, dict(zip(block_ids, epochs, strict=True))
+              manager.instance, dict(zip(block_ids, epochs, strict=True))
             )
           case MoveBlocks(moves=moves):
-            self._moves.extend(moves)
+            moving.extend(moves)
     return happened
 
-  def _exchange(self) -> bool:
+  def _exchange(self, turn: StepHeader) -> bool:
     """Runs one exchange program with as many waiting moves as it takes."""
-    if not self._moves:
+    if not (turn.work.exchange if turn.is_shared else any(self._moves)):
       return False
-    payloads, waiting = fill_payloads(
-      self._moves,
-      self._config.num_instances,
-      self._config.lending.exchange_blocks,
-    )
-    held = set(waiting)
-    sent = [move for move in self._moves if move not in held]
-    self._moves = collections.deque(waiting)
+    payloads, sent = [], []
+    for own, manager in enumerate(self.managers):
+      moves = self._moves[own]
+      joins = self.may_join(manager.instance, turn)
+      mine, waiting = fill_payloads(
+        moves if joins else (),
+        self._config.num_instances,
+        self._config.lending.exchange_blocks,
+      )
+      payloads.append(mine)
+      if joins:
+        held = set(waiting)
+        sent.append(tuple(move for move in moves if move not in held))
+        self._moves[own] = collections.deque(waiting)
+      else:
+        sent.append(())
     self._runner.exchange(payloads)
-    self.num_blocks_moved += len(sent)
-    for instance, manager in enumerate(self.managers):
-      mine = tuple(move for move in sent if move.src_instance == instance)
+    for manager, mine in zip(self.managers, sent, strict=True):
+      self.num_blocks_moved += len(mine)
       if mine:
         manager.on_exchanged(mine)
     return True
 
-  def _verify(self, proved_tokens: Callable[[RequestUid], int]) -> bool:
+  def _launch_check(
+    self, turn: StepHeader, proved_tokens: Callable[[RequestUid], int]
+  ) -> bool:
     """Has the devices prove moved rBlocks, so that old copies can go."""
-    uids = [manager.unverified() for manager in self.managers]
-    if not any(uids):
+    uids = [
+      manager.unverified()
+      if self._check is None and self.may_join(manager.instance, turn)
+      else ()
+      for manager in self.managers
+    ]
+    if not (turn.work.check if turn.is_shared else any(uids)):
       return False
     self.install_tables()
     block_size = self._config.cache.block_size
-    checks = []
-    slots = []
+    checks, slots, asked = [], [], []
     for manager, mine in zip(self.managers, uids, strict=True):
-      mine_checked = []
-      rows = {}
-      for uid in mine:
-        slot = manager.slot(uid)
-        rows[uid] = slot
-        # Full rBlocks only: a step that failed may have filled the last one
-        # further than the books say.
-        tokens = proved_tokens(uid) // block_size * block_size
-        mine_checked.append(CheckRow(slot, manager.table(uid), tokens))
-      checks.append(mine_checked)
+      rows = {uid: manager.slot(uid) for uid in mine}
+      # Full rBlocks only: a step that failed may have filled the last one
+      # further than the books say.
+      checks.append(
+        [
+          CheckRow(
+            row,
+            manager.table(uid),
+            proved_tokens(uid) // block_size * block_size,
+          )
+          for uid, row in rows.items()
+        ]
+      )
       slots.append(self._slots(manager, rows))
+      asked.append(
+        [
+          _Asked(uid=uid, slot=row, names=_names(manager, uid))
+          for uid, row in rows.items()
+        ]
+      )
     proved = self._runner.verify(checks, slots)
-    for instance, mine in enumerate(uids):
-      manager = self.managers[instance]
-      for uid in mine:
-        is_proved = bool(proved[instance, manager.slot(uid)])
-        self.num_unproved_moves += not is_proved
-        manager.on_verified(uid, is_proved)
+    if any(uids):
+      self._check = _Check(proved=proved, asked=asked)
     return True
+
+  def _conclude(self) -> None:
+    """Tells the managers what a check found."""
+    check, self._check = self._check, None
+    if check is None:
+      return
+    for manager, answers, mine in zip(
+      self.managers, check.proved, check.asked, strict=True
+    ):
+      proved = np.asarray(answers)
+      for asked in mine:
+        is_open = asked.uid in manager.unverified()
+        if is_open and _names(manager, asked.uid) == asked.names:
+          is_proved = bool(proved[asked.slot])
+          self.num_unproved_moves += not is_proved
+          manager.on_verified(asked.uid, is_proved)
+
+
+def _names(manager: RManager, uid: RequestUid) -> tuple[object, ...]:
+  """Changes whenever an rBlock of a request is named elsewhere."""
+  entries = manager.table(uid).local_entries()
+  return manager.spill(uid), entries.log, entries.begin

@@ -11,14 +11,17 @@ from typing import Self
 import tqdm
 
 from infinite_llm.config import EngineConfig, engine_config
-from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.distributed.runtime import ProcessGroup
 from infinite_llm.engine.admission import as_token_ids
 from infinite_llm.engine.chat import ChatTemplate, Message
 from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.group_engine import (
+  GroupEngine,
+  load_model,
+  say_open,
+)
 from infinite_llm.engine.outputs import Extent, RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
-from infinite_llm.models.checkpoint import is_checkpoint, restore
-from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.types import InstanceId
 
@@ -39,6 +42,7 @@ class LLM:
     config: EngineConfig | None = None,
     *,
     show_progress: bool = True,
+    group: ProcessGroup | None = None,
     **options: object,
   ):
     """Loads a checkpoint, allocates the pools, compiles all programs.
@@ -51,6 +55,8 @@ class LLM:
         one that `models.checkpoint.save` wrote.
       config: Sizes and rules; or give `options`.
       show_progress: Show bars for compilation and generation.
+      group: All processes, of which this one is process 0, if the instances lie
+        in several; the others run `engine.group_engine.Member`.
       **options: Fields of the configuration by name, as `num_instances=4`,
         `block_size=64`, `num_blocks=1024`, `policy="borrow"`.
 
@@ -69,11 +75,14 @@ class LLM:
     self._mail: dict[str, _Mailbox] = {}
     self._left: list[str] = []
     self._is_stepping = False
-    mesh = make_mesh(config.num_instances, config.tensor_parallel)
-    load = restore if is_checkpoint(model) else load_hf
-    dtype = None if config.dtype == "auto" else config.dtype
-    self.model = load(model, mesh, dtype=dtype)
-    self.engine = Engine(self.model, config)
+    if group is not None:
+      say_open(group, model, config)
+    self.model = load_model(model, config)
+    self.engine: Engine | GroupEngine
+    if group is None:
+      self.engine = Engine(self.model, config)
+    else:
+      self.engine = GroupEngine(self.model, config, group)
     with tqdm.tqdm(
       desc="Compiling", unit="program", disable=not show_progress
     ) as bar:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from infinite_llm.attention.dist_attention import HostedRows, SpillSlots
 from infinite_llm.cache.kv_pool import KVPool
@@ -18,7 +18,7 @@ from infinite_llm.cache.movement import Payloads
 from infinite_llm.cache.rows import join_rows, place_rows, split_rows
 from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
-from infinite_llm.distributed.mesh import row_mesh
+from infinite_llm.distributed.mesh import own_instances, row_mesh
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import shifts_of_payloads, shifts_of_slots
 from infinite_llm.engine.instance_tables import InstanceTables
@@ -32,8 +32,8 @@ from infinite_llm.engine.step_batch import (
   build_check,
   max_writes,
   pad_writes,
+  smallest_bucket,
 )
-from infinite_llm.errors import InvariantError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.models.transformer import pool_kv_heads
 from infinite_llm.scheduler.hosted_tables import HostedVersion
@@ -46,7 +46,12 @@ _WRITE_BUCKET = 4096
 class ModelRunner:
   """Launches local and group programs; knows nothing of scheduling.
 
+  Everything by instance is of this process's instances alone, in their order;
+  where a single one is meant, it is named by its number in the whole group.
+
   Attributes:
+    instances: Numbers of this process's instances.
+    row_meshes: The row of the mesh of each.
     pool: The rBlock pools.
     programs: The compiled programs.
     launches: How often each kind of program was launched since warm-up.
@@ -69,7 +74,8 @@ class ModelRunner:
     self._config = config
     self._attention = attention
     self._mesh = mesh = model.mesh
-    self.row_meshes = [row_mesh(mesh, i) for i in range(config.num_instances)]
+    self.instances = own_instances(mesh)
+    self.row_meshes = [row_mesh(mesh, i) for i in self.instances]
     self._model = model
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
     self._param_specs = specs
@@ -91,10 +97,10 @@ class ModelRunner:
       head_dim=model.config.head_dim,
       dtype=config.cache.kv_dtype or model.dtype,
     )
-    instances = range(config.num_instances)
-    self._tables = [InstanceTables(config) for _ in instances]
+    self._tables = [InstanceTables(config) for _ in self.instances]
     self._hosted_rows = [
-      self._place(i, self._tables[i].hosted_rows()) for i in instances
+      self._place(instance, tables.hosted_rows())
+      for instance, tables in zip(self.instances, self._tables, strict=True)
     ]
     self.programs = ProgramCache()
     self.launches: collections.Counter[str] = collections.Counter()
@@ -122,21 +128,22 @@ class ModelRunner:
     buckets = (
       scheduler.prefill_buckets if is_prefill else scheduler.decode_buckets
     )
-    bucket = bucket or _smallest_bucket([rows], buckets)
+    bucket = bucket or smallest_bucket([rows], buckets)
     num_rows = scheduler.prefill_rows if is_prefill else bucket
     batch = self._batch(instance, rows, bucket, num_rows)
+    own = self._own(instance)
     kind = StepKind(is_group=False, is_prefill=is_prefill)
     name = "local_prefill" if is_prefill else "local_decode"
     pool, output = self.programs.run(
       (name, instance, bucket),
-      lambda: self._build(kind, self.row_meshes[instance], bucket),
+      lambda: self._build(kind, self.row_meshes[own], bucket),
       (
-        self._row_params[instance],
-        self.pool.row(instance),
+        self._row_params[own],
+        self.pool.row(own),
         self._place(instance, batch),
       ),
     )
-    self.pool.set_row(instance, pool)
+    self.pool.set_row(own, pool)
     self.launches[name] += 1
     return output
 
@@ -161,7 +168,7 @@ class ModelRunner:
       Output of each instance, still being computed.
     """
     if is_prefill:
-      bucket = bucket or _smallest_bucket(
+      bucket = bucket or smallest_bucket(
         rows, self._config.lending.group_prefill_buckets
       )
       num_rows = 1
@@ -169,7 +176,7 @@ class ModelRunner:
       bucket = num_rows = self._config.lending.spill_slots
     batches = [
       self._batch(instance, mine, bucket, num_rows)
-      for instance, mine in enumerate(rows)
+      for instance, mine in zip(self.instances, rows, strict=True)
     ]
     group = self._group_inputs(slots)
     kind = StepKind(is_group=True, is_prefill=is_prefill)
@@ -194,21 +201,21 @@ class ModelRunner:
     self,
     checks: Sequence[Sequence[CheckRow]],
     slots: Sequence[SpillSlots],
-  ) -> np.ndarray:
+  ) -> list[jax.Array]:
     """Checks coverage of requests without computing anything.
-
-    Blocks the host until the answer is there.
 
     Args:
       checks: Requests of each instance, each in the row of its spill slot.
       slots: Spill slots of each instance; the row of slot s is s.
 
     Returns:
-      `[I, S]` bool: whether what the slot's request reads is all there.
+      `[S]` bool of each instance, still being computed: whether what the slot's
+      request reads is all there.
     """
     batches = []
-    for instance, mine in enumerate(checks):
-      tables = self._tables[instance]
+    for instance, tables, mine in zip(
+      self.instances, self._tables, checks, strict=True
+    ):
       starts = tables.sync([check.entries() for check in mine])
       if tables.num_pending:
         self.write_entries(instance)
@@ -228,7 +235,7 @@ class ModelRunner:
       ),
     )
     self.launches["verify"] += 1
-    return np.asarray(proved).reshape(len(checks), -1)
+    return split_rows(proved, self.row_meshes, PartitionSpec(INSTANCE_AXIS))
 
   def exchange(self, payloads: Sequence[Payloads]) -> None:
     """Sends rBlocks between instances.
@@ -241,8 +248,14 @@ class ModelRunner:
       lambda: programs.build_exchange(self._mesh),
       (
         self.pool.group(),
-        place_rows(payloads, self._mesh, self.row_meshes),
-        self._replicate(shifts_of_payloads(payloads)),
+        *place_rows(
+          [
+            (sent, shifts_of_payloads(instance, sent))
+            for instance, sent in zip(self.instances, payloads, strict=True)
+          ],
+          self._mesh,
+          self.row_meshes,
+        ),
       ),
     )
     self.pool.set_group(pool)
@@ -255,6 +268,7 @@ class ModelRunner:
       instance: The creditor.
       epochs: Epoch of each rBlock; `NO_EPOCH` refuses payloads.
     """
+    own = self._own(instance)
     for part in itertools.batched(epochs.items(), _GRANT_BUCKET):
       block_ids = np.full(_GRANT_BUCKET, NULL_BLOCK_ID, np.int32)
       values = np.zeros(_GRANT_BUCKET, np.uint32)
@@ -262,13 +276,13 @@ class ModelRunner:
       values[: len(part)] = [epoch for _, epoch in part]
       pool = self.programs.run(
         ("grant_epochs", instance),
-        lambda: programs.build_grant(self.row_meshes[instance]),
+        lambda: programs.build_grant(self.row_meshes[own]),
         (
-          self.pool.row(instance),
+          self.pool.row(own),
           *self._place(instance, (block_ids, values)),
         ),
       )
-      self.pool.set_row(instance, pool)
+      self.pool.set_row(own, pool)
       self.launches["grant_epochs"] += 1
 
   def write_entries(self, instance: int) -> None:
@@ -280,18 +294,19 @@ class ModelRunner:
     Args:
       instance: Whose devices.
     """
-    writes = self._tables[instance].take_writes()
+    own = self._own(instance)
+    writes = self._tables[own].take_writes()
     for begin in range(0, max(len(writes.at), 1), _WRITE_BUCKET):
       part = EntryWrites(*(x[begin : begin + _WRITE_BUCKET] for x in writes))
       pool = self.programs.run(
         ("write_entries", instance),
-        lambda: programs.build_write_entries(self.row_meshes[instance]),
+        lambda: programs.build_write_entries(self.row_meshes[own]),
         (
-          self.pool.row(instance),
+          self.pool.row(own),
           self._place(instance, pad_writes(part, _WRITE_BUCKET)),
         ),
       )
-      self.pool.set_row(instance, pool)
+      self.pool.set_row(own, pool)
       self.launches["write_entries"] += 1
 
   def set_hosted(
@@ -303,7 +318,7 @@ class ModelRunner:
       instance: The creditor.
       versions: All versions that an owner may name.
     """
-    self._tables[instance].set_hosted(versions)
+    self._tables[self._own(instance)].set_hosted(versions)
     self._upload_moved(instance)
 
   def upload_hosted(self, instance: int, rows: HostedRows) -> None:
@@ -313,7 +328,7 @@ class ModelRunner:
       instance: The creditor.
       rows: numpy leaves.
     """
-    self._hosted_rows[instance] = self._place(instance, rows)
+    self._hosted_rows[self._own(instance)] = self._place(instance, rows)
 
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(
@@ -333,7 +348,7 @@ class ModelRunner:
     num_tokens: int,
     num_rows: int,
   ) -> StepBatch:
-    tables = self._tables[instance]
+    tables = self._tables[self._own(instance)]
     block_size = self._config.cache.block_size
     starts = tables.sync([row.entries() for row in rows])
     if tables.num_pending > max_writes(num_tokens, num_rows, block_size):
@@ -347,13 +362,17 @@ class ModelRunner:
       block_size=block_size,
     )
 
+  def _own(self, instance: int) -> int:
+    """Which of this process's instances one is."""
+    return self.instances.index(instance)
+
   def _place(self, instance: int, tree):
-    row = self.row_meshes[instance]
+    row = self.row_meshes[self._own(instance)]
     return place_rows([tree], row, [row])
 
   def _group_inputs(self, slots: Sequence[SpillSlots]) -> GroupInputs:
     """What a group program reads, once all entries have their places."""
-    for instance in range(len(self._tables)):
+    for instance in self.instances:
       self._upload_moved(instance)
     spec = PartitionSpec(INSTANCE_AXIS)
     return GroupInputs(
@@ -361,28 +380,17 @@ class ModelRunner:
         lambda *leaves: join_rows(leaves, self._mesh, spec), *self._hosted_rows
       ),
       slots=place_rows(slots, self._mesh, self.row_meshes),
-      holders=self._replicate(shifts_of_slots(slots)),
+      shifts=place_rows(
+        [
+          shifts_of_slots(instance, mine)
+          for instance, mine in zip(self.instances, slots, strict=True)
+        ],
+        self._mesh,
+        self.row_meshes,
+      ),
     )
 
-  def _replicate(self, array: np.ndarray) -> jax.Array:
-    """The same on all devices of the mesh."""
-    return jax.device_put(array, NamedSharding(self._mesh, PartitionSpec()))
-
   def _upload_moved(self, instance: int) -> None:
-    rows = self._tables[instance].take_moved()
+    rows = self._tables[self._own(instance)].take_moved()
     if rows is not None:
       self.upload_hosted(instance, rows)
-
-
-def _smallest_bucket(
-  rows: Sequence[Sequence[RowInput]], buckets: Sequence[int]
-) -> int:
-  """Smallest bucket that takes the rows of every instance."""
-  needed = max(sum(len(row.token_ids) for row in batch) for batch in rows)
-  for bucket in buckets:
-    if needed <= bucket:
-      return bucket
-  raise InvariantError(
-    f"A step of {needed} tokens was planned, but the largest bucket takes"
-    f" {buckets[-1]}."
-  )

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from infinite_llm.config import EngineConfig
 from infinite_llm.engine.group_inputs import empty_slots
@@ -73,7 +75,7 @@ def with_pool_size(
   """
   if config.cache.num_blocks is not None:
     return config.with_num_blocks(config.cache.num_blocks)
-  memories = device_memory(model.mesh.devices.flat)
+  memories = device_memory(model.mesh.local_devices)
   if memories is None:
     logging.info(
       "The devices report no memory: each instance gets %d rBlocks. Set"
@@ -86,6 +88,9 @@ def with_pool_size(
     blocks_that_fit(memory, needs, fraction=config.cache.memory_fraction)
     for memory in memories
   )
+  if jax.process_count() > 1:
+    fits = multihost_utils.process_allgather(np.int32(num_blocks))
+    num_blocks = int(fits.min())
   logging.info(
     "Each instance gets %d rBlocks of %d bytes a device; steps need %d bytes.",
     num_blocks,
@@ -161,8 +166,9 @@ def measure(
   """
   config = config.with_num_blocks(_PROBE_NUM_BLOCKS)
   runner = ModelRunner(model, config, attention=attention)
+  own = runner.instances
   sampler = Sampler(
-    0,
+    own[0],
     runner.row_meshes[0],
     runner.programs,
     vocab_size=model.config.vocab_size,
@@ -170,14 +176,14 @@ def measure(
     max_logprobs=config.max_logprobs,
   )
   outputs = [
-    runner.local_step(0, [], is_prefill=is_prefill, bucket=buckets[-1])
+    runner.local_step(own[0], [], is_prefill=is_prefill, bucket=buckets[-1])
     for is_prefill, buckets in (
       (False, config.scheduler.decode_buckets),
       (True, config.scheduler.prefill_buckets),
     )
   ]
   if config.has_group:
-    nobody = [[] for _ in range(config.num_instances)]
+    nobody = [[] for _ in own]
     slots = [
       empty_slots(config.num_instances, config.lending.spill_slots)
       for _ in nobody

@@ -33,7 +33,6 @@ from pallas_kernels.append_kv.api import append_kv
 from pallas_kernels.micro_attention.api import BlockTables
 
 _PER_INSTANCE = PartitionSpec("instance")
-_REPLICATED = PartitionSpec()
 
 
 class StepOutput(NamedTuple):
@@ -54,18 +53,18 @@ class GroupInputs(NamedTuple):
   Attributes:
     hosted: Where each instance finds what it hosts.
     slots: Spill slots of each owner.
-    holders: `[I]` bool, the same everywhere: which shifts carry a chunk.
+    shifts: `[I]` bool. Entry s: this owner i has rBlocks on i + s.
   """
 
   hosted: HostedRows
   slots: SpillSlots
-  holders: jax.Array
+  shifts: jax.Array
 
 
 GROUP_SPECS = GroupInputs(
   hosted=HostedRows(*[_PER_INSTANCE] * len(HostedRows._fields)),
   slots=SpillSlots(*[_PER_INSTANCE] * len(SpillSlots._fields)),
-  holders=_REPLICATED,
+  shifts=_PER_INSTANCE,
 )
 
 
@@ -125,15 +124,17 @@ def build_step(
         jnp.where(batch.tag_block == 0, jnp.uint32(0), batch.tag_value)
       )
     )
-    answered = None
+    answered = holders = None
     if kind.is_group:
+      if kind.is_prefill:
+        holders = dist_attention.needed_anywhere(group.shifts[0])
       answered = dist_attention.answer_slots(hosted, tables, slots)
       covered = dist_attention.dist_coverage(
         pool.tag,
         tables,
         answered,
         slots,
-        group.holders if kind.is_prefill else None,
+        holders,
       )
     else:
       covered = coverage(pool.tag, tables)
@@ -161,7 +162,7 @@ def build_step(
           tables,
           answered,
           slots,
-          group.holders,
+          holders,
           layer_window,
         )
       else:
@@ -237,17 +238,22 @@ def build_exchange(mesh: Mesh) -> Callable[..., PoolArrays]:
   """Builds the exchange of rBlocks between all pairs of instances.
 
   Returns:
-    Jitted `(pool, payloads, in_use [I]) -> pool`. Donates `pool`.
+    Jitted `(pool, payloads, shifts) -> pool`; `shifts` is `[1, I]` bool on
+    each instance: which of them its payloads need. Donates `pool`.
   """
 
-  def body(pool, payloads, in_use):
-    return movement.exchange(pool, _drop_leading_axis(payloads), in_use)
+  def body(pool, payloads, shifts):
+    return movement.exchange(
+      pool,
+      _drop_leading_axis(payloads),
+      dist_attention.needed_anywhere(shifts[0]),
+    )
 
   return jax.jit(
     jax.shard_map(
       body,
       mesh=mesh,
-      in_specs=(POOL_SPECS, _PER_INSTANCE, _REPLICATED),
+      in_specs=(POOL_SPECS, _PER_INSTANCE, _PER_INSTANCE),
       out_specs=POOL_SPECS,
       check_vma=False,
     ),

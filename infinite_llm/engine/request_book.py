@@ -1,7 +1,7 @@
 """The requests of an engine that have not ended."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from infinite_llm.engine.stream import OutputStream
 from infinite_llm.scheduler.request import Request, RequestStatus
@@ -26,15 +26,15 @@ class Entry:
 class RequestBook:
   """Finds requests by uid and by name, and knows each instance's load."""
 
-  def __init__(self, num_instances: int):
+  def __init__(self, instances: Sequence[InstanceId]):
     """Starts empty.
 
     Args:
-      num_instances: I.
+      instances: Those that requests are for.
     """
     self._entries: dict[RequestUid, Entry] = {}
     self._uid_of: dict[str, RequestUid] = {}
-    self._load = [0] * num_instances
+    self._load = dict.fromkeys(instances, 0)
 
   def __len__(self) -> int:
     return len(self._entries)
@@ -69,7 +69,7 @@ class RequestBook:
 
   def least_loaded(self) -> InstanceId:
     """The instance whose requests have the fewest tokens; first of equals."""
-    return self._load.index(min(self._load))
+    return min(self._load, key=self._load.__getitem__)
 
   def add(self, entry: Entry) -> None:
     """Takes a request whose name nobody has."""

@@ -9,6 +9,7 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.engine.request_book import RequestBook
 from infinite_llm.errors import CapacityError
 from infinite_llm.scheduler.batching import Batcher
+from infinite_llm.types import InstanceId
 
 _IDLE_S = 0.0005
 """Pause of a step that finds nothing to do but wait for a message."""
@@ -26,6 +27,7 @@ class StallBreaker:
     lending: LendingConfig,
     clock: Callable[[], float],
     book: RequestBook,
+    instances: Sequence[InstanceId],
     batchers: Sequence[Batcher],
   ):
     """Starts without a stall.
@@ -34,11 +36,13 @@ class StallBreaker:
       lending: How long a round of messages takes.
       clock: Monotonic seconds.
       book: All requests.
+      instances: Numbers of the instances.
       batchers: Continuous batching of each instance.
     """
     self._round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
     self._clock = clock
     self._book = book
+    self._instances = instances
     self._batchers = batchers
     self._last_step_s = clock()
     self._stalled_s = 0.0
@@ -72,7 +76,7 @@ class StallBreaker:
         "All requests wait for rBlocks; %s gives its own up.",
         youngest.request.request_id,
       )
-      self._batchers[youngest.instance].preempt(youngest.request.uid)
+      self._batcher(youngest.instance).preempt(youngest.request.uid)
       return
     stuck = (running or list(self._book))[0]
     counts = [batcher.pool_counts() for batcher in self._batchers]
@@ -81,4 +85,7 @@ class StallBreaker:
       f" {stuck.request.num_tokens + 1} tokens, which nobody gives up:"
       f" {counts}."
     )
-    self._batchers[stuck.instance].fail(stuck.request.uid, error)
+    self._batcher(stuck.instance).fail(stuck.request.uid, error)
+
+  def _batcher(self, instance: InstanceId) -> Batcher:
+    return self._batchers[self._instances.index(instance)]

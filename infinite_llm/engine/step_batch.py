@@ -70,6 +70,20 @@ class RowInput(NamedTuple):
     return own_entries(self.table, self.end)
 
 
+def smallest_bucket(
+  rows: Sequence[Sequence[RowInput]], buckets: Sequence[int]
+) -> int:
+  """Smallest bucket that takes the rows of every instance."""
+  needed = max(sum(len(row.token_ids) for row in batch) for batch in rows)
+  for bucket in buckets:
+    if needed <= bucket:
+      return bucket
+  raise InvariantError(
+    f"A step of {needed} tokens was planned, but the largest bucket takes"
+    f" {buckets[-1]}."
+  )
+
+
 def own_entries(table: BlockTable, num_tokens: int) -> EntrySpan:
   """The rBlocks at home that hold a request's first tokens."""
   return table.local_entries().below(-(-num_tokens // table.block_size))

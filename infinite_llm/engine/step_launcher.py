@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from infinite_llm.distributed.step_header import StepHeader
 from infinite_llm.engine.in_flight import Flight, LaunchedStep
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
@@ -21,7 +22,7 @@ RequestOf = Callable[[RequestUid], Request]
 
 
 class StepLauncher:
-  """Launches what all instances planned for one step."""
+  """Launches what all instances of this process planned for one step."""
 
   def __init__(
     self,
@@ -44,7 +45,10 @@ class StepLauncher:
     self._clock = clock
 
   def launch(
-    self, plans: Sequence[StepPlan], request_of: RequestOf
+    self,
+    plans: Sequence[StepPlan],
+    turn: StepHeader | None,
+    request_of: RequestOf,
   ) -> list[Flight]:
     """Launches local programs of each instance, then group programs.
 
@@ -56,13 +60,15 @@ class StepLauncher:
 
     Args:
       plans: Plan of each instance; no rows for one whose step is under way.
+      turn: The group programs that may be launched, and must be if others
+        launch them too; None allows none.
       request_of: The request of a row.
 
     Returns:
       What was launched; nothing for instances without rows.
     """
     local: dict[InstanceId, list[LaunchedStep]] = {}
-    for instance, plan in enumerate(plans):
+    for instance, plan in zip(self._runner.instances, plans, strict=True):
       for rows, kind in (
         (plan.local_decode, _LOCAL_DECODE),
         (plan.local_prefill, _LOCAL_PREFILL),
@@ -75,31 +81,40 @@ class StepLauncher:
           )
           step = self._sample(instance, rows, kind, output, request_of)
           local.setdefault(instance, []).append(step)
-    group = self._launch_group(
-      [plan.group_decode for plan in plans], _GROUP_DECODE, request_of
-    ) + self._launch_group(
-      [plan.group_prefill for plan in plans], GROUP_PREFILL, request_of
-    )
+    group, proved = [], []
+    for rows, kind in (
+      ([plan.group_decode for plan in plans], _GROUP_DECODE),
+      ([plan.group_prefill for plan in plans], GROUP_PREFILL),
+    ):
+      if any(rows) or _is_awaited(turn, kind):
+        steps, outputs = self._launch_group(rows, kind, turn, request_of)
+        group += steps
+        proved += [output.proved for output in outputs]
     joined = {step.instance for step in group}
     flights = [
       Flight(steps=tuple(steps), is_group=False)
       for instance, steps in local.items()
       if instance not in joined
     ]
-    if group:
+    if proved:
       for instance in sorted(joined):
         group += local.get(instance, ())
-      flights.append(Flight(steps=tuple(group), is_group=True))
+      flights.append(
+        Flight(
+          steps=tuple(group),
+          is_group=True,
+          answered=() if group else tuple(proved),
+        )
+      )
     return flights
 
   def _launch_group(
     self,
     rows: Sequence[Sequence[Row]],
     kind: StepKind,
+    turn: StepHeader | None,
     request_of: RequestOf,
-  ) -> list[LaunchedStep]:
-    if not any(rows):
-      return []
+  ) -> tuple[list[LaunchedStep], list[StepOutput]]:
     self._group.install_tables()
     slots = self._group.slots(
       [{row.uid: b for b, row in enumerate(mine)} for mine in rows]
@@ -107,24 +122,32 @@ class StepLauncher:
     outputs = self._runner.group_step(
       [
         [self._input(instance, row, request_of) for row in mine]
-        for instance, mine in enumerate(rows)
+        for instance, mine in zip(self._runner.instances, rows, strict=True)
       ],
       slots,
       is_prefill=kind.is_prefill,
+      # All must launch the same program, also those with less for it.
+      bucket=turn.work.prefill_tokens or None
+      if turn is not None and turn.is_shared and kind.is_prefill
+      else None,
     )
-    return [
-      self._sample(instance, mine, kind, outputs[instance], request_of)
-      for instance, mine in enumerate(rows)
+    steps = [
+      self._sample(instance, mine, kind, output, request_of)
+      for instance, mine, output in zip(
+        self._runner.instances, rows, outputs, strict=True
+      )
       if mine
     ]
+    return steps, outputs
 
   def _input(
     self, instance: InstanceId, row: Row, request_of: RequestOf
   ) -> RowInput:
+    own = self._runner.instances.index(instance)
     return RowInput(
       token_ids=request_of(row.uid).tokens(row.start, row.end),
       start=row.start,
-      table=self._group.managers[instance].table(row.uid),
+      table=self._group.managers[own].table(row.uid),
     )
 
   def _sample(
@@ -140,7 +163,8 @@ class StepLauncher:
       for b, row in enumerate(rows)
       if row.samples
     ]
-    pending = self._samplers[instance].sample(output, wanted)
+    own = self._runner.instances.index(instance)
+    pending = self._samplers[own].sample(output, wanted)
     return LaunchedStep(
       instance=instance,
       rows=rows,
@@ -148,3 +172,10 @@ class StepLauncher:
       kind=kind,
       launched_s=self._clock(),
     )
+
+
+def _is_awaited(turn: StepHeader | None, kind: StepKind) -> bool:
+  """Whether other processes launch a group step, with rows here or without."""
+  if turn is None or not turn.is_shared:
+    return False
+  return turn.work.prefill_tokens > 0 if kind.is_prefill else turn.work.decode

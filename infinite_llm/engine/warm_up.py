@@ -43,7 +43,7 @@ def warm_up(
     if progress:
       progress(name, done, len(jobs))
     for instance, output in job() or ():
-      samplers[instance].warm_up(output)
+      samplers[runner.instances.index(instance)].warm_up(output)
   jax.block_until_ready(runner.pool.group())
   if progress:
     progress("ready", len(jobs), len(jobs))
@@ -66,7 +66,7 @@ def _jobs(
   runner: ModelRunner, config: EngineConfig
 ) -> Iterator[tuple[str, Callable[[], _Outputs]]]:
   """Yields a name and what to run for every program."""
-  instances = range(config.num_instances)
+  instances = runner.instances
   for is_prefill, buckets in (
     (False, config.scheduler.decode_buckets),
     (True, config.scheduler.prefill_buckets),
@@ -89,17 +89,19 @@ def _jobs(
 def _group_jobs(
   runner: ModelRunner, config: EngineConfig
 ) -> Iterator[tuple[str, Callable[[], _Outputs]]]:
-  instances = range(config.num_instances)
-  lending = config.lending
+  instances = runner.instances
+  num_instances, lending = config.num_instances, config.lending
   nothing = [[] for _ in instances]
-  slots = [empty_slots(len(instances), lending.spill_slots) for _ in instances]
+  slots = [empty_slots(num_instances, lending.spill_slots) for _ in instances]
   payloads = [
-    empty_payloads(len(instances), lending.exchange_blocks) for _ in instances
+    empty_payloads(num_instances, lending.exchange_blocks) for _ in instances
   ]
 
   def group(bucket: int | None, is_prefill: bool) -> _Outputs:
-    return enumerate(
-      runner.group_step(nothing, slots, is_prefill=is_prefill, bucket=bucket)
+    return zip(
+      instances,
+      runner.group_step(nothing, slots, is_prefill=is_prefill, bucket=bucket),
+      strict=True,
     )
 
   def check() -> None:

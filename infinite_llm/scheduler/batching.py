@@ -1,12 +1,19 @@
 """Continuous batching of one instance: which rows its next step has."""
 
 import collections
+from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
-from infinite_llm.scheduler.step_plan import Draft, Row, StepPlan
+from infinite_llm.scheduler.step_plan import (
+  EVERYTHING,
+  Draft,
+  GroupCeiling,
+  Row,
+  StepPlan,
+)
 from infinite_llm.types import PoolCounts, RequestUid
 
 _BORROW_CHUNKS = 2
@@ -126,8 +133,39 @@ class Batcher:
     ahead = sum(other.arrival < request.arrival for other in self._waiting)
     self._waiting.insert(ahead, request)
 
-  def plan(self) -> StepPlan:
+  def group_work(self, under_way: Mapping[RequestUid, Row]) -> tuple[bool, int]:
+    """What the requests with rBlocks elsewhere have for the next group steps.
+
+    Args:
+      under_way: Rows that are launched and not yet committed; they are taken
+        for done.
+
+    Returns:
+      Whether any has a token for a decode step, and the most prompt tokens that
+      one has for a prefill step.
+    """
+    has_decode, prefill_tokens = False, 0
+    for uid, request in self._running.items():
+      if self._rmanager.spill(uid) is None:
+        continue
+      if not self._rmanager.is_readable(uid):
+        continue
+      row = under_way.get(uid)
+      start = request.num_computed_tokens if row is None else row.end
+      # A row that samples is followed by one for the new token.
+      rest = max(request.num_tokens - start, 1)
+      if rest == 1:
+        has_decode = True
+      else:
+        tokens = min(rest, self._group_chunk_tokens(request))
+        prefill_tokens = max(prefill_tokens, tokens)
+    return has_decode, prefill_tokens
+
+  def plan(self, ceiling: GroupCeiling = EVERYTHING) -> StepPlan:
     """Chooses the rows of the next step and allocates what they write to.
+
+    Args:
+      ceiling: Which rows of group steps there may be.
 
     Returns:
       The rows. Requests whose rBlocks cannot be read or had now have none.
@@ -135,7 +173,7 @@ class Batcher:
     self._recompute_lost()
     self._admit()
     self._note_waiting()
-    draft = Draft()
+    draft = Draft(ceiling=ceiling)
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
     for request in self.running:
@@ -275,7 +313,10 @@ class Batcher:
     uncomputed = request.num_uncomputed
     is_decode = uncomputed == 1
     wanted = uncomputed
-    if not is_decode:
+    if is_decode:
+      if is_group and not draft.ceiling.decode:
+        return
+    else:
       wanted = min(uncomputed, self._prefill_room(request, draft, is_group))
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
     if num_tokens > 0:
@@ -293,7 +334,10 @@ class Batcher:
     """Prompt tokens that a request may have beside those in the draft."""
     if not is_group:
       return draft.prefill_room(self._scheduler)
-    return 0 if draft.group_prefill else self._group_chunk_tokens(request)
+    if draft.group_prefill:
+      return 0
+    most = draft.ceiling.prefill_tokens
+    return min(self._group_chunk_tokens(request), most)
 
   def _group_chunk_tokens(self, request: Request) -> int:
     """Tokens whose group step takes as long as is allowed, by the last one."""

@@ -22,7 +22,7 @@ from typing import (
   get_type_hints,
 )
 
-from infinite_llm.types import Range
+from infinite_llm.types import Range, Text
 
 _ANY_COUNT = Range(low=0, high=2**63 - 1)
 """What an `int` without a range of its own may be: nothing here is negative."""
@@ -69,8 +69,8 @@ def make_schema(annotation: Any) -> Schema:
 
   Args:
     annotation: A frozen dataclass, `int` (with or without a `Range`), `float`,
-      `bool`, `str`, None, an enum, a `Literal`, a tuple, a union or a type
-      alias of these.
+      `bool`, `str`, `Text`, None, an enum, a `Literal`, a tuple, a union or a
+      type alias of these.
 
   Returns:
     Its schema.
@@ -84,6 +84,8 @@ def make_schema(annotation: Any) -> Schema:
   if origin is Annotated and arguments[0] is int:
     ranges = [note for note in arguments[1:] if isinstance(note, Range)]
     return _integer(*ranges or [_ANY_COUNT])
+  if annotation == Text:
+    return _TEXT
   if origin is Literal:
     return _choice({value: value for value in arguments})
   if origin in (Union, types.UnionType):
@@ -140,6 +142,22 @@ def _decode_str(value: Document) -> str:
     raise _wrong("a string of ASCII characters", value)
   return value
 
+
+def _decode_text(value: Document) -> str:
+  if type(value) is not str or not _is_encodable(value):
+    raise _wrong("a string of whole characters", value)
+  return value
+
+
+def _is_encodable(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+_TEXT = Schema(name="a text", encode=None, decode=_decode_text)
 
 _SCALARS: dict[Any, Schema] = {
   float: Schema(name="a finite number", encode=None, decode=_decode_float),

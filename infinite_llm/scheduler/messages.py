@@ -224,6 +224,9 @@ class Envelope:
     responder: In a creditor's answer, its own incarnation; else 0.
     leader_epoch: In a message of a leading gManager, the epoch of its
       leadership; else 0.
+    turn: Between processes of a lending group: number of the first turn of
+      group programs that the sender had not taken when it wrote this. What it
+      says of rBlocks holds on its devices from that turn on.
   """
 
   sender: Address
@@ -235,3 +238,4 @@ class Envelope:
   meant_for: int = 0
   responder: int = 0
   leader_epoch: Epoch = NO_EPOCH
+  turn: int = 0

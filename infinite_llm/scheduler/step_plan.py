@@ -1,6 +1,7 @@
 """Which rows the next step of an instance has, as values."""
 
 import dataclasses
+import sys
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.types import RequestUid
@@ -56,6 +57,23 @@ class StepPlan:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupCeiling:
+  """Which group rows a plan may have.
+
+  Attributes:
+    decode: Whether any of one token.
+    prefill_tokens: Most tokens of one with many.
+  """
+
+  decode: bool
+  prefill_tokens: int
+
+
+NOTHING = GroupCeiling(decode=False, prefill_tokens=0)
+EVERYTHING = GroupCeiling(decode=True, prefill_tokens=sys.maxsize)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Draft:
   """A plan in the making, and what its programs still have room for.
@@ -65,8 +83,10 @@ class Draft:
     local_prefill: Rows.
     group_decode: Rows.
     group_prefill: Rows.
+    ceiling: Which rows of the latter two there may be.
   """
 
+  ceiling: GroupCeiling = EVERYTHING
   local_decode: list[Row] = dataclasses.field(default_factory=list[Row])
   local_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
   group_decode: list[Row] = dataclasses.field(default_factory=list[Row])

@@ -1,7 +1,7 @@
 """Messages as bytes, for transports that leave the process.
 
 A frame is a header (magic, version, kind of authentication), the code that
-authenticates it if there is one, and the envelope as a JSON document. Readers
+authenticates it if there is one, and the message as a JSON document. Readers
 take nothing on trust: whatever the bytes, they give a valid envelope or raise
 `MessageError`.
 """
@@ -18,7 +18,6 @@ from infinite_llm.scheduler.message_schema import (
   SchemaError,
   make_schema,
 )
-from infinite_llm.scheduler.messages import Envelope
 
 VERSION = 1
 """Of the frame and of the meaning of messages; others are refused."""
@@ -36,13 +35,19 @@ _HMAC_SHA256 = 1
 _MAC_BYTES = hashlib.sha256().digest_size
 
 
-class WireCodec:
-  """Writes and reads the frames of one cluster."""
+class WireCodec[Message]:
+  """Writes and reads the frames of one cluster, for one kind of message."""
 
-  def __init__(self, max_bytes: int = MAX_BYTES, secret: bytes | None = None):
+  def __init__(
+    self,
+    kind: type[Message],
+    max_bytes: int = MAX_BYTES,
+    secret: bytes | None = None,
+  ):
     """Makes a codec.
 
     Args:
+      kind: The message's dataclass.
       max_bytes: Longest frame that is written or read.
       secret: Known to all of the cluster and to nobody else: frames carry a
         keyed hash (HMAC-SHA256), and others are refused. It proves that a
@@ -62,16 +67,16 @@ class WireCodec:
       )
     self._max_bytes = max_bytes
     self._secret = secret
-    self._schema = make_schema(Envelope)
+    self._schema = make_schema(kind)
 
-  def encode(self, envelope: Envelope) -> bytes:
+  def encode(self, message: Message) -> bytes:
     """Writes a message.
 
     Raises:
       MessageError: If the frame would be too long.
     """
     encode = self._schema.encode
-    document = encode(envelope) if encode else envelope
+    document = encode(message) if encode else message
     body = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
     kind = _PLAIN if self._secret is None else _HMAC_SHA256
     header = _HEADER.pack(_MAGIC, VERSION, kind)
@@ -79,7 +84,7 @@ class WireCodec:
     self._check_length(frame)
     return frame
 
-  def decode(self, frame: bytes) -> Envelope:
+  def decode(self, frame: bytes) -> Message:
     """Reads a message.
 
     Args:

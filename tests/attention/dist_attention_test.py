@@ -282,7 +282,9 @@ def test_prefill_chunk_over_instances_equals_attention_in_one_place(seed):
     cluster.tables(1),
     cluster.hosted(1),
     stack(slots),
-    np.stack([shifts_of_slots(slots)] * I),
+    np.stack(
+      [np.any([shifts_of_slots(i, s) for i, s in enumerate(slots)], axis=0)] * I
+    ),
   )
   for c in cluster.contexts:
     count = cu_seqlens[c.owner, 1]
@@ -408,4 +410,6 @@ def test_only_shifts_that_carry_something_are_run():
   slots[3].versions[0, [0, 2]] = 1
   slots[1].rows[1] = NO_ROW
   slots[1].versions[1, 2] = 1
-  assert shifts_of_slots(slots).tolist() == [False, True, False, True]
+  shifts = [shifts_of_slots(i, mine).tolist() for i, mine in enumerate(slots)]
+  nothing = [False] * I
+  assert shifts == [nothing, nothing, nothing, [False, True, False, True]]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.cache.rows import place_rows
@@ -76,9 +76,15 @@ class Devices:
 
   def exchange(self, moves, in_use=None):
     """Runs one exchange; returns the moves that had to wait."""
-    payloads, waiting = fill_payloads(moves, I, Q)
-    if in_use is None:
-      in_use = shifts_of_payloads(payloads)
+    parts = [
+      fill_payloads([m for m in moves if m.src_instance == i], I, Q)
+      for i in range(I)
+    ]
+    payloads = [sent for sent, _ in parts]
+    waiting = [m for _, waits in parts for m in waits]
+    shifts = [shifts_of_payloads(i, sent) for i, sent in enumerate(payloads)]
+    if in_use is not None:
+      shifts = [np.asarray(in_use, bool)] * I
     entries = np.zeros((I * table_capacity(N),), np.int32)
     arrays = (
       self.kv.reshape(I * N, 1, 2, 1, P, D),
@@ -93,10 +99,7 @@ class Devices:
         for x, spec in zip(arrays, POOL_SPECS, strict=True)
       )
     )
-    in_use = jax.device_put(
-      np.asarray(in_use, bool), NamedSharding(self.mesh, PartitionSpec())
-    )
-    pool = self._program(pool, self._place(payloads), in_use)
+    pool = self._program(pool, self._place(payloads), self._place(shifts))
     assert not np.asarray(pool.block_ids).any()
     np.testing.assert_array_equal(pool.epoch, self.epoch.reshape(-1))
     self.kv = np.array(pool.kv).reshape(self.kv.shape)
@@ -225,12 +228,9 @@ def test_what_is_over_a_pairs_quota_waits_in_order(devices):
 
 
 def test_shifts_are_those_that_some_pair_uses():
-  payloads, _ = fill_payloads(
-    [move((3, 1), (0, 7)), move((0, 1), (2, 7))], I, Q
-  )
-  assert shifts_of_payloads(payloads).tolist() == [False, True, True, False]
-  nothing = [empty_payloads(I, Q)] * I
-  assert not shifts_of_payloads(nothing).any()
+  sent, _ = fill_payloads([move((3, 1), (0, 7)), move((3, 2), (1, 7))], I, Q)
+  assert shifts_of_payloads(3, sent).tolist() == [False, True, True, False]
+  assert not shifts_of_payloads(3, empty_payloads(I, Q)).any()
 
 
 def test_granting_forgets_what_lay_there(devices):

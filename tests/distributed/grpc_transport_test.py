@@ -209,7 +209,7 @@ class TestRefusals:
     counters = process.counters
     assert counters.refused == getattr(counters, refusal.value) == 1
     assert caught.value.details() == counters.last_refusal
-    raw_call(process, WireCodec().encode(_message(1, sender=0)))
+    raw_call(process, WireCodec(Envelope).encode(_message(1, sender=0)))
     assert process.hear(1) == [(1, 1)]
     return counters.last_refusal
 
@@ -224,33 +224,35 @@ class TestRefusals:
     assert "must begin with b'ILLM'" in text
 
   def test_a_malformed_message(self, process, raw_call):
-    frame = WireCodec().encode(_message(1))[:-1]
+    frame = WireCodec(Envelope).encode(_message(1))[:-1]
     text = self._refused(process, raw_call, frame, Refusal.MALFORMED)
     assert "must be a JSON document" in text
 
   def test_another_version(self, process, raw_call):
-    frame = WireCodec().encode(_message(1)).replace(b"ILLM\0\1", b"ILLM\0\2")
+    frame = (
+      WireCodec(Envelope).encode(_message(1)).replace(b"ILLM\0\1", b"ILLM\0\2")
+    )
     text = self._refused(process, raw_call, frame, Refusal.UNVERSIONED)
     assert text == "version must be 1; got 2."
 
   def test_a_message_that_is_too_long(self, process, raw_call):
-    frame = WireCodec().encode(_long_message(3))
+    frame = WireCodec(Envelope).encode(_long_message(3))
     assert 200 < len(frame) < 400
     text = self._refused(process, raw_call, frame, Refusal.OVERSIZED)
     assert text == f"A frame must have at most 200 bytes; got {len(frame)}."
 
   def test_a_message_for_somebody_else(self, process, raw_call):
-    frame = WireCodec().encode(_message(1, receiver=GMANAGER))
+    frame = WireCodec(Envelope).encode(_message(1, receiver=GMANAGER))
     text = self._refused(process, raw_call, frame, Refusal.MISDIRECTED)
     assert text == "receiver must be served here; got 'gmanager'."
 
   def test_a_message_of_a_stranger(self, process, raw_call):
-    frame = WireCodec().encode(_message(1, sender=5))
+    frame = WireCodec(Envelope).encode(_message(1, sender=5))
     text = self._refused(process, raw_call, frame, Refusal.MISDIRECTED)
     assert text == "sender must be a peer; got 5."
 
   def test_a_message_in_the_name_of_the_receiver(self, process, raw_call):
-    frame = WireCodec().encode(_message(1, sender=1))
+    frame = WireCodec(Envelope).encode(_message(1, sender=1))
     self._refused(process, raw_call, frame, Refusal.MISDIRECTED)
 
   def test_a_message_so_long_that_it_is_not_even_read(self, process, raw_call):
@@ -258,7 +260,7 @@ class TestRefusals:
       raw_call(process, bytes(401))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     _eventually(lambda: process.counters.cut_short == 1)
-    raw_call(process, WireCodec().encode(_message(1, sender=0)))
+    raw_call(process, WireCodec(Envelope).encode(_message(1, sender=0)))
     assert process.hear(1) == [(1, 1)]
 
   def test_another_method(self, process, raw_call):
@@ -269,7 +271,7 @@ class TestRefusals:
   def test_more_than_may_wait(self, start, raw_call):
     start(0)
     process = start(1, max_waiting=2)
-    codec = WireCodec()
+    codec = WireCodec(Envelope)
     for seq in (1, 2):
       raw_call(process, codec.encode(_message(seq)))
     with pytest.raises(grpc.RpcError) as caught:
@@ -391,7 +393,7 @@ class TestMutualTls:
       channel = grpc.secure_channel(member.target, credentials)
     else:
       channel = grpc.insecure_channel(member.target)
-    frame = WireCodec().encode(_message(1))
+    frame = WireCodec(Envelope).encode(_message(1))
 
     with channel, pytest.raises(grpc.RpcError) as caught:
       channel.unary_unary(METHOD)(frame, timeout=_PATIENCE_S)

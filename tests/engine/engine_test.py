@@ -371,9 +371,9 @@ def test_slow_group_steps_get_smaller(checkpoint, oracle, monkeypatch):
   sizes = []
   group_step = engine.runner.group_step
 
-  def noted(rows, slots, *, is_prefill):
+  def noted(rows, slots, *, is_prefill, bucket=None):
     sizes.extend(len(r.token_ids) for mine in rows for r in mine if is_prefill)
-    return group_step(rows, slots, is_prefill=is_prefill)
+    return group_step(rows, slots, is_prefill=is_prefill, bucket=bucket)
 
   monkeypatch.setattr(engine.runner, "group_step", noted)
   name = engine.add_request(prompt_of(250), sampling_of(2), instance=0)

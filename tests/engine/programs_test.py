@@ -98,7 +98,7 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill):
       GroupInputs(
         hosted=abstract(hosted, mesh, spec),
         slots=abstract(empty_slots(num_instances, SLOTS), mesh, spec),
-        holders=jax.ShapeDtypeStruct((num_instances,), bool),
+        shifts=abstract(np.zeros(num_instances, bool), mesh, spec),
       )
     )
   step = programs.build_step(
@@ -117,8 +117,8 @@ def test_an_exchange_stages_two_quotas_whatever_the_number_of_instances():
   config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
   pool = abstract_pool(config, mesh, num_blocks=4096)
   payloads = abstract(empty_payloads(4, 16), mesh, PartitionSpec("instance"))
-  in_use = jax.ShapeDtypeStruct((4,), bool)
-  exchange = programs.build_exchange(mesh).lower(pool, payloads, in_use)
+  shifts = abstract(np.zeros(4, bool), mesh, PartitionSpec("instance"))
+  exchange = programs.build_exchange(mesh).lower(pool, payloads, shifts)
   check_in_place(exchange.compile(), pool, mesh)
 
 

@@ -27,8 +27,8 @@ _REPEATABLE = hypothesis.settings(deadline=None, derandomize=True)
 _FUZZ = hypothesis.settings(_REPEATABLE, max_examples=300)
 _SECRET = b"sixteen bytes or"
 _HEADER_BYTES = 7
-_CODEC = WireCodec()
-_SEALED = WireCodec(secret=_SECRET)
+_CODEC = WireCodec(Envelope)
+_SEALED = WireCodec(Envelope, secret=_SECRET)
 
 
 _JSON = st.recursive(
@@ -137,7 +137,7 @@ class TestFrames:
 class TestRefusals:
   def test_a_frame_that_is_too_long(self):
     length = len(_CODEC.encode(_ask()))
-    narrow = WireCodec(max_bytes=length - 1)
+    narrow = WireCodec(Envelope, max_bytes=length - 1)
     rule = f"at most {length - 1} bytes; got {length}."
 
     assert _refusal(_CODEC.encode(_ask()), narrow) == (
@@ -146,7 +146,10 @@ class TestRefusals:
     )
     with pytest.raises(MessageError, match=rule):
       narrow.encode(_ask())
-    assert WireCodec(max_bytes=length).decode(_CODEC.encode(_ask())) == _ask()
+    assert (
+      WireCodec(Envelope, max_bytes=length).decode(_CODEC.encode(_ask()))
+      == _ask()
+    )
 
   @pytest.mark.parametrize(
     "frame", [b"", b"ILLM", b"ILLM\0\1", b"GET / HTTP/1.1", b"illm\0\1\0{}"]
@@ -219,7 +222,7 @@ class TestRefusals:
     [
       (_CODEC, _SEALED),
       (_SEALED, _CODEC),
-      (WireCodec(secret=b"another secret, as long"), _SEALED),
+      (WireCodec(Envelope, secret=b"another secret, as long"), _SEALED),
     ],
   )
   def test_a_frame_of_somebody_without_the_secret(self, writer, reader):
@@ -229,9 +232,9 @@ class TestRefusals:
 
   def test_a_codec_that_cannot_work(self):
     with pytest.raises(ConfigError, match=r"at least 16 bytes; got 5 of them"):
-      WireCodec(secret=b"short")
+      WireCodec(Envelope, secret=b"short")
     with pytest.raises(ConfigError, match=r"max_bytes must be positive; got 0"):
-      WireCodec(max_bytes=0)
+      WireCodec(Envelope, max_bytes=0)
 
 
 class TestHostileBytes:

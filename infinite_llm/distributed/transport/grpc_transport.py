@@ -69,7 +69,7 @@ class GrpcTransport:
     """
     self._options = options
     self._clock = clock
-    self._codec = WireCodec(options.max_message_bytes, options.secret)
+    self._codec = WireCodec(Envelope, options.max_message_bytes, options.secret)
     self._handlers: dict[Address, Handler] = {}
     self._targets: dict[Address, str] = {}
     self._links: dict[str, Link] = {}

@@ -1,0 +1,196 @@
+"""Runs an experiment in several processes of this machine.
+
+    python -m experiments.launch.local --num_processes=4 --
+      --config=configs/quickstart.py
+
+What follows `--` is the command line of `experiments.run`, the same for all
+processes. Each has an equal share of `config.cluster.num_instances`. When one
+of them dies, the others end too, since they are one JAX job; the launcher then
+starts the group again without it, up to `--max_restarts` times: with fewer
+processes, and as many fewer instances. An experiment that keeps a journal in
+its workdir goes on where it was. The exit status is that of process 0.
+"""
+
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments.launch.command import Command, split_command
+from infinite_llm.distributed.runtime import BROKEN_GROUP
+from infinite_llm.errors import ConfigError
+
+_POLL_S = 0.05
+_END_S = 20.0
+"""How long processes may take to notice that their group is broken."""
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the group.
+
+  Args:
+    argv: The command line, program name first.
+
+  Returns:
+    The exit status.
+  """
+  try:
+    own, command = split_command(argv)
+    values = _parse(own)
+    if values.dry_run:
+      _print_plan(values.num_processes, command)
+      return 0
+    return _run(values, command)
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  flags.DEFINE_integer(
+    "num_processes", None, "Processes.", lower_bound=1, flag_values=values
+  )
+  flags.DEFINE_integer(
+    "max_restarts",
+    0,
+    "How often the group is started again without processes that died.",
+    lower_bound=0,
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    "dry_run", False, "Only print what would start.", flag_values=values
+  )
+  try:
+    _, *extra = values(list(argv))
+  except flags.Error as error:
+    raise ConfigError(str(error)) from error
+  if extra:
+    raise ConfigError(
+      f"Arguments of the experiment must follow `--`; got {extra[0]!r} before."
+    )
+  if values.num_processes is None:
+    raise ConfigError("--num_processes must be given; it is not.")
+  return values
+
+
+def _run(values: flags.FlagValues, command: Command) -> int:
+  """Runs the group, again and again while processes die."""
+  num_processes = values.num_processes
+  num_instances = command.num_instances
+  if num_instances % num_processes:
+    raise ConfigError(
+      "--num_processes must divide config.cluster.num_instances, since each"
+      f" process has as many; got {num_processes} for {num_instances}."
+    )
+  share = num_instances // num_processes
+  for restarts in range(values.max_restarts + 1):
+    args = command.args
+    if restarts:
+      args = (*args, f"--config.cluster.num_instances={share * num_processes}")
+    statuses = _run_once(num_processes, args)
+    dead = [n for n, status in enumerate(statuses) if _has_died(status)]
+    num_left = num_processes - len(dead)
+    if not dead or not num_left or restarts == values.max_restarts:
+      return statuses[0] if statuses[0] >= 0 else 128 - statuses[0]
+    print(
+      f"Process(es) {', '.join(map(str, dead))} died; starting again with"
+      f" {num_left}.",
+      file=sys.stderr,
+      flush=True,
+    )
+    num_processes = num_left
+  raise AssertionError("unreachable")
+
+
+def _run_once(num_processes: int, args: Sequence[str]) -> list[int]:
+  """Starts a group and waits for all of it.
+
+  Returns:
+    Exit status of each process; -9 for one that had to be killed by a signal
+    from outside, `BROKEN_GROUP` for one that this launcher had to kill.
+  """
+  port = _free_port()
+  secret = secrets.token_hex(16)
+  processes = [
+    subprocess.Popen(
+      _process_command(args),
+      env={
+        **os.environ,
+        **_environment(n, num_processes, port),
+        "INFINITE_LLM_SECRET": secret,
+      },
+    )
+    for n in range(num_processes)
+  ]
+  deadline_s = None
+  try:
+    while any(process.poll() is None for process in processes):
+      time.sleep(_POLL_S)
+      # Those that are left notice it themselves; this is for one that hangs.
+      if deadline_s is None and any(process.poll() for process in processes):
+        deadline_s = time.monotonic() + _END_S
+      if deadline_s is not None and time.monotonic() > deadline_s:
+        break
+  finally:
+    hanging = [n for n, p in enumerate(processes) if p.poll() is None]
+    for n in hanging:
+      processes[n].kill()
+    for process in processes:
+      process.wait()
+  return [
+    BROKEN_GROUP if n in hanging else process.returncode
+    for n, process in enumerate(processes)
+  ]
+
+
+def _has_died(status: int) -> bool:
+  """Whether a process ended by a signal of its own; JAX aborts the others."""
+  return status < 0 and -status != _ABORTED
+
+
+_ABORTED = 6
+
+
+def _environment(n: int, num_processes: int, port: int) -> dict[str, str]:
+  if num_processes == 1:
+    return {}
+  return {
+    "INFINITE_LLM_PROCESS": str(n),
+    "INFINITE_LLM_NUM_PROCESSES": str(num_processes),
+    "INFINITE_LLM_COORDINATOR": f"127.0.0.1:{port}",
+  }
+
+
+def _process_command(args: Sequence[str]) -> list[str]:
+  return [sys.executable, "-m", "experiments.run", *args]
+
+
+def _print_plan(num_processes: int, command: Command) -> None:
+  for n in range(num_processes):
+    environment = _environment(n, num_processes, 12345)
+    shown = [f"{name}={value}" for name, value in environment.items()]
+    print(*shown, shlex.join(_process_command(command.args)))
+
+
+def _free_port() -> int:
+  """A port that is free, as is the one after it."""
+  while True:
+    with socket.socket() as first, socket.socket() as second:
+      first.bind(("127.0.0.1", 0))
+      port = first.getsockname()[1]
+      try:
+        second.bind(("127.0.0.1", port + 1))
+      except OSError:
+        continue
+      return port
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

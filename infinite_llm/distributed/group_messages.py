@@ -1,0 +1,296 @@
+"""What the processes of a lending group say to each other.
+
+Managers talk by a transport that may lose messages; this is for what must
+arrive, in order: process 0 (the leader) takes requests, agrees on headers and
+collects outputs, the others (members) have instances of their own. One JAX job
+is one failure domain, so whoever cannot say it any more ends with the group.
+"""
+
+import dataclasses
+
+from infinite_llm.cache.rblock import BlockState
+from infinite_llm.distributed.step_header import GroupWork
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.types import (
+  InstanceId,
+  PoolCounts,
+  RequestUid,
+  Text,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hello:
+  """A member's first words.
+
+  Attributes:
+    process: Its number.
+    settings: `(name, value)` of all that must be alike in all processes.
+    target: `host:port` of its managers' transport.
+    instances: Numbers of its instances.
+  """
+
+  process: int
+  settings: tuple[tuple[Text, Text], ...]
+  target: Text
+  instances: tuple[InstanceId, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refused:
+  """The leader does not want a member.
+
+  Attributes:
+    reason: Why.
+  """
+
+  reason: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Welcome:
+  """All members are there.
+
+  Attributes:
+    targets: `host:port` of the transport of each process.
+    instances: Numbers of the instances of each process.
+  """
+
+  targets: tuple[Text, ...]
+  instances: tuple[tuple[InstanceId, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Open:
+  """Members are to load a model and build an engine, as the leader does now.
+
+  Attributes:
+    model: Folder of the checkpoint.
+    config: The engine's configuration, as a JSON object of its parts.
+  """
+
+  model: Text
+  config: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Close:
+  """No more engines: members end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+  """What a member has for a turn.
+
+  Attributes:
+    number: The first turn that it has not taken.
+    work: What it has, as far as it knows.
+  """
+
+  number: int
+  work: GroupWork
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+  """The header of the next turn.
+
+  Attributes:
+    number: Its number.
+    work: What all launch.
+  """
+
+  number: int
+  work: GroupWork
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Submit:
+  """A request for a member's instance.
+
+  Attributes:
+    uid: Its number in the whole group.
+    request_id: Its name.
+    instance: Its owner.
+    prompt: Its token ids.
+    sampling: How to choose its tokens.
+  """
+
+  uid: RequestUid
+  request_id: Text
+  instance: InstanceId
+  prompt: tuple[int, ...]
+  sampling: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Abort:
+  """The caller does not want a request any more.
+
+  Attributes:
+    request_id: Its name.
+  """
+
+  request_id: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenNews:
+  """Log-probabilities of a token, as `TokenLogprob` has them."""
+
+  token_id: int
+  logprob: float
+  top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ErrorNews:
+  """What went wrong with a request.
+
+  Attributes:
+    kind: Name of the exception.
+    text: What it says.
+  """
+
+  kind: str
+  text: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputNews:
+  """What is new in a request since the last news of it.
+
+  Attributes:
+    request_id: Its name.
+    token_ids: New tokens.
+    pieces: New pieces of text.
+    logprobs: One per new token, if they were asked for.
+    finish_reason: Why it ended; None if it goes on.
+    error: What went wrong, if that is why.
+  """
+
+  request_id: Text
+  token_ids: tuple[int, ...]
+  pieces: tuple[Text, ...]
+  logprobs: tuple[TokenNews, ...]
+  finish_reason: str | None
+  error: ErrorNews | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+  """What a step of a member gave."""
+
+  news: tuple[OutputNews, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstanceUse:
+  """How an instance is used now.
+
+  Attributes:
+    instance: Its number.
+    counts: Of its rBlocks.
+    lent: rBlocks promised to or held for other instances.
+    num_running: Requests that run.
+    num_waiting: Requests that wait.
+  """
+
+  instance: InstanceId
+  counts: PoolCounts
+  lent: tuple[tuple[InstanceId, int], ...]
+  num_running: int
+  num_waiting: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineUse:
+  """What an engine has done so far.
+
+  Attributes:
+    instances: Use of its instances now, in their order.
+    progress: `(name, computed)` prompt tokens of requests that have not ended.
+    num_blocks_moved: rBlocks that its instances sent to others.
+    num_unproved_rows: Rows that were tried again.
+    num_late_compiles: Compilations after warm-up.
+    launches: `(program, times)`.
+  """
+
+  instances: tuple[InstanceUse, ...]
+  progress: tuple[tuple[Text, int], ...]
+  num_blocks_moved: int
+  num_unproved_rows: int
+  num_late_compiles: int
+  launches: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlocksRequest:
+  """The leader wants to know what lies in each rBlock."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockUse:
+  """What rBlocks in a row are used for.
+
+  Attributes:
+    count: How many of them there are.
+    state: Where they are in their lives.
+    uid: The request whose KV they hold; None when free.
+    owner: The instance that runs that request; None when free.
+  """
+
+  count: int
+  state: BlockState
+  uid: RequestUid | None
+  owner: InstanceId | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstanceBlocks:
+  """What lies in the rBlocks of an instance.
+
+  Attributes:
+    instance: Its number.
+    pool: Its rBlocks in order, without the null one.
+    tables: `(uid, name, holders)` of its own running requests: the instance
+      that holds each of their rBlocks.
+  """
+
+  instance: InstanceId
+  pool: tuple[BlockUse, ...]
+  tables: tuple[tuple[RequestUid, Text, tuple[InstanceId, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+  """What lies in the rBlocks of a member's instances."""
+
+  instances: tuple[InstanceBlocks, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failed:
+  """A member cannot go on, and says why before it ends."""
+
+  reason: Text
+
+
+type FromLeader = (
+  Refused | Welcome | Open | Close | Turn | Submit | Abort | BlocksRequest
+)
+type FromMember = Hello | Ask | Outputs | EngineUse | Blocks | Failed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeaderFrame:
+  """A message of the leader."""
+
+  body: FromLeader
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemberFrame:
+  """A message of a member."""
+
+  body: FromMember

@@ -1,0 +1,126 @@
+"""Agrees on headers among several processes: process 0 decides, one turn ahead.
+
+A process says what it has for the turn after the one that it has just taken,
+while that one still runs. The leader's header has what anybody asked for, so
+it is there before the next turn can begin.
+"""
+
+import collections
+
+from infinite_llm.distributed.group_link import LeaderLink, MemberLink
+from infinite_llm.distributed.group_messages import Ask, Turn
+from infinite_llm.distributed.step_header import GroupWork, StepHeader
+
+
+class LeaderOrder:
+  """The order of process 0."""
+
+  is_shared = True
+
+  def __init__(self, link: LeaderLink, patience_s: float):
+    """Begins with turn 1.
+
+    Args:
+      link: To the members.
+      patience_s: How long a turn's steps may take; longer is a fault.
+    """
+    self.patience_s = patience_s
+    self._link = link
+    self._asked: dict[int, GroupWork] = {}
+    self._header: StepHeader | None = None
+    self._newest = GroupWork()
+    self.next_number = 1
+
+  def ask(self, work: GroupWork) -> None:
+    """Says what this process has for the next turn."""
+    self._note(0, self.next_number, work)
+
+  def on_ask(self, process: int, message: Ask) -> None:
+    """Takes what a member has for a turn."""
+    self._note(process, message.number, message.work)
+
+  def next(self) -> StepHeader | None:
+    """The next turn if it is agreed; the same one until it is taken."""
+    return self._header
+
+  def take(self, turn: StepHeader) -> None:
+    """Notes that the programs of a turn are being launched."""
+    self._header = None
+    self.next_number = turn.number + 1
+
+  def has_call(self) -> bool:
+    """Whether members have said something."""
+    return self._link.has_mail()
+
+  def _note(self, process: int, number: int, work: GroupWork) -> None:
+    is_late = self._header is not None and number <= self._header.number
+    if is_late and self._newest | work == self._newest:
+      # What it wants comes with the turn that was agreed meanwhile.
+      self._asked.pop(process, None)
+    else:
+      self._asked[process] = work
+    if self._header is None:
+      self._agree()
+
+  def _agree(self) -> None:
+    work = GroupWork()
+    for asked in self._asked.values():
+      work |= asked
+    if not work:
+      return
+    self._asked.clear()
+    self._newest = work
+    self._header = StepHeader(
+      number=self.next_number, work=work, is_shared=True
+    )
+    self._link.broadcast(Turn(number=self.next_number, work=work))
+
+
+class MemberOrder:
+  """The order of any other process: it asks, and does as it is told."""
+
+  is_shared = True
+
+  def __init__(self, link: MemberLink, patience_s: float):
+    """Begins with turn 1.
+
+    Args:
+      link: To the leader.
+      patience_s: How long a turn's steps may take; longer is a fault.
+    """
+    self.patience_s = patience_s
+    self._link = link
+    self._said: Ask | None = None
+    self._headers: collections.deque[StepHeader] = collections.deque()
+    self.next_number = 1
+
+  def ask(self, work: GroupWork) -> None:
+    """Says what this process has for the next turn, if that is news."""
+    message = Ask(number=self.next_number, work=work)
+    # Nothing, after nothing, is no news in any turn.
+    is_news = message != self._said and bool(
+      work or self._said is None or self._said.work
+    )
+    if is_news:
+      self._said = message
+      self._link.send(message)
+
+  def on_turn(self, message: Turn) -> None:
+    """Takes a header of the leader."""
+    header = StepHeader(
+      number=message.number, work=message.work, is_shared=True
+    )
+    self._headers.append(header)
+
+  def next(self) -> StepHeader | None:
+    """The next turn if it is agreed; the same one until it is taken."""
+    return self._headers[0] if self._headers else None
+
+  def take(self, turn: StepHeader) -> None:
+    """Notes that the programs of a turn are being launched."""
+    self._headers.popleft()
+    self.next_number = turn.number + 1
+
+  def has_call(self) -> bool:
+    """Whether the leader has said something."""
+    return self._link.has_mail()

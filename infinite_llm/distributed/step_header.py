@@ -1,0 +1,123 @@
+"""Which group programs all processes launch next, and with what shapes.
+
+The processes of a lending group take *turns* together. The header of a turn is
+a ceiling that they agreed on before: all launch just its programs, in one
+order, whether they have anything for them or not. What does not fit waits for
+the next turn (`DESIGN.md` section 3).
+"""
+
+import dataclasses
+import math
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupWork:
+  """Group programs, in the order in which a turn launches them.
+
+  Attributes:
+    exchange: rBlocks move between instances.
+    check: Moved rBlocks are proved.
+    decode: A decode step.
+    prefill_tokens: Query tokens of a prefill step, a bucket; 0 is no step.
+  """
+
+  exchange: bool = False
+  check: bool = False
+  decode: bool = False
+  prefill_tokens: int = 0
+
+  def __bool__(self) -> bool:
+    return self != GroupWork()
+
+  def __or__(self, other: "GroupWork") -> "GroupWork":
+    """The smallest ceiling above both."""
+    return GroupWork(
+      exchange=self.exchange or other.exchange,
+      check=self.check or other.check,
+      decode=self.decode or other.decode,
+      prefill_tokens=max(self.prefill_tokens, other.prefill_tokens),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepHeader:
+  """A turn that is agreed.
+
+  Attributes:
+    number: Turns are numbered from 1 on; all processes take all of them.
+    work: What is launched at most; just that where it is shared.
+    is_shared: Whether other processes take it too, and wait for this one.
+  """
+
+  number: int
+  work: GroupWork
+  is_shared: bool
+
+
+class GroupOrder(Protocol):
+  """Agrees with the other processes on the next turn.
+
+  Attributes:
+    patience_s: How long a turn's steps may take; longer is a fault.
+  """
+
+  patience_s: float
+
+  @property
+  def is_shared(self) -> bool:
+    """Whether there are other processes."""
+    ...
+
+  @property
+  def next_number(self) -> int:
+    """Number of the first turn that this process has not taken."""
+    ...
+
+  def ask(self, work: GroupWork) -> None:
+    """Says what this process has for the next turn, as far as it knows."""
+    ...
+
+  def next(self) -> StepHeader | None:
+    """The next turn if it is agreed; the same one until it is taken."""
+    ...
+
+  def take(self, turn: StepHeader) -> None:
+    """Notes that the programs of a turn are being launched."""
+    ...
+
+  def has_call(self) -> bool:
+    """Whether other processes want something of this one; never waits."""
+    ...
+
+
+class OwnOrder:
+  """The order of a process that is alone: whatever it likes, at once."""
+
+  def __init__(self, prefill_tokens: int):
+    """Begins with turn 1.
+
+    Args:
+      prefill_tokens: Largest bucket of a group prefill step.
+    """
+    self.is_shared = False
+    self.patience_s = math.inf
+    self.next_number = 1
+    self._work = GroupWork(
+      exchange=True, check=True, decode=True, prefill_tokens=prefill_tokens
+    )
+
+  def ask(self, work: GroupWork) -> None:
+    """Needs not to know."""
+
+  def next(self) -> StepHeader:
+    """A turn with everything; what nobody has anything for is left out."""
+    return StepHeader(number=self.next_number, work=self._work, is_shared=False)
+
+  def take(self, turn: StepHeader) -> None:
+    """Goes on to the next."""
+    self.next_number = turn.number + 1
+
+  def has_call(self) -> bool:
+    """Nobody else is there."""
+    return False

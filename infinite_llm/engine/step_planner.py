@@ -1,0 +1,139 @@
+"""Plans the next step of each instance, within what all processes agreed on."""
+
+from collections.abc import Callable, Sequence
+
+from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.step_header import (
+  GroupOrder,
+  GroupWork,
+  StepHeader,
+)
+from infinite_llm.engine.in_flight import InFlight
+from infinite_llm.engine.lending_group import LendingGroup
+from infinite_llm.errors import GroupError
+from infinite_llm.scheduler.batching import Batcher
+from infinite_llm.scheduler.step_plan import (
+  EVERYTHING,
+  NOTHING,
+  GroupCeiling,
+  StepPlan,
+)
+from infinite_llm.types import InstanceId
+
+
+class StepPlanner:
+  """Decides when this process takes a turn, and who launches what in it."""
+
+  def __init__(
+    self,
+    config: EngineConfig,
+    group: LendingGroup,
+    order: GroupOrder,
+    in_flight: InFlight,
+    batchers: Sequence[Batcher],
+    clock: Callable[[], float],
+  ):
+    """Keeps what it decides by.
+
+    Args:
+      config: Sizes and rules.
+      group: Managers and data plane.
+      order: Agrees on turns with other processes.
+      in_flight: Steps under way.
+      batchers: Continuous batching of each instance of this process.
+      clock: Monotonic seconds.
+    """
+    self._buckets = (0, *config.lending.group_prefill_buckets)
+    self._group = group
+    self._order = order
+    self._in_flight = in_flight
+    self._batchers = {
+      manager.instance: batcher
+      for manager, batcher in zip(group.managers, batchers, strict=True)
+    }
+    self._clock = clock
+    self._turn_began_s = clock()
+
+  def next_turn(self) -> StepHeader | None:
+    """The turn to take now; None if it is not agreed, or not yet time."""
+    work = self._group.work()
+    for instance in self._batchers:
+      work |= self._work(instance)
+    self._order.ask(work)
+    # Whoever only answers others would otherwise have its devices wait in the
+    # next turn's programs, and its own steps behind them.
+    if self._order.is_shared and self._in_flight.has_group:
+      return None
+    turn = self._order.next()
+    if turn is not None:
+      self._turn_began_s = self._clock()
+    return turn
+
+  def plans(self, turn: StepHeader | None) -> list[StepPlan]:
+    """Plans a step for each instance.
+
+    Args:
+      turn: The turn that is being taken; None if there is none.
+
+    Returns:
+      Plans in the order of the instances; no rows for one whose step is under
+      way, or that is better off with the next turn.
+    """
+    return [
+      batcher.plan(self._ceiling(instance, turn))
+      if self._may_launch(instance, turn)
+      else StepPlan()
+      for instance, batcher in self._batchers.items()
+    ]
+
+  def interruption(self) -> Callable[[], bool] | None:
+    """What may come before a flight is over.
+
+    Returns:
+      Whether it has come; raises `GroupError` if others let this process wait
+      for too long. None where nobody waits for this process: a proof can wait
+      for the step.
+    """
+    return self._has_call if self._order.is_shared else None
+
+  def _work(self, instance: InstanceId) -> GroupWork:
+    """What an instance has for the next turn's steps."""
+    has_decode, tokens = self._batchers[instance].group_work(
+      self._in_flight.rows(instance)
+    )
+    bucket = next(size for size in self._buckets if size >= tokens)
+    return GroupWork(decode=has_decode, prefill_tokens=bucket)
+
+  def _ceiling(
+    self, instance: InstanceId, turn: StepHeader | None
+  ) -> GroupCeiling:
+    if turn is None or not self._group.may_join(instance, turn):
+      return NOTHING
+    if not turn.is_shared:
+      return EVERYTHING
+    return GroupCeiling(
+      decode=turn.work.decode, prefill_tokens=turn.work.prefill_tokens
+    )
+
+  def _may_launch(self, instance: InstanceId, turn: StepHeader | None) -> bool:
+    if self._in_flight.holds(instance):
+      return False
+    if turn is not None and turn.is_shared:
+      return True
+    # On every device one group program runs after the other. Rows that need
+    # one are better off together in the next than in one of their own behind
+    # the one under way, and beside the instance's other rows.
+    is_barred = turn is None or self._in_flight.has_group
+    return not (is_barred and self._work(instance))
+
+  def _has_call(self) -> bool:
+    if self._in_flight.has_group:
+      waited_s = self._clock() - self._turn_began_s
+      if waited_s > self._order.patience_s:
+        raise GroupError(
+          f"Turn {self._order.next_number - 1} must end within"
+          f" {self._order.patience_s:g} s; some process does not take it."
+        )
+    elif self._order.next() is not None:
+      return True
+    return self._order.has_call() or self._group.has_answer
