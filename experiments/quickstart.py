@@ -12,19 +12,18 @@ import pathlib
 import time
 from collections.abc import Mapping, Sequence
 
-import jax
 import ml_collections
 import tokenizers
 import tqdm
 
 from experiments import document
 from experiments.block_map import BlockMap, take_block_map
+from experiments.cluster import build_llm
 from experiments.rblock_plot import plot_block_map
 from experiments.report import serving_report
 from infinite_llm import LLM, RequestOutput, SamplingParams
 from infinite_llm.config import EngineConfig
 from infinite_llm.config import engine_config as config_from_options
-from infinite_llm.distributed.runtime import current_group
 from infinite_llm.engine.admission import check_request
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.needle import build_needle_checkpoint
@@ -70,18 +69,11 @@ def run(
     engine_config,
     tokenizer.get_vocab_size(),
   )
-  group = current_group()
-  if group is None and config.cluster.platform == "cpu":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-      "jax_num_cpu_devices",
-      config.cluster.num_instances * config.cluster.tensor_parallel,
-    )
-  llm = LLM(
+  llm = build_llm(
     checkpoint,
     engine_config,
+    config.cluster.platform,
     show_progress=config.show_progress,
-    group=group,
   )
   ready_s = time.perf_counter()
   job = _Job(llm, config, long)

@@ -109,7 +109,7 @@ class TestFrames:
     assert _CODEC.encode(_ask()) == (
       b'ILLM\0\1\0{"sender":1,"receiver":"gmanager","incarnation":2,"seq":3,'
       b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1,'
-      b'"meant_for":0,"responder":0,"leader_epoch":0}'
+      b'"meant_for":0,"responder":0,"leader_epoch":0,"turn":0}'
     )
 
   @pytest.mark.parametrize("kind", kinds(Body), ids=lambda kind: kind.__name__)

@@ -1,0 +1,213 @@
+"""Answers a file of requests; killed at any time, it goes on where it was."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+import tqdm
+
+from experiments.cluster import build_llm
+from infinite_llm import LLM, SamplingParams
+from infinite_llm.config import engine_config
+from infinite_llm.engine.admission import derived_seed
+from infinite_llm.engine.journal import Accepted, Journal
+from infinite_llm.errors import ConfigError, RequestError
+from infinite_llm.models.needle import build_needle_checkpoint
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+
+def run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> Mapping[str, object]:
+  """Runs the batch.
+
+  Args:
+    config: As in `configs/batch.py`.
+    workdir: Has `journal.jsonl`; gets `outputs.jsonl`.
+
+  Returns:
+    What `result.json` is to hold.
+
+  Raises:
+    ConfigError: If the file cannot be read.
+    RequestError: If a line of it is no request; then none is run.
+  """
+  if config.requests.num_in_flight < 1:
+    raise ConfigError(
+      "requests.num_in_flight must be at least 1; got"
+      f" {config.requests.num_in_flight}."
+    )
+  lines = _read(config.requests.path)
+  checkpoint = config.model.path or build_needle_checkpoint(
+    workdir / "checkpoint"
+  )
+  llm = build_llm(
+    checkpoint,
+    engine_config(
+      num_instances=config.cluster.num_instances,
+      tensor_parallel=config.cluster.tensor_parallel,
+      dtype=config.model.dtype,
+      seed=config.seed,
+      **config.cache.to_dict(),
+      **config.lending.to_dict(),
+      **config.scheduler.to_dict(),
+    ),
+    config.cluster.platform,
+    show_progress=config.show_progress,
+  )
+  requests = [
+    _request(llm, number, line, config.seed)
+    for number, line in enumerate(lines, start=1)
+  ]
+  _check_names(requests)
+  start_s = time.perf_counter()
+  with Journal(workdir / "journal.jsonl") as journal:
+    num_replayed = len(journal.unfinished)
+    num_before = len(journal.ended)
+    _serve(llm, journal, requests, config)
+    _write_outputs(journal, requests, workdir / "outputs.jsonl")
+    ended = [journal.ended[request.request_id] for request in requests]
+  wall_s = time.perf_counter() - start_s
+  reasons = collections.Counter(each.finish_reason for each in ended)
+  num_tokens = sum(len(each.token_ids) for each in ended)
+  print(f"{len(ended)} requests, {num_tokens:,} tokens: {dict(reasons)}")
+  return {
+    "num_requests": len(ended),
+    "num_ended_before": num_before,
+    "num_replayed": num_replayed,
+    "finish_reasons": dict(reasons),
+    "output_tokens": num_tokens,
+    "serve_s": wall_s,
+    "num_instances": config.cluster.num_instances,
+    "books_correct": all(c.total == c.free for c in llm.engine.pool_counts()),
+  }
+
+
+def _read(path: str | None) -> list[dict[str, Any]]:
+  """The lines of the file of requests.
+
+  Raises:
+    ConfigError: If there is none, or it cannot be read.
+    RequestError: If a line is no JSON object.
+  """
+  if path is None:
+    raise ConfigError("requests.path must name a file of requests; got None.")
+  try:
+    texts = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(
+      f"requests.path must be a readable UTF-8 file; got {path!r} ({error})."
+    ) from error
+  lines = []
+  for number, text in enumerate(texts, start=1):
+    try:
+      line = json.loads(text)
+    except ValueError as error:
+      raise RequestError(
+        f"Line {number} must be a JSON object; got {text[:80]!r} ({error})."
+      ) from error
+    if not isinstance(line, dict) or "prompt" not in line:
+      raise RequestError(
+        f"Line {number} must be an object with a prompt; got {text[:80]!r}."
+      )
+    unknown = line.keys() - _FIELDS - {"prompt", "request_id"}
+    if unknown:
+      raise RequestError(
+        f"Line {number} must have fields of SamplingParams only; got"
+        f" {sorted(unknown)}."
+      )
+    lines.append(line)
+  if not lines:
+    raise ConfigError(f"requests.path must have a request; {path!r} has none.")
+  return lines
+
+
+def _request(
+  llm: LLM, number: int, line: dict[str, Any], seed: int
+) -> Accepted:
+  """A line as a request, checked."""
+  options = {name: line[name] for name in line.keys() & _FIELDS}
+  options.setdefault("seed", derived_seed(seed, number))
+  try:
+    sampling = SamplingParams(**options)
+    prompt = llm.tokenize(line["prompt"])
+    llm.engine.check(prompt, sampling)
+  except ValueError as error:
+    raise RequestError(f"Line {number}: {error}") from error
+  return Accepted(
+    request_id=str(line.get("request_id", f"line-{number}")),
+    prompt_token_ids=tuple(prompt),
+    sampling=sampling,
+  )
+
+
+def _check_names(requests: list[Accepted]) -> None:
+  counts = collections.Counter(request.request_id for request in requests)
+  name, count = counts.most_common(1)[0]
+  if count > 1:
+    raise RequestError(
+      f"request_id must be unique; {name!r} is that of {count} lines."
+    )
+
+
+def _serve(
+  llm: LLM,
+  journal: Journal,
+  requests: list[Accepted],
+  config: ml_collections.ConfigDict,
+) -> None:
+  """Runs what has not ended, by the journal."""
+  waiting = _owed(journal, requests)
+  engine, is_over = llm.engine, False
+  with tqdm.tqdm(
+    total=len(requests),
+    initial=len(journal.ended),
+    desc="Requests",
+    unit="request",
+    disable=not config.show_progress,
+  ) as bar:
+    num_running = 0
+    while not is_over or num_running:
+      while not is_over and num_running < config.requests.num_in_flight:
+        request = next(waiting, None)
+        if request is None:
+          is_over = True
+          break
+        engine.add_request(
+          request.prompt_token_ids,
+          request.sampling,
+          request_id=request.request_id,
+        )
+        num_running += 1
+      for output in engine.step():
+        if output.is_finished:
+          journal.end(output)
+          num_running -= 1
+          bar.update()
+  engine.settle()
+
+
+def _owed(journal: Journal, requests: list[Accepted]) -> Iterator[Accepted]:
+  """Requests without an answer: those accepted before, then the others."""
+  yield from journal.unfinished
+  for request in requests:
+    if request.request_id not in journal.accepted:
+      journal.accept(request)
+      yield request
+
+
+def _write_outputs(
+  journal: Journal, requests: list[Accepted], path: pathlib.Path
+) -> None:
+  new = path.with_suffix(".new")
+  with new.open("w", encoding="utf-8") as file:
+    for request in requests:
+      ended = journal.ended[request.request_id]
+      file.write(json.dumps(dataclasses.asdict(ended)) + "\n")
+  new.replace(path)

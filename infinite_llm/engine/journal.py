@@ -1,0 +1,191 @@
+"""A journal of requests: what was accepted, and what became of it.
+
+Whoever accepts requests writes them down first, and what they ended with when
+they end. After a crash the journal tells which ones are still owed an answer.
+Random numbers hang on a request's seed and position alone, so a replay gives
+the tokens that the first try would have given.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.errors import ConfigError, RequestError
+from infinite_llm.sampling_params import SamplingParams
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accepted:
+  """A request as it was accepted.
+
+  Attributes:
+    request_id: Its name, unique in the journal.
+    prompt_token_ids: Its prompt.
+    sampling: How to choose its tokens; it has a seed, or needs none.
+  """
+
+  request_id: str
+  prompt_token_ids: tuple[int, ...]
+  sampling: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended:
+  """What a request ended with.
+
+  Attributes:
+    request_id: Its name.
+    token_ids: Its answer.
+    text: Its text.
+    finish_reason: As of `RequestOutput`.
+    error: What went wrong, if that is the reason.
+  """
+
+  request_id: str
+  token_ids: tuple[int, ...]
+  text: str
+  finish_reason: str
+  error: str | None
+
+
+class Journal:
+  """An append-only file of JSON lines, read at the start.
+
+  A line is on the disk before a call that writes it returns. A last line that
+  was cut short by a crash was never answered for; it is dropped.
+
+  Attributes:
+    accepted: All requests, by name, in the order of acceptance.
+    ended: Those that ended, by name.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Opens a journal, or begins one.
+
+    Args:
+      path: The file. Nobody else writes to it.
+
+    Raises:
+      ConfigError: If it cannot be read and written, or is no journal.
+    """
+    self.accepted: dict[str, Accepted] = {}
+    self.ended: dict[str, Ended] = {}
+    self._path = pathlib.Path(path)
+    try:
+      size = self._read()
+      self._file = self._path.open("ab")
+      self._file.truncate(size)
+    except OSError as error:
+      raise ConfigError(
+        f"The journal must be a file that can be read and written; got"
+        f" {str(path)!r}: {error.strerror}."
+      ) from error
+    if not size:
+      self._write({"journal": _VERSION})
+
+  @property
+  def unfinished(self) -> list[Accepted]:
+    """Requests that are owed an answer, in the order of acceptance."""
+    return [
+      request
+      for name, request in self.accepted.items()
+      if name not in self.ended
+    ]
+
+  def accept(self, request: Accepted) -> None:
+    """Writes a request down, before anybody is told that it is accepted.
+
+    Raises:
+      RequestError: If its name is in the journal already, or its tokens would
+        not come again.
+    """
+    if request.request_id in self.accepted:
+      raise RequestError(
+        f"request_id must be unique in the journal; got {request.request_id!r}"
+        " again."
+      )
+    if request.sampling.seed is None and not request.sampling.is_greedy:
+      raise RequestError(
+        f"seed must be set for a replay to give the same tokens; request"
+        f" {request.request_id!r} has none."
+      )
+    self.accepted[request.request_id] = request
+    self._write({"accepted": dataclasses.asdict(request)})
+
+  def end(self, output: RequestOutput) -> None:
+    """Writes down what a request ended with.
+
+    Raises:
+      RequestError: If it was not accepted, has ended before, or goes on.
+    """
+    name, reason = output.request_id, output.finish_reason
+    if name not in self.accepted or name in self.ended or reason is None:
+      raise RequestError(
+        f"An output must be the last one of an accepted request; got {output}."
+      )
+    ended = Ended(
+      request_id=name,
+      token_ids=output.token_ids,
+      text=output.text,
+      finish_reason=reason,
+      error=None if output.error is None else str(output.error),
+    )
+    self.ended[name] = ended
+    self._write({"ended": dataclasses.asdict(ended)})
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _write(self, line: Mapping[str, Any]) -> None:
+    self._file.write(json.dumps(line).encode() + b"\n")
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def _read(self) -> int:
+    """Reads all whole lines; returns where they end."""
+    if not self._path.exists():
+      return 0
+    size = 0
+    with self._path.open("rb") as file:
+      for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+          break
+        try:
+          self._take(json.loads(line), is_first=number == 1)
+        except (ValueError, TypeError, KeyError) as error:
+          raise ConfigError(
+            f"The journal {str(self._path)!r} must be one of version"
+            f" {_VERSION}; line {number} is not: {error}."
+          ) from error
+        size += len(line)
+    return size
+
+  def _take(self, line: dict[str, Any], *, is_first: bool) -> None:
+    if is_first:
+      if line != {"journal": _VERSION}:
+        raise ValueError(f"it must be {json.dumps({'journal': _VERSION})}")
+    elif "accepted" in line:
+      document = line["accepted"]
+      self.accepted[document["request_id"]] = Accepted(
+        request_id=document["request_id"],
+        prompt_token_ids=tuple(document["prompt_token_ids"]),
+        sampling=SamplingParams(**document["sampling"]),
+      )
+    else:
+      document = line["ended"]
+      token_ids = tuple(document.pop("token_ids"))
+      ended = Ended(token_ids=token_ids, **document)
+      self.ended[ended.request_id] = ended

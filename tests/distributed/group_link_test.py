@@ -1,0 +1,215 @@
+"""The link between processes, with both ends in this one."""
+
+import time
+
+import pytest
+
+from infinite_llm.distributed.group_link import LeaderLink, MemberLink
+from infinite_llm.distributed.group_messages import (
+  Abort,
+  Ask,
+  Close,
+  Hello,
+  OutputNews,
+  Outputs,
+  Refused,
+  Submit,
+  Turn,
+)
+from infinite_llm.distributed.step_header import GroupWork
+from infinite_llm.distributed.transport.grpc_options import GrpcOptions
+from infinite_llm.errors import ConfigError, GroupError
+from infinite_llm.sampling_params import SamplingParams
+
+_TIMEOUT_S = 20.0
+_SECRET = b"known to the whole group"
+
+
+def options(**changed):
+  return GrpcOptions(
+    **{"listen": "127.0.0.1:0", "secret": _SECRET, "keepalive_s": 1.0} | changed
+  )
+
+
+def hello(process, **changed):
+  values = {
+    "process": process,
+    "settings": (("config.seed", "0"),),
+    "target": "127.0.0.1:1",
+    "instances": (process,),
+  }
+  return Hello(**values | changed)
+
+
+class Links:
+  """A leader of two members; closes whatever was opened."""
+
+  def __init__(self):
+    self.leader = LeaderLink(options(), 2, self._admit)
+    self.members = []
+
+  def _admit(self, hello):
+    return None if hello.settings[0][1] == "0" else "seed must be alike."
+
+  def member(self, **changed) -> MemberLink:
+    link = MemberLink(f"127.0.0.1:{self.leader.port}", options(**changed))
+    self.members.append(link)
+    return link
+
+  def joined(self):
+    for process in (1, 2):
+      self.member().join(hello(process), _TIMEOUT_S)
+    self.leader.await_members(_TIMEOUT_S)
+    return self.leader, *self.members
+
+  def close(self):
+    self.leader.close()
+    for member in self.members:
+      member.close()
+
+
+@pytest.fixture
+def links():
+  links = Links()
+  yield links
+  links.close()
+
+
+def until(condition):
+  deadline_s = time.monotonic() + _TIMEOUT_S
+  while not condition():
+    assert time.monotonic() < deadline_s
+    time.sleep(0.005)
+
+
+SUBMIT = Submit(
+  uid=3,
+  request_id="ünïcödé",
+  instance=1,
+  prompt=(1, 2, 3),
+  sampling=SamplingParams(temperature=0.5, seed=7, stop=("Ende…",)),
+)
+
+
+class TestTalk:
+  def test_the_leader_is_told_who_joined(self, links):
+    links.member().join(hello(2), _TIMEOUT_S)
+    links.member().join(hello(1, target="127.0.0.1:9"), _TIMEOUT_S)
+    hellos = links.leader.await_members(_TIMEOUT_S)
+    assert hellos == [hello(1, target="127.0.0.1:9"), hello(2)]
+
+  def test_what_is_said_arrives_in_order_both_ways(self, links):
+    leader, first, second = links.joined()
+    turns = [
+      Turn(number=n, work=GroupWork(decode=True, prefill_tokens=n))
+      for n in range(1, 200)
+    ]
+    for turn in turns:
+      leader.broadcast(turn)
+    leader.send(1, SUBMIT)
+    for member, more in ((first, [SUBMIT]), (second, [])):
+      heard = [member.next(_TIMEOUT_S) for _ in (*turns, *more)]
+      assert heard == [*turns, *more]
+    asked = [Ask(number=n, work=GroupWork(check=True)) for n in range(1, 200)]
+    for message in asked:
+      second.send(message)
+    heard = []
+    until(lambda: heard.extend(leader.receive()) or len(heard) == len(asked))
+    assert heard == [(2, message) for message in asked]
+
+  def test_texts_may_have_any_characters(self, links):
+    leader, first, _ = links.joined()
+    news = OutputNews(
+      request_id="größe",
+      token_ids=(4,),
+      pieces=("\u2603 \N{ROCKET}\n",),
+      logprobs=(),
+      finish_reason=None,
+      error=None,
+    )
+    first.send(Outputs(news=(news,)))
+    until(leader.has_mail)
+    assert leader.receive() == [(1, Outputs(news=(news,)))]
+
+
+class TestRefusals:
+  def refused(self, links, first_words, **changed) -> str:
+    member = links.member(**changed)
+    member.join(first_words, _TIMEOUT_S)
+    message = member.next(_TIMEOUT_S)
+    assert isinstance(message, Refused)
+    return message.reason
+
+  def test_a_process_that_starts_twice(self, links):
+    links.joined()
+    reason = self.refused(links, hello(2))
+    assert reason == "Process 2 has joined already."
+    assert links.leader.lost is None
+
+  def test_a_process_of_another_configuration(self, links):
+    other = hello(1, settings=(("config.seed", "1"),))
+    assert self.refused(links, other) == "seed must be alike."
+    # The right one may still come.
+    links.member().join(hello(1), _TIMEOUT_S)
+    links.member().join(hello(2), _TIMEOUT_S)
+    assert len(links.leader.await_members(_TIMEOUT_S)) == 2
+
+  @pytest.mark.parametrize("process", [0, 3])
+  def test_a_number_that_is_not_in_the_group(self, links, process):
+    reason = self.refused(links, hello(process))
+    assert reason == f"process must be in [1, 2]; got {process}."
+
+  @pytest.mark.parametrize("secret", [None, b"known to another group"])
+  def test_a_process_without_the_secret(self, links, secret):
+    member = links.member(secret=secret)
+    member.join(hello(1), _TIMEOUT_S)
+    with pytest.raises(GroupError, match=r"Process 0 does not understand"):
+      member.next(_TIMEOUT_S)
+    with pytest.raises(GroupError, match=r"process\(es\) 1, 2 nothing"):
+      links.leader.await_members(0.05)
+
+  def test_one_that_does_not_begin_with_hello(self, links):
+    member = links.member()
+    member.send(Ask(number=1, work=GroupWork()))
+    member.join(hello(1), _TIMEOUT_S)
+    with pytest.raises(GroupError, match=r"must begin with Hello"):
+      member.next(_TIMEOUT_S)
+
+
+class TestEnds:
+  def test_a_process_that_is_late_is_named(self, links):
+    links.member().join(hello(1), _TIMEOUT_S)
+    message = r"All 3 processes must start within 0.1 s; .*process\(es\) 2 "
+    with pytest.raises(GroupError, match=message):
+      links.leader.await_members(0.1)
+
+  def test_nobody_leads(self):
+    member = MemberLink("127.0.0.1:1", options())
+    message = r"Process 1 found no process 0 at 127.0.0.1:1 within 0.3 s\."
+    with pytest.raises(GroupError, match=message):
+      member.join(hello(1), 0.3)
+    member.close()
+
+  def test_the_leader_notices_that_a_member_is_gone(self, links):
+    leader, first, _ = links.joined()
+    first.close()
+    until(lambda: leader.lost is not None)
+    with pytest.raises(GroupError, match=r"Process 1 is gone\."):
+      leader.receive()
+
+  def test_members_notice_that_the_leader_is_gone(self, links):
+    leader, first, second = links.joined()
+    leader.broadcast(Abort(request_id="last"))
+    leader.broadcast(Close())
+    leader.close()
+    for member in (first, second):
+      until(lambda member=member: member.lost is not None)
+      # What it said before is not lost.
+      assert member.receive() == [Abort(request_id="last"), Close()]
+      with pytest.raises(GroupError, match=r"Process 0 is gone\."):
+        member.receive()
+
+  def test_an_address_that_cannot_be_listened_at(self):
+    message = r"coordinator must be an address to serve at; got '203.0.113.1:9'"
+    with pytest.raises(ConfigError, match=message):
+      LeaderLink(options(listen="203.0.113.1:9"), 1, lambda _: None)

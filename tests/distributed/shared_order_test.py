@@ -1,0 +1,136 @@
+"""Which header is agreed when, with the members' ends in this process."""
+
+import collections
+
+from infinite_llm.distributed.group_messages import Ask, Turn
+from infinite_llm.distributed.shared_order import LeaderOrder, MemberOrder
+from infinite_llm.distributed.step_header import GroupWork, OwnOrder, StepHeader
+
+NOTHING = GroupWork()
+DECODE = GroupWork(decode=True)
+PREFILL = GroupWork(prefill_tokens=128)
+CHECK = GroupWork(check=True)
+
+
+def header(number, work):
+  return StepHeader(number=number, work=work, is_shared=True)
+
+
+class LeaderEnd:
+  def __init__(self):
+    self.said = []
+
+  def broadcast(self, message):
+    self.said.append(message)
+
+  def has_mail(self):
+    return False
+
+
+class MemberEnd:
+  def __init__(self):
+    self.said = collections.deque()
+
+  def send(self, message):
+    self.said.append(message)
+
+  def has_mail(self):
+    return False
+
+
+class TestLeader:
+  def test_nothing_is_agreed_while_nobody_asks(self):
+    link = LeaderEnd()
+    order = LeaderOrder(link, 1.0)
+    order.ask(NOTHING)
+    order.on_ask(1, Ask(number=1, work=NOTHING))
+    assert order.next() is None
+    assert link.said == []
+
+  def test_what_anybody_asks_for_is_in_the_header(self):
+    link = LeaderEnd()
+    order = LeaderOrder(link, 1.0)
+    order.on_ask(2, Ask(number=1, work=DECODE))
+    assert order.next() == header(1, DECODE)
+    # What comes now waits for turn 2, and is joined there.
+    order.on_ask(1, Ask(number=1, work=PREFILL))
+    order.ask(CHECK)
+    assert order.next() == header(1, DECODE)
+    order.take(order.next())
+    assert order.next() is None
+    order.ask(CHECK)
+    assert order.next() == header(2, CHECK | PREFILL)
+    assert link.said == [
+      Turn(number=1, work=DECODE),
+      Turn(number=2, work=CHECK | PREFILL),
+    ]
+
+  def test_what_the_agreed_turn_brings_is_not_asked_for_again(self):
+    order = LeaderOrder(LeaderEnd(), 1.0)
+    order.ask(DECODE)
+    order.on_ask(1, Ask(number=1, work=DECODE))
+    order.take(order.next())
+    order.ask(NOTHING)
+    assert order.next() is None
+
+  def test_a_member_may_want_nothing_any_more(self):
+    order = LeaderOrder(LeaderEnd(), 1.0)
+    order.ask(DECODE)
+    order.on_ask(1, Ask(number=1, work=PREFILL))
+    order.on_ask(1, Ask(number=1, work=NOTHING))
+    order.take(order.next())
+    order.ask(NOTHING)
+    assert order.next() is None
+
+  def test_the_next_header_is_there_while_a_turn_runs(self):
+    order = LeaderOrder(LeaderEnd(), 1.0)
+    order.ask(DECODE)
+    order.take(order.next())
+    order.ask(DECODE)
+    assert order.next() == header(2, DECODE)
+    assert order.next_number == 2
+
+
+class TestMember:
+  def test_news_are_said_once_a_turn(self):
+    link = MemberEnd()
+    order = MemberOrder(link, 1.0)
+    for work in (NOTHING, NOTHING, DECODE, DECODE, NOTHING, NOTHING):
+      order.ask(work)
+    order.on_turn(Turn(number=1, work=DECODE))
+    order.take(order.next())
+    for work in (NOTHING, DECODE, DECODE):
+      order.ask(work)
+    order.on_turn(Turn(number=2, work=DECODE))
+    order.take(order.next())
+    order.ask(DECODE)
+    assert list(link.said) == [
+      Ask(number=1, work=NOTHING),
+      Ask(number=1, work=DECODE),
+      Ask(number=1, work=NOTHING),
+      Ask(number=2, work=DECODE),
+      Ask(number=3, work=DECODE),
+    ]
+
+  def test_turns_are_taken_in_order(self):
+    order = MemberOrder(MemberEnd(), 1.0)
+    assert order.next() is None
+    order.on_turn(Turn(number=1, work=DECODE))
+    order.on_turn(Turn(number=2, work=CHECK))
+    assert order.next() == order.next() == header(1, DECODE)
+    order.take(order.next())
+    assert order.next_number == 2
+    assert order.next() == header(2, CHECK)
+
+
+def test_a_process_that_is_alone_takes_any_turn_at_once():
+  order = OwnOrder(1024)
+  order.ask(NOTHING)
+  turn = order.next()
+  assert (turn.number, turn.is_shared) == (1, False)
+  assert turn.work == GroupWork(
+    exchange=True, check=True, decode=True, prefill_tokens=1024
+  )
+  order.take(turn)
+  assert order.next().number == order.next_number == 2
+  assert not order.has_call()
