@@ -14,11 +14,13 @@ import tqdm
 from experiments.cluster import build_llm
 from infinite_llm import LLM, SamplingParams
 from infinite_llm.config import engine_config
+from infinite_llm.distributed.group_messages import EngineUse
 from infinite_llm.engine.admission import derived_seed
 from infinite_llm.engine.journal import Accepted, Journal
-from infinite_llm.errors import ConfigError, RequestError
+from infinite_llm.errors import CapacityError, ConfigError, RequestError
 from infinite_llm.models.needle import build_needle_checkpoint
 
+_SETTLE_S = 5.0
 _FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -68,12 +70,16 @@ def run(
   _check_names(requests)
   start_s = time.perf_counter()
   with Journal(workdir / "journal.jsonl") as journal:
+    for number, request in enumerate(requests, start=1):
+      if request.request_id not in journal.accepted:
+        _check(llm, number, request)
     num_replayed = len(journal.unfinished)
     num_before = len(journal.ended)
     _serve(llm, journal, requests, config)
     _write_outputs(journal, requests, workdir / "outputs.jsonl")
     ended = [journal.ended[request.request_id] for request in requests]
   wall_s = time.perf_counter() - start_s
+  use = _settled(llm)
   reasons = collections.Counter(each.finish_reason for each in ended)
   num_tokens = sum(len(each.token_ids) for each in ended)
   print(f"{len(ended)} requests, {num_tokens:,} tokens: {dict(reasons)}")
@@ -85,7 +91,11 @@ def run(
     "output_tokens": num_tokens,
     "serve_s": wall_s,
     "num_instances": config.cluster.num_instances,
-    "books_correct": all(c.total == c.free for c in llm.engine.pool_counts()),
+    "blocks_moved": use.num_blocks_moved,
+    "late_compiles": use.num_late_compiles,
+    "books_correct": all(
+      each.counts.total == each.counts.free for each in use.instances
+    ),
   }
 
 
@@ -131,13 +141,12 @@ def _read(path: str | None) -> list[dict[str, Any]]:
 def _request(
   llm: LLM, number: int, line: dict[str, Any], seed: int
 ) -> Accepted:
-  """A line as a request, checked."""
+  """A line as a request."""
   options = {name: line[name] for name in line.keys() & _FIELDS}
   options.setdefault("seed", derived_seed(seed, number))
   try:
     sampling = SamplingParams(**options)
     prompt = llm.tokenize(line["prompt"])
-    llm.engine.check(prompt, sampling)
   except ValueError as error:
     raise RequestError(f"Line {number}: {error}") from error
   return Accepted(
@@ -145,6 +154,13 @@ def _request(
     prompt_token_ids=tuple(prompt),
     sampling=sampling,
   )
+
+
+def _check(llm: LLM, number: int, request: Accepted) -> None:
+  try:
+    llm.engine.check(request.prompt_token_ids, request.sampling)
+  except RequestError as error:
+    raise RequestError(f"Line {number}: {error}") from error
 
 
 def _check_names(requests: list[Accepted]) -> None:
@@ -179,18 +195,35 @@ def _serve(
         if request is None:
           is_over = True
           break
-        engine.add_request(
-          request.prompt_token_ids,
-          request.sampling,
-          request_id=request.request_id,
-        )
-        num_running += 1
+        try:
+          engine.add_request(
+            request.prompt_token_ids,
+            request.sampling,
+            request_id=request.request_id,
+          )
+        except CapacityError as error:
+          # It was accepted by a group that had more instances.
+          journal.fail(request.request_id, error)
+          bar.update()
+        else:
+          num_running += 1
       for output in engine.step():
         if output.is_finished:
           journal.end(output)
           num_running -= 1
           bar.update()
-  engine.settle()
+
+
+def _settled(llm: LLM) -> EngineUse:
+  """What was done; what is lent comes home by messages, so that takes a bit."""
+  deadline_s = time.monotonic() + _SETTLE_S
+  use = llm.engine.use()
+  while time.monotonic() < deadline_s and any(
+    each.counts.total != each.counts.free for each in use.instances
+  ):
+    llm.engine.settle()
+    use = llm.engine.use()
+  return use
 
 
 def _owed(journal: Journal, requests: list[Accepted]) -> Iterator[Accepted]:

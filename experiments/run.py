@@ -94,11 +94,7 @@ def _run_in_group(
   Returns:
     The exit status; `BROKEN_GROUP` if another process is missing or gone.
   """
-  if "cluster" not in config:
-    raise ConfigError(
-      f"config.experiment must be one that runs on a cluster, to run in several"
-      f" processes; got {config.experiment!r}."
-    )
+  check_cluster(config)
   try:
     group = ProcessGroup(
       options,
@@ -169,6 +165,15 @@ def _is_right(result: Mapping) -> bool:
     for name, value in result.items()
     if name == "correct" or name.endswith("_correct")
   )
+
+
+def check_cluster(config: ml_collections.ConfigDict) -> None:
+  """Raises `ConfigError` if an experiment cannot run in several processes."""
+  if "platform" not in config.get("cluster", {}):
+    raise ConfigError(
+      "config.experiment must be one that runs on a cluster, to run in several"
+      f" processes; got {config.experiment!r}."
+    )
 
 
 def parse(

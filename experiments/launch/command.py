@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from absl import flags
+
 from experiments import run
 from infinite_llm.errors import ConfigError
 
@@ -20,6 +22,48 @@ class Command:
   args: tuple[str, ...]
   num_instances: int
   tensor_parallel: int
+
+  def instances_per_process(self, num_processes: int) -> int:
+    """How many instances each of so many processes has.
+
+    Raises:
+      ConfigError: If they do not come out even.
+    """
+    share, rest = divmod(self.num_instances, num_processes)
+    if rest or not share:
+      raise ConfigError(
+        "--num_processes must divide config.cluster.num_instances, since each"
+        f" process has as many; got {num_processes} for {self.num_instances}."
+      )
+    return share
+
+
+def parse_flags(
+  argv: Sequence[str], values: flags.FlagValues
+) -> flags.FlagValues:
+  """Reads a launcher's own flags, of which `--dry_run` is one.
+
+  Args:
+    argv: Its part of the command line.
+    values: Has the others defined; `num_processes` among them.
+
+  Raises:
+    ConfigError: If one does not exist, or has a wrong value, or is missing.
+  """
+  flags.DEFINE_bool(
+    "dry_run", False, "Only print what would start.", flag_values=values
+  )
+  try:
+    _, *extra = values(list(argv))
+  except flags.Error as error:
+    raise ConfigError(str(error)) from error
+  if extra:
+    raise ConfigError(
+      f"Arguments of the experiment must follow `--`; got {extra[0]!r} before."
+    )
+  if values.num_processes is None:
+    raise ConfigError("--num_processes must be given; it is not.")
+  return values
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], Command]:
@@ -41,11 +85,7 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], Command]:
   at = list(argv).index("--")
   args = tuple(argv[at + 1 :])
   config, _ = run.parse(["experiments.run", *args])
-  if "cluster" not in config:
-    raise ConfigError(
-      "config.experiment must be one that runs on a cluster; got"
-      f" {config.experiment!r}."
-    )
+  run.check_cluster(config)
   return list(argv[:at]), Command(
     args=args,
     num_instances=config.cluster.num_instances,

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.launch.command import Command, split_command
+from experiments.launch.command import Command, parse_flags, split_command
 from infinite_llm.distributed.runtime import BROKEN_GROUP
 from infinite_llm.errors import ConfigError
 
@@ -64,32 +64,13 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=0,
     flag_values=values,
   )
-  flags.DEFINE_bool(
-    "dry_run", False, "Only print what would start.", flag_values=values
-  )
-  try:
-    _, *extra = values(list(argv))
-  except flags.Error as error:
-    raise ConfigError(str(error)) from error
-  if extra:
-    raise ConfigError(
-      f"Arguments of the experiment must follow `--`; got {extra[0]!r} before."
-    )
-  if values.num_processes is None:
-    raise ConfigError("--num_processes must be given; it is not.")
-  return values
+  return parse_flags(argv, values)
 
 
 def _run(values: flags.FlagValues, command: Command) -> int:
   """Runs the group, again and again while processes die."""
   num_processes = values.num_processes
-  num_instances = command.num_instances
-  if num_instances % num_processes:
-    raise ConfigError(
-      "--num_processes must divide config.cluster.num_instances, since each"
-      f" process has as many; got {num_processes} for {num_instances}."
-    )
-  share = num_instances // num_processes
+  share = command.instances_per_process(num_processes)
   for restarts in range(values.max_restarts + 1):
     args = command.args
     if restarts:

@@ -316,7 +316,7 @@ def end_with_group(group: ProcessGroup) -> Iterator[None]:
     yield
   except BaseException as error:
     over.set()
-    is_broken = isinstance(error, GroupError) or group.link.lost is not None
+    is_broken = isinstance(error, GroupError) or _is_lost(group.link, error)
     is_wrong_input = isinstance(error, ValueError)
     if not (is_broken or is_wrong_input):
       traceback.print_exc()
@@ -329,6 +329,15 @@ def end_with_group(group: ProcessGroup) -> Iterator[None]:
     _leave(f"error: {text or type(error).__name__}", status)
   over.set()
   group.close()
+
+
+def _is_lost(link: LeaderLink | MemberLink, error: BaseException) -> bool:
+  """Whether a process is gone; JAX may notice it first."""
+  deadline_s = time.monotonic() + _GRACE_S
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    while link.lost is None and time.monotonic() < deadline_s:
+      time.sleep(_LOOK_EVERY_S)
+  return link.lost is not None
 
 
 def _leave(text: str, status: int) -> None:

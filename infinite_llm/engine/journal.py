@@ -129,15 +129,27 @@ class Journal:
       raise RequestError(
         f"An output must be the last one of an accepted request; got {output}."
       )
-    ended = Ended(
-      request_id=name,
-      token_ids=output.token_ids,
-      text=output.text,
-      finish_reason=reason,
-      error=None if output.error is None else str(output.error),
+    self._end(
+      Ended(
+        request_id=name,
+        token_ids=output.token_ids,
+        text=output.text,
+        finish_reason=reason,
+        error=None if output.error is None else str(output.error),
+      )
     )
-    self.ended[name] = ended
-    self._write({"ended": dataclasses.asdict(ended)})
+
+  def fail(self, request_id: str, error: Exception) -> None:
+    """Writes down that an accepted request cannot be run any more."""
+    self._end(
+      Ended(
+        request_id=request_id,
+        token_ids=(),
+        text="",
+        finish_reason="error",
+        error=str(error),
+      )
+    )
 
   def close(self) -> None:
     """Closes the file."""
@@ -148,6 +160,10 @@ class Journal:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+  def _end(self, ended: Ended) -> None:
+    self.ended[ended.request_id] = ended
+    self._write({"ended": dataclasses.asdict(ended)})
 
   def _write(self, line: Mapping[str, Any]) -> None:
     self._file.write(json.dumps(line).encode() + b"\n")

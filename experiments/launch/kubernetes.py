@@ -1,0 +1,219 @@
+"""Runs an experiment on a Kubernetes cluster, as an Indexed Job.
+
+    python -m experiments.launch.kubernetes --name=quickstart --num_processes=4
+      --image=registry.example/infinite-llm:1 --gpus_per_process=1
+      --claim=shared --
+      --config=configs/quickstart.py --config.cluster.platform=gpu
+      --workdir=/shared/quickstart
+
+Applies a headless Service, under whose names the pods find each other, a Secret
+and the Job, of one pod a process; `--dry_run` prints them instead (JSON, as
+`kubectl apply -f -` takes it). `--jobset` wraps the Job into a JobSet, whose
+controller starts all pods anew together. What follows `--` is the command line
+of `experiments.run`. The image has this repository as its working directory;
+the volume claim is mounted at `/shared`, for the workdir and checkpoints.
+
+A pod that dies takes its group along: the others end with status 75 and are
+started again with it, wherever there is room for them, so the group keeps its
+size. An experiment with a journal in its workdir goes on where it was.
+"""
+
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments.launch.command import Command, parse_flags, split_command
+from infinite_llm.errors import ConfigError
+
+_MOUNT = "/shared"
+
+
+def main(argv: Sequence[str]) -> int:
+  """Applies the manifests, or prints them.
+
+  Args:
+    argv: The command line, program name first.
+
+  Returns:
+    The exit status: that of `kubectl`.
+  """
+  try:
+    own, command = split_command(argv)
+    values = _parse(own)
+    manifests = make_manifests(values, command)
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  if values.dry_run:
+    print(json.dumps(manifests, indent=2))
+    return 0
+  # Never printed: whoever has it can join the group.
+  secret = _object(
+    "v1",
+    "Secret",
+    values.name,
+    stringData={"secret": secrets.token_hex(16)},
+  )
+  manifests["items"].append(secret)
+  return subprocess.run(
+    ["kubectl", "apply", "-f", "-"],
+    input=json.dumps(manifests),
+    text=True,
+    check=False,
+  ).returncode
+
+
+def make_manifests(
+  values: flags.FlagValues, command: Command
+) -> dict[str, Any]:
+  """The Service and the Job, or JobSet, as one list.
+
+  Args:
+    values: Flags of the launcher.
+    command: What each process runs.
+
+  Raises:
+    ConfigError: If the processes do not come out even.
+  """
+  command.instances_per_process(values.num_processes)
+  name = values.name
+  labels = {"app": name}
+  service = _object(
+    "v1",
+    "Service",
+    name,
+    spec={
+      "clusterIP": "None",
+      "selector": labels,
+      # They look for each other before any is ready.
+      "publishNotReadyAddresses": True,
+    },
+  )
+  job_spec = {
+    "completionMode": "Indexed",
+    "completions": values.num_processes,
+    "parallelism": values.num_processes,
+    "backoffLimit": values.max_restarts * values.num_processes,
+    "template": {
+      "metadata": {"labels": labels},
+      "spec": _pod_spec(values, command),
+    },
+  }
+  if values.jobset:
+    # A JobSet puts its own name and the job's before the index.
+    job = _object(
+      "jobset.x-k8s.io/v1alpha2",
+      "JobSet",
+      name,
+      spec={
+        "failurePolicy": {"maxRestarts": values.max_restarts},
+        "network": {"enableDNSHostnames": True, "subdomain": name},
+        "replicatedJobs": [
+          {
+            "name": "process",
+            "replicas": 1,
+            "template": {"spec": job_spec | {"backoffLimit": 0}},
+          }
+        ],
+      },
+    )
+  else:
+    job = _object("batch/v1", "Job", name, spec=job_spec)
+  return {"apiVersion": "v1", "kind": "List", "items": [service, job]}
+
+
+def _pod_spec(values: flags.FlagValues, command: Command) -> dict[str, Any]:
+  first = f"{values.name}-process-0" if values.jobset else values.name
+  resources = {"cpu": str(values.cpus_per_process)}
+  if values.gpus_per_process:
+    resources["nvidia.com/gpu"] = str(values.gpus_per_process)
+  container = {
+    "name": "process",
+    "image": values.image,
+    "command": ["python", "-m", "experiments.run", *command.args],
+    "env": [
+      {
+        "name": "INFINITE_LLM_PROCESS",
+        "valueFrom": {
+          "fieldRef": {
+            "fieldPath": "metadata.annotations"
+            "['batch.kubernetes.io/job-completion-index']"
+          }
+        },
+      },
+      {
+        "name": "INFINITE_LLM_NUM_PROCESSES",
+        "value": str(values.num_processes),
+      },
+      {
+        "name": "INFINITE_LLM_COORDINATOR",
+        "value": f"{first}-0.{values.name}:{values.port}",
+      },
+      {
+        "name": "INFINITE_LLM_HOST",
+        "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}},
+      },
+      {
+        "name": "INFINITE_LLM_SECRET",
+        "valueFrom": {"secretKeyRef": {"name": values.name, "key": "secret"}},
+      },
+    ],
+    "resources": {"limits": resources},
+  }
+  spec = {
+    "subdomain": values.name,
+    "restartPolicy": "Never" if values.jobset else "OnFailure",
+    "containers": [container],
+  }
+  if values.claim:
+    container["volumeMounts"] = [{"name": "shared", "mountPath": _MOUNT}]
+    spec["volumes"] = [
+      {"name": "shared", "persistentVolumeClaim": {"claimName": values.claim}}
+    ]
+  return spec
+
+
+def _object(
+  api: str, kind: str, name: str, **fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  return {
+    "apiVersion": api,
+    "kind": kind,
+    "metadata": {"name": name},
+    **fields,
+  }
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  for name, default, text in (
+    ("num_processes", None, "Processes."),
+    ("cpus_per_process", 16, "Processor cores of each."),
+    ("port", 12321, "Where process 0 listens; the next one is used too."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
+  for name, default, text in (
+    ("gpus_per_process", 0, "GPUs of each process."),
+    ("max_restarts", 3, "How often a group that broke is started again."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
+  for name, default, text in (
+    ("name", "infinite-llm", "Name of everything that is made."),
+    ("image", None, "Image with this repository and its environment."),
+    ("claim", None, f"Volume claim to mount at {_MOUNT}."),
+  ):
+    flags.DEFINE_string(name, default, text, flag_values=values)
+  flags.DEFINE_bool("jobset", False, "Make a JobSet.", flag_values=values)
+  parsed = parse_flags(argv, values)
+  if not parsed.image:
+    raise ConfigError("--image must be given; it is not.")
+  return parsed
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,151 @@
+"""Runs an experiment on nodes of a SLURM cluster.
+
+    python -m experiments.launch.slurm --num_processes=4 --gpus_per_process=1 --
+      --config=configs/quickstart.py --config.cluster.platform=gpu
+      --workdir=/shared/quickstart
+
+Submits a batch job of `srun` tasks, a process each; `--dry_run` prints the
+script instead. What follows `--` is the command line of `experiments.run`; the
+workdir, the checkpoint and this repository must be in folders that all nodes
+share. Instances are shared out in the order of the tasks.
+
+The allocation outlives a node (`--no-kill`). When a process dies, the others
+end by themselves; the script then asks every node whether it is there and
+starts the group again on those that are, with as many fewer instances.
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments.launch.command import Command, parse_flags, split_command
+from infinite_llm.errors import ConfigError
+
+_SCRIPT = """\
+#!/usr/bin/env bash
+{directives}
+set -uo pipefail
+
+export INFINITE_LLM_SECRET="${{INFINITE_LLM_SECRET:-$(openssl rand -hex 16)}}"
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+for ((restarts = 0; ; restarts++)); do
+  tasks=$((${{#nodes[@]}} * {per_node}))
+  export INFINITE_LLM_NUM_PROCESSES=$tasks
+  export INFINITE_LLM_COORDINATOR="${{nodes[0]}}:{port}"
+  srun --nodelist="$(IFS=,; echo "${{nodes[*]}}")" --nodes="${{#nodes[@]}}" \\
+    --ntasks="$tasks" --ntasks-per-node={per_node} --kill-on-bad-exit=0 \\
+    bash -c 'INFINITE_LLM_PROCESS=$SLURM_PROCID exec "$@"' process \\
+    {command} \\
+    --config.cluster.num_instances=$((tasks * {share}))
+  status=$?
+  if ((status <= 2 || restarts == {max_restarts})); then
+    exit "$status"
+  fi
+  alive=()
+  for node in "${{nodes[@]}}"; do
+    if srun --nodelist="$node" --nodes=1 --ntasks=1 --immediate=60 true; then
+      alive+=("$node")
+    fi
+  done
+  if ((${{#alive[@]}} == 0)); then
+    exit "$status"
+  fi
+  nodes=("${{alive[@]}}")
+  echo "Status $status; starting again on ${{nodes[*]}}." >&2
+done
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+  """Submits the job, or prints it.
+
+  Args:
+    argv: The command line, program name first.
+
+  Returns:
+    The exit status: that of `sbatch`.
+  """
+  try:
+    own, command = split_command(argv)
+    values = _parse(own)
+    script = make_script(values, command)
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  if values.dry_run:
+    print(script, end="")
+    return 0
+  return subprocess.run(
+    ["sbatch"], input=script, text=True, check=False
+  ).returncode
+
+
+def make_script(values: flags.FlagValues, command: Command) -> str:
+  """The batch script.
+
+  Args:
+    values: Flags of the launcher.
+    command: What each process runs.
+
+  Raises:
+    ConfigError: If the processes do not come out even.
+  """
+  share = command.instances_per_process(values.num_processes)
+  nodes, rest = divmod(values.num_processes, values.processes_per_node)
+  if rest:
+    raise ConfigError(
+      "--processes_per_node must divide --num_processes; got"
+      f" {values.processes_per_node} for {values.num_processes}."
+    )
+  options = [
+    "--job-name=infinite-llm",
+    "--no-kill",
+    f"--nodes={nodes}",
+    f"--ntasks={values.num_processes}",
+    f"--ntasks-per-node={values.processes_per_node}",
+    f"--cpus-per-task={values.cpus_per_process}",
+  ]
+  if values.gpus_per_process:
+    options.append(f"--gpus-per-task={values.gpus_per_process}")
+  options += values.sbatch
+  return _SCRIPT.format(
+    directives="\n".join(f"#SBATCH {option}" for option in options),
+    per_node=values.processes_per_node,
+    port=values.port,
+    share=share,
+    max_restarts=values.max_restarts,
+    command=shlex.join([values.python, "-m", "experiments.run", *command.args]),
+  )
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  for name, default, text in (
+    ("num_processes", None, "Processes."),
+    ("processes_per_node", 1, "Processes of each node."),
+    ("cpus_per_process", 16, "Processor cores of each."),
+    ("port", 12321, "Where process 0 listens; the next one is used too."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
+  for name, default, text in (
+    ("gpus_per_process", 0, "GPUs of each process."),
+    ("max_restarts", 3, "How often a group that broke is started again."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
+  flags.DEFINE_string(
+    "python",
+    ".venv/bin/python",
+    "Interpreter on the nodes.",
+    flag_values=values,
+  )
+  flags.DEFINE_multi_string(
+    "sbatch", [], "More of sbatch, as --sbatch=--time=1:00.", flag_values=values
+  )
+  return parse_flags(argv, values)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,240 @@
+"""Launchers: what they would start, and what they do when a node is gone."""
+
+import json
+import os
+import stat
+import subprocess
+
+import pytest
+
+from experiments.launch import kubernetes, local, slurm
+
+COMMAND = ("--", "--config=configs/quickstart.py", "--workdir=/shared/q s")
+_PROCESS = """\
+#!/usr/bin/env python3
+import json, os, sys
+names = ("PROCESS", "NUM_PROCESSES", "COORDINATOR")
+said = {name: os.environ["INFINITE_LLM_" + name] for name in names}
+said["has_secret"] = len(os.environ["INFINITE_LLM_SECRET"]) == 32
+said["args"] = sys.argv[1:]
+with open(os.environ["SAID"], "a") as file:
+  file.write(json.dumps(said) + "\\n")
+broken = said["NUM_PROCESSES"] == os.environ["BREAKS_WITH"]
+sys.exit(75 if broken else 0)
+"""
+_SRUN = """\
+#!/usr/bin/env python3
+import os, subprocess, sys
+args = sys.argv[1:]
+options = {}
+while args[0].startswith("--"):
+  name, _, value = args.pop(0).partition("=")
+  options[name] = value
+nodes = options["--nodelist"].split(",")
+assert len(nodes) == int(options["--nodes"])
+if "--immediate" in options:
+  sys.exit(1 if nodes == [os.environ["GONE"]] else 0)
+tasks = [
+  subprocess.run(args, env={**os.environ, "SLURM_PROCID": str(n)})
+  for n in range(int(options["--ntasks"]))
+]
+sys.exit(max(task.returncode for task in tasks))
+"""
+_SCONTROL = """\
+#!/usr/bin/env bash
+[ "$*" = "show hostnames nodes" ] && printf 'n0\\nn1\\nn2\\nn3\\n'
+"""
+
+
+def run(main, capsys, *flags, command=COMMAND):
+  status = main(["launcher", *flags, *command])
+  return status, *capsys.readouterr()
+
+
+class TestLocal:
+  def test_a_dry_run_prints_each_process(self, capsys):
+    status, out, _ = run(
+      local.main, capsys, "--num_processes=2", "--dry_run", command=COMMAND
+    )
+    assert status == 0
+    lines = out.splitlines()
+    for n, line in enumerate(lines):
+      assert line.startswith(
+        f"INFINITE_LLM_PROCESS={n} INFINITE_LLM_NUM_PROCESSES=2"
+      )
+      assert line.endswith(
+        "-m experiments.run --config=configs/quickstart.py"
+        " '--workdir=/shared/q s'"
+      )
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+  "main",
+  [
+    local.main,
+    slurm.main,
+    lambda a: kubernetes.main([*a[:1], "--image=x", *a[1:]]),
+  ],
+)
+@pytest.mark.parametrize(
+  ("flags", "command", "message"),
+  [
+    (["--num_processes=3"], COMMAND, "must divide config.cluster.num_inst"),
+    ([], COMMAND, "--num_processes must be given; it is not."),
+    (["--num_processes=2", "more"], COMMAND, "must follow `--`; got 'more'"),
+    (["--num_processes=2"], (), "must follow `--`; there is none."),
+    (
+      ["--num_processes=2"],
+      ("--", "--config=configs/control_plane_bench.py"),
+      "that runs on a cluster, to run in several processes; got",
+    ),
+    (
+      ["--num_processes=2"],
+      (*COMMAND, "--config.sed=1"),
+      "did you mean config.seed?",
+    ),
+  ],
+)
+def test_wrong_command_lines_start_nothing(
+  main, flags, command, message, capsys
+):
+  status, out, err = run(main, capsys, *flags, command=command)
+  assert (status, out) == (2, "")
+  assert err.startswith("error: ")
+  assert message in err
+
+
+class TestSlurm:
+  def test_the_processes_of_a_node_must_come_out_even(self, capsys):
+    flags = ("--num_processes=4", "--processes_per_node=3", "--dry_run")
+    status, _, err = run(slurm.main, capsys, *flags)
+    assert status == 2
+    assert "must divide --num_processes; got 3 for 4." in err
+
+  @pytest.mark.parametrize(
+    ("breaks_with", "rounds"), [("0", [4]), ("4", [4, 3]), ("3", [4])]
+  )
+  def test_the_script_goes_on_without_a_node_that_is_gone(
+    self, breaks_with, rounds, capsys, tmp_path
+  ):
+    for name, text in (
+      ("process", _PROCESS),
+      ("srun", _SRUN),
+      ("scontrol", _SCONTROL),
+    ):
+      (tmp_path / name).write_text(text)
+      (tmp_path / name).chmod(stat.S_IRWXU)
+    status, script, _ = run(
+      slurm.main,
+      capsys,
+      "--num_processes=4",
+      "--dry_run",
+      f"--python={tmp_path}/process",
+      "--gpus_per_process=1",
+      "--sbatch=--time=10",
+    )
+    assert status == 0
+    assert "\n#SBATCH --gpus-per-task=1\n#SBATCH --time=10\n" in script
+    said = tmp_path / "said"
+    done = subprocess.run(
+      ["bash", "-c", script],
+      env={
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "nodes",
+        "GONE": "n1",
+        "SAID": str(said),
+        "BREAKS_WITH": breaks_with,
+      },
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in said.read_text().splitlines()]
+    assert told == [
+      {
+        "PROCESS": str(n),
+        "NUM_PROCESSES": str(count),
+        "COORDINATOR": "n0:12321",
+        "has_secret": True,
+        "args": [
+          "-m",
+          "experiments.run",
+          *COMMAND[1:],
+          f"--config.cluster.num_instances={count}",
+        ],
+      }
+      for count in rounds
+      for n in range(count)
+    ]
+
+
+class TestKubernetes:
+  def manifests(self, capsys, *flags):
+    status, out, _ = run(
+      kubernetes.main,
+      capsys,
+      "--name=long",
+      "--image=image:1",
+      "--num_processes=4",
+      "--gpus_per_process=2",
+      "--claim=data",
+      "--dry_run",
+      *flags,
+    )
+    assert status == 0
+    return json.loads(out)["items"]
+
+  def environment(self, pod):
+    (container,) = pod["containers"]
+    return {
+      each["name"]: each.get("value", each.get("valueFrom"))
+      for each in container["env"]
+    }
+
+  def test_an_indexed_job(self, capsys):
+    service, job = self.manifests(capsys)
+    assert service["kind"] == "Service"
+    assert service["spec"]["clusterIP"] == "None"
+    spec = job["spec"]
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == 4
+    pod = spec["template"]["spec"]
+    assert spec["template"]["metadata"]["labels"] == service["spec"]["selector"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert pod["restartPolicy"] == "OnFailure"
+    (container,) = pod["containers"]
+    assert container["command"] == [
+      "python",
+      "-m",
+      "experiments.run",
+      *COMMAND[1:],
+    ]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert container["volumeMounts"][0]["mountPath"] == "/shared"
+    environment = self.environment(pod)
+    assert environment["INFINITE_LLM_NUM_PROCESSES"] == "4"
+    assert environment["INFINITE_LLM_COORDINATOR"] == "long-0.long:12321"
+
+  def test_a_jobset_starts_all_anew_together(self, capsys):
+    _, jobset = self.manifests(capsys, "--jobset", "--max_restarts=5")
+    assert jobset["kind"] == "JobSet"
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 5}
+    (job,) = jobset["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert self.environment(pod)["INFINITE_LLM_COORDINATOR"] == (
+      "long-process-0-0.long:12321"
+    )
+
+  def test_nobody_can_read_the_secret_from_a_dry_run(self, capsys):
+    kinds = [item["kind"] for item in self.manifests(capsys)]
+    assert "Secret" not in kinds
+
+  def test_an_image_is_needed(self, capsys):
+    status, _, err = run(kubernetes.main, capsys, "--num_processes=2")
+    assert status == 2
+    assert "--image must be given; it is not." in err

@@ -1,0 +1,111 @@
+"""A lending group in real processes: its tokens, its refusals and its end."""
+
+import re
+import socket
+
+import pytest
+
+from infinite_llm.distributed.runtime import BROKEN_GROUP
+from tests.multihost.batch_job import NUM_REQUESTS, BatchJob, write_requests
+
+pytestmark = pytest.mark.multihost
+
+_SOON_S = 10.0
+
+
+@pytest.fixture(scope="module", name="requests")
+def _requests(tmp_path_factory):
+  path = tmp_path_factory.mktemp("requests") / "requests.jsonl"
+  write_requests(path)
+  return path
+
+
+@pytest.fixture(scope="module", name="answers")
+def _answers(tmp_path_factory, requests):
+  """Those of a single process."""
+  job = BatchJob(tmp_path_factory.mktemp("single"), requests)
+  assert job.run(1)["books_correct"]
+  answers = job.answers()
+  assert [len(tokens) for tokens in answers] == [
+    24 + n for n in range(NUM_REQUESTS)
+  ]
+  return answers
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_tokens_are_those_of_a_single_process(
+  num_processes, requests, answers, tmp_path
+):
+  job = BatchJob(tmp_path, requests)
+  result = job.run(num_processes)
+  assert job.answers() == answers
+  assert result["finish_reasons"] == {"length": NUM_REQUESTS}
+  assert result["blocks_moved"] > 0
+  assert result["late_compiles"] == 0
+  assert result["books_correct"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_noticed_and_its_requests_are_replayed(
+  victim, tmp_path
+):
+  # Half of the instances have room for the longest request.
+  requests = tmp_path / "requests.jsonl"
+  write_requests(requests, most_tokens=700)
+  whole = BatchJob(tmp_path / "whole", requests)
+  whole.run(1)
+  job = BatchJob(tmp_path / "job", requests)
+  launcher = job.start(2, max_restarts=1)
+  assert job.kill(launcher, victim) < _SOON_S
+  assert launcher.wait(600) == 0, job.log()
+  assert f"Process(es) {victim} died; starting again with 1." in job.log()
+  result = job.result()
+  assert result["num_instances"] == 2
+  assert result["num_ended_before"] >= 3
+  assert result["num_replayed"] > 0
+  assert job.answers() == whole.answers()
+  assert result["books_correct"]
+
+
+def test_an_accepted_request_that_fits_no_more_ends_with_an_error(tmp_path):
+  requests = tmp_path / "requests.jsonl"
+  write_requests(requests, most_tokens=1400)  # More than two instances hold.
+  job = BatchJob(tmp_path / "job", requests)
+  launcher = job.start(2, "--config.requests.num_in_flight=18", max_restarts=1)
+  job.kill(launcher, 1)
+  assert launcher.wait(600) == 0, job.log()
+  reasons = job.result()["finish_reasons"]
+  assert reasons["length"] + reasons.get("error", 0) == NUM_REQUESTS
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def test_a_process_of_another_configuration_is_told_which_field(
+  requests, tmp_path
+):
+  job, port = BatchJob(tmp_path, requests), free_port()
+  leader = job.start_alone(0, port, timeout_s=40)
+  member = job.start_alone(1, port, "--config.cache.num_blocks=17")
+  text, _ = member.communicate(timeout=60)
+  assert member.returncode == 2
+  message = (
+    r"error: config\.cache\.num_blocks must be alike in all processes; got 16"
+    r" in process 0 and 17 in process 1\."
+  )
+  assert re.search(message, text), text
+  # The right one may still come, but nobody does.
+  text, _ = leader.communicate(timeout=90)
+  assert leader.returncode == BROKEN_GROUP
+  assert "of process(es) 1 nothing was heard" in text
+
+
+def test_a_process_without_a_leader_gives_up(requests, tmp_path):
+  job = BatchJob(tmp_path, requests)
+  member = job.start_alone(1, free_port(), timeout_s=3)
+  text, _ = member.communicate(timeout=60)
+  assert member.returncode == BROKEN_GROUP
+  assert re.search(r"Process 1 found no process 0 at .* within 3 s\.", text)
