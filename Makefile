@@ -37,6 +37,10 @@ quickstart: $(ENVIRONMENT)  ## Answers from a document that fits in no instance.
 test: lint types  ## Lint, types and the CPU tests.
 	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
+.PHONY: test-multihost
+test-multihost: $(ENVIRONMENT)  ## The tests that start several processes.
+	$(PYTHON) -m pytest -q -m multihost tests/multihost
+
 # CUDA's compilers go into a folder of their own: with them on the path, JAX
 # would look for a GPU in every other target.
 SM90A := .sm90a

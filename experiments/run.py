@@ -31,13 +31,9 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from infinite_llm.distributed.runtime import (
-  BROKEN_GROUP,
-  GroupOptions,
-  ProcessGroup,
-  end_with_group,
-)
-from infinite_llm.engine.group_engine import Member
+from infinite_llm.distributed.group_end import BROKEN_GROUP, end_with_group
+from infinite_llm.distributed.runtime import GroupOptions, ProcessGroup
+from infinite_llm.engine.member import Member
 from infinite_llm.errors import (
   CheckpointError,
   ConfigError,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments.launch.command import Command, parse_flags, split_command
-from infinite_llm.distributed.runtime import BROKEN_GROUP
+from infinite_llm.distributed.group_end import BROKEN_GROUP
 from infinite_llm.errors import ConfigError
 
 _POLL_S = 0.05

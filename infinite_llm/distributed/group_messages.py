@@ -135,6 +135,19 @@ class Abort:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GiveUp:
+  """The group is stalled, and a member's request is to make room.
+
+  Attributes:
+    uid: The request.
+    is_alone: Whether nobody else has rBlocks, so that it fails.
+  """
+
+  uid: RequestUid
+  is_alone: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenNews:
   """Log-probabilities of a token, as `TokenLogprob` has them."""
 
@@ -210,6 +223,9 @@ class EngineUse:
   Attributes:
     instances: Use of its instances now, in their order.
     progress: `(name, computed)` prompt tokens of requests that have not ended.
+    running: Requests with rBlocks, by arrival.
+    waiting: Requests without, by arrival.
+    stalled_rounds: Rounds of messages in which nothing went on.
     num_blocks_moved: rBlocks that its instances sent to others.
     num_unproved_rows: Rows that were tried again.
     num_late_compiles: Compilations after warm-up.
@@ -218,6 +234,9 @@ class EngineUse:
 
   instances: tuple[InstanceUse, ...]
   progress: tuple[tuple[Text, int], ...]
+  running: tuple[RequestUid, ...]
+  waiting: tuple[RequestUid, ...]
+  stalled_rounds: int
   num_blocks_moved: int
   num_unproved_rows: int
   num_late_compiles: int
@@ -277,7 +296,15 @@ class Failed:
 
 
 type FromLeader = (
-  Refused | Welcome | Open | Close | Turn | Submit | Abort | BlocksRequest
+  Refused
+  | Welcome
+  | Open
+  | Close
+  | Turn
+  | Submit
+  | Abort
+  | GiveUp
+  | BlocksRequest
 )
 type FromMember = Hello | Ask | Outputs | EngineUse | Blocks | Failed
 

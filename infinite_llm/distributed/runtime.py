@@ -5,15 +5,10 @@ else follows. `join` is the first thing that it does: nothing of JAX may have
 been used before.
 """
 
-import contextlib
 import dataclasses
 import os
 import socket
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 
@@ -34,17 +29,6 @@ from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.types import InstanceId
 
 _PREFIX = "INFINITE_LLM_"
-BROKEN_GROUP = 75
-"""Exit status of a process whose group is broken (`EX_TEMPFAIL`): another try
-may go well."""
-
-_LOOK_EVERY_S = 0.2
-_GRACE_S = 3.0
-"""How long the main thread may take to notice that the group is broken."""
-
-_LAST_WORDS_S = 0.5
-"""What a member says before it ends needs time to go out."""
-
 _JAX_PORT_OFFSET = 1
 """JAX's coordination service listens at the port after the leader's."""
 
@@ -287,63 +271,6 @@ class ProcessGroup:
         self.transport.connect(instance, target)
       if process == 0:
         self.transport.connect(GMANAGER, target)
-
-
-@contextlib.contextmanager
-def end_with_group(group: ProcessGroup) -> Iterator[None]:
-  """Ends this process when its group ends, whatever it does just then.
-
-  A device program that waits for a process that is gone may never return, nor
-  may JAX's shutdown, which waits for all. So a process whose group is broken
-  leaves without either, with the status `BROKEN_GROUP`.
-
-  Args:
-    group: Closed at the end.
-  """
-  over = threading.Event()
-
-  def watch() -> None:
-    while not over.wait(_LOOK_EVERY_S):
-      if group.link.lost is not None:
-        # Whoever is told of it in the ordinary way says so in better words.
-        if not over.wait(_GRACE_S):
-          _leave(f"error: {group.link.lost}", BROKEN_GROUP)
-        return
-
-  watcher = threading.Thread(target=watch, daemon=True, name="group-watcher")
-  watcher.start()
-  try:
-    yield
-  except BaseException as error:
-    over.set()
-    is_broken = isinstance(error, GroupError) or _is_lost(group.link, error)
-    is_wrong_input = isinstance(error, ValueError)
-    if not (is_broken or is_wrong_input):
-      traceback.print_exc()
-    if isinstance(group.link, LeaderLink):
-      group.link.close()
-    else:
-      time.sleep(_LAST_WORDS_S)
-    text = " ".join(str(error).split())
-    status = BROKEN_GROUP if is_broken else 2 if is_wrong_input else 1
-    _leave(f"error: {text or type(error).__name__}", status)
-  over.set()
-  group.close()
-
-
-def _is_lost(link: LeaderLink | MemberLink, error: BaseException) -> bool:
-  """Whether a process is gone; JAX may notice it first."""
-  deadline_s = time.monotonic() + _GRACE_S
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    while link.lost is None and time.monotonic() < deadline_s:
-      time.sleep(_LOOK_EVERY_S)
-  return link.lost is not None
-
-
-def _leave(text: str, status: int) -> None:
-  print(text, file=sys.stderr, flush=True)
-  sys.stdout.flush()
-  os._exit(status)
 
 
 def _start_jax(options: GroupOptions) -> None:

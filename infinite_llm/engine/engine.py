@@ -141,7 +141,12 @@ class Engine:
     self._uids = itertools.count(1)
     self._finished: list[RequestOutput] = []
     self._stall = StallBreaker(
-      config.lending, clock, self._book, self.instances, self.batchers
+      config.lending,
+      clock,
+      self._book,
+      self.instances,
+      self.batchers,
+      is_shared=self._order.is_shared,
     )
 
   @property
@@ -328,8 +333,22 @@ class Engine:
   def use(self) -> EngineUse:
     """How the instances are used now, and what was done so far."""
     return use_of(
-      self.group, self.batchers, self.runner, self.num_unproved_rows
+      self.group,
+      self.batchers,
+      self.runner,
+      self.num_unproved_rows,
+      self._stall.rounds,
     )
+
+  def give_up(self, uid: RequestUid, *, is_alone: bool) -> None:
+    """Has a request of a stalled group give its rBlocks up.
+
+    Args:
+      uid: The request; one that ended meanwhile is left alone.
+      is_alone: Whether nobody else has any, so that it cannot go on.
+    """
+    self._stall.give_up(uid, is_alone=is_alone)
+    self._take_ended()
 
   def blocks(self) -> tuple[InstanceBlocks, ...]:
     """What lies in every rBlock."""

@@ -15,11 +15,8 @@ from infinite_llm.distributed.runtime import ProcessGroup
 from infinite_llm.engine.admission import as_token_ids
 from infinite_llm.engine.chat import ChatTemplate, Message
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.group_engine import (
-  GroupEngine,
-  load_model,
-  say_open,
-)
+from infinite_llm.engine.group_engine import GroupEngine
+from infinite_llm.engine.member import load_model, say_open
 from infinite_llm.engine.outputs import Extent, RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
 from infinite_llm.sampling_params import SamplingParams
@@ -56,7 +53,7 @@ class LLM:
       config: Sizes and rules; or give `options`.
       show_progress: Show bars for compilation and generation.
       group: All processes, of which this one is process 0, if the instances lie
-        in several; the others run `engine.group_engine.Member`.
+        in several; the others run `engine.member.Member`.
       **options: Fields of the configuration by name, as `num_instances=4`,
         `block_size=64`, `num_blocks=1024`, `policy="borrow"`.
 

@@ -129,6 +129,7 @@ def use_of(
   batchers: Sequence[Batcher],
   runner: ModelRunner,
   num_unproved_rows: int,
+  stalled_rounds: int,
 ) -> EngineUse:
   """How an engine's instances are used now, and what it did so far."""
   return EngineUse(
@@ -148,6 +149,13 @@ def use_of(
       for request in (*batcher.running, *batcher.waiting)
     ),
     num_blocks_moved=group.num_blocks_moved,
+    running=tuple(
+      sorted(each.uid for batcher in batchers for each in batcher.running)
+    ),
+    waiting=tuple(
+      sorted(each.uid for batcher in batchers for each in batcher.waiting)
+    ),
+    stalled_rounds=stalled_rounds,
     num_unproved_rows=num_unproved_rows,
     num_late_compiles=runner.programs.num_late_compiles,
     launches=tuple(sorted(runner.launches.items())),
@@ -170,6 +178,13 @@ def together(uses: list[EngineUse]) -> EngineUse:
     ),
     progress=tuple(each for use in uses for each in use.progress),
     num_blocks_moved=sum(use.num_blocks_moved for use in uses),
+    running=tuple(sorted(uid for use in uses for uid in use.running)),
+    waiting=tuple(sorted(uid for use in uses for uid in use.waiting)),
+    # Who has nothing to do does not hold the others up.
+    stalled_rounds=min(
+      (use.stalled_rounds for use in uses if use.running or use.waiting),
+      default=0,
+    ),
     num_unproved_rows=sum(use.num_unproved_rows for use in uses),
     num_late_compiles=sum(use.num_late_compiles for use in uses),
     launches=tuple(sorted(launches.items())),

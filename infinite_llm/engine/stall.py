@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from infinite_llm.config import LendingConfig
-from infinite_llm.engine.request_book import RequestBook
+from infinite_llm.engine.request_book import Entry, RequestBook
 from infinite_llm.errors import CapacityError
 from infinite_llm.scheduler.batching import Batcher
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, RequestUid
 
 _IDLE_S = 0.0005
 """Pause of a step that finds nothing to do but wait for a message."""
@@ -20,7 +20,13 @@ _ROUNDS_ALONE = 30
 
 
 class StallBreaker:
-  """Adds up the time in which nothing could go on, and ends it."""
+  """Adds up the time in which nothing could go on, and ends it.
+
+  The youngest running request gives its rBlocks up and is computed again later,
+  so the oldest always gets through. One that is alone fails, but much later: it
+  may be waiting for messages that are lost again and again. With other
+  processes, whoever hears of all of them decides who that is.
+  """
 
   def __init__(
     self,
@@ -29,6 +35,8 @@ class StallBreaker:
     book: RequestBook,
     instances: Sequence[InstanceId],
     batchers: Sequence[Batcher],
+    *,
+    is_shared: bool,
   ):
     """Starts without a stall.
 
@@ -38,14 +46,21 @@ class StallBreaker:
       book: All requests.
       instances: Numbers of the instances.
       batchers: Continuous batching of each instance.
+      is_shared: Whether other processes have requests too.
     """
     self._round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
     self._clock = clock
     self._book = book
     self._instances = instances
     self._batchers = batchers
+    self._is_shared = is_shared
     self._last_step_s = clock()
     self._stalled_s = 0.0
+
+  @property
+  def rounds(self) -> int:
+    """Rounds of messages in which nothing went on."""
+    return int(self._stalled_s / self._round_s)
 
   def progress(self) -> None:
     """Notes a step in which something went on."""
@@ -55,37 +70,66 @@ class StallBreaker:
   def wait(self) -> None:
     """Pauses in a step in which nothing went on, or makes room at last.
 
-    The youngest running request gives its rBlocks up and is computed again
-    later, so the oldest always gets through. One that is alone fails, but much
-    later: it may be waiting for messages that are lost again and again. Nothing
-    is under way on the devices.
+    Nothing is under way on the devices.
     """
-    running = self._book.running()
     now_s = self._clock()
     # Time in which nobody called `step` is no stall: messages waited as well.
     self._stalled_s += min(now_s - self._last_step_s, self._round_s)
     self._last_step_s = now_s
-    rounds = _ROUNDS_TOGETHER if len(running) > 1 else _ROUNDS_ALONE
-    if self._stalled_s < rounds * self._round_s:
+    running = self._book.running()
+    chosen = who_gives_up([entry.request.uid for entry in running], self.rounds)
+    if self._is_shared or chosen is None:
       time.sleep(_IDLE_S)
       return
+    stuck = running or list(self._book)
+    self.give_up(chosen or stuck[0].request.uid, is_alone=len(running) <= 1)
+
+  def give_up(self, uid: RequestUid, *, is_alone: bool) -> None:
+    """Has a request give its rBlocks up.
+
+    Args:
+      uid: The request; one that ended meanwhile is left alone.
+      is_alone: Whether nobody else has any, so that it cannot go on.
+    """
     self._stalled_s = 0.0
-    if len(running) > 1:
-      youngest = running[-1]
+    if uid not in self._book:
+      return
+    entry = self._book[uid]
+    if is_alone:
+      self._fail(entry)
+    elif any(each is entry for each in self._book.running()):
       logging.warning(
         "All requests wait for rBlocks; %s gives its own up.",
-        youngest.request.request_id,
+        entry.request.request_id,
       )
-      self._batcher(youngest.instance).preempt(youngest.request.uid)
-      return
-    stuck = (running or list(self._book))[0]
+      self._batcher(entry.instance).preempt(uid)
+
+  def _fail(self, entry: Entry) -> None:
     counts = [batcher.pool_counts() for batcher in self._batchers]
     error = CapacityError(
-      f"Request {stuck.request.request_id} needs room for"
-      f" {stuck.request.num_tokens + 1} tokens, which nobody gives up:"
+      f"Request {entry.request.request_id} needs room for"
+      f" {entry.request.num_tokens + 1} tokens, which nobody gives up:"
       f" {counts}."
     )
-    self._batcher(stuck.instance).fail(stuck.request.uid, error)
+    self._batcher(entry.instance).fail(entry.request.uid, error)
 
   def _batcher(self, instance: InstanceId) -> Batcher:
     return self._batchers[self._instances.index(instance)]
+
+
+def who_gives_up(
+  running: Sequence[RequestUid], rounds: int
+) -> RequestUid | None:
+  """Chooses the request that makes room for the others.
+
+  Args:
+    running: Requests with rBlocks, by arrival.
+    rounds: Rounds of messages in which nothing went on.
+
+  Returns:
+    The youngest; None if it is too early to say. 0 is whoever waits first, if
+    nobody runs.
+  """
+  if rounds < (_ROUNDS_TOGETHER if len(running) > 1 else _ROUNDS_ALONE):
+    return None
+  return running[-1] if running else 0

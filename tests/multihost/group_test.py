@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from infinite_llm.distributed.runtime import BROKEN_GROUP
+from infinite_llm.distributed.group_end import BROKEN_GROUP
 from tests.multihost.batch_job import NUM_REQUESTS, BatchJob, write_requests
 
 pytestmark = pytest.mark.multihost
