@@ -34,6 +34,10 @@ BATCHES_UNDER_WAY = 2
 """Batches under way in each direction: one is on the link while the other is
 packed or unpacked. Each stages its rBlocks in HBM."""
 
+STAGING_BLOCKS = 2 * BATCHES_UNDER_WAY * BATCH_BLOCKS + 1
+"""rBlocks of HBM that a HOST pool needs: batches in both directions, and one
+that pads them."""
+
 Run = Callable[[Hashable, Callable[[], Any], tuple[Any, ...]], Any]
 """Runs a program by its key; builds it if it is new (`ProgramCache.run`)."""
 

@@ -12,10 +12,16 @@ from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
+from infinite_llm.engine.host_tier import HostTiers
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.step_batch import CheckRow
 from infinite_llm.errors import ConfigError, InvariantError
-from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  Move,
+  MoveBlocks,
+  SwapBlocks,
+)
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER
 from infinite_llm.scheduler.performance_model import load_performance_model
@@ -36,6 +42,7 @@ class LendingGroup:
   Attributes:
     managers: rManager of each instance.
     transport: Carries their messages.
+    host_tiers: Their rBlocks in host memory.
     num_blocks_moved: rBlocks sent between instances so far.
     num_unproved_moves: Times that moved rBlocks of a request were not proved,
       so that it went back to the old copies.
@@ -58,21 +65,17 @@ class LendingGroup:
 
     Raises:
       ConfigError: If the policy is one for the simulator only, or lacks a
-        performance profile, or if there is to be a HOST pool.
+        performance profile, or if the HOST pools do not fit.
     """
     if config.lending.policy not in _POLICIES:
       raise ConfigError(
         f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
         f" {config.lending.policy!r}."
       )
-    if config.cache.host_blocks:
-      raise ConfigError(
-        "host_blocks must be 0 in an engine, whose devices do not move rBlocks"
-        f" to host memory yet; got {config.cache.host_blocks}."
-      )
     self._config = config
     self._runner = runner
     self.transport = transport
+    self.host_tiers = HostTiers(config.cache, runner, config.num_instances)
     self.managers = [
       RManager(
         instance=instance,
@@ -81,6 +84,7 @@ class LendingGroup:
         block_size=config.cache.block_size,
         lending=config.lending,
         clock=clock,
+        host=self.host_tiers.books(instance),
       )
       for instance in range(config.num_instances)
     ]
@@ -115,7 +119,7 @@ class LendingGroup:
       manager.tick()
     self._gmanager.tick()
     self._talk()
-    has_moved = self._exchange()
+    has_moved = self._exchange() | self._end_swaps()
     if has_moved:
       self._talk()
     has_verified = self._verify(proved_tokens)
@@ -190,7 +194,16 @@ class LendingGroup:
             )
           case MoveBlocks(moves=moves):
             self._moves.extend(moves)
+          case SwapBlocks():
+            self.host_tiers.begin(instance, effect)
     return happened
+
+  def _end_swaps(self) -> bool:
+    """Moves rBlocks between the tiers; whether any copies came to an end."""
+    ended = self.host_tiers.advance()
+    for instance, effect in ended:
+      self.managers[instance].swapping.on_swapped(effect)
+    return bool(ended)
 
   def _exchange(self) -> bool:
     """Runs one exchange program with as many waiting moves as it takes."""
