@@ -46,8 +46,9 @@ def ring_attention(
 ) -> AttentionState:
   """Attends queries of one request to all of its context.
 
-  The next part is on its way while the present one is attended; nothing that
-  depends on it is computed before it is needed.
+  The next part is on its way while the present one is attended. Two parts are
+  in memory at a time: without the barrier XLA would send all of them at once,
+  and those of later layers too.
 
   Collective over axis: "instance".
 
@@ -65,6 +66,7 @@ def ring_attention(
   ring = [(i, (i + 1) % num_instances) for i in range(num_instances)]
   state = empty_state(q.shape)
   for step in range(num_instances):
+    part, state, q = jax.lax.optimization_barrier((part, state, q))
     is_last = step == num_instances - 1
     coming = part if is_last else jax.lax.ppermute(part, INSTANCE_AXIS, ring)
     attended = local_attention(
