@@ -59,13 +59,14 @@ def host_memory(
 
 
 def check_host_memory(
-  num_bytes: int, num_blocks: int, memory: HostMemory
+  num_bytes: int, name: str, value: object, memory: HostMemory
 ) -> None:
-  """Refuses HOST pools that would not fit, before anything is allocated.
+  """Refuses what would not fit, before anything is allocated.
 
   Args:
-    num_bytes: Of all HOST pools of this process.
-    num_blocks: `host_blocks` of each of them, for the message.
+    num_bytes: Host memory that this process is to have.
+    name: Argument that says so, for the message.
+    value: Of that argument.
     memory: What there is.
 
   Raises:
@@ -76,16 +77,15 @@ def check_host_memory(
   if limit_bytes is not None and needed_bytes > limit_bytes:
     raise ConfigError(
       f"{PINNED_LIMIT_VARIABLE} must be at least {-(-needed_bytes >> 30)} when"
-      f" JAX starts, for host_blocks={num_blocks} ({num_bytes} bytes in this"
-      f" process) and a margin of {_OTHER_PINNED_BYTES} bytes; got"
-      f" {limit_bytes >> 30}."
+      f" JAX starts, for {name}={value} ({num_bytes} bytes in this process) and"
+      f" a margin of {_OTHER_PINNED_BYTES} bytes; got {limit_bytes >> 30}."
     )
   available_bytes = memory.available_bytes
   if available_bytes is not None and num_bytes > available_bytes:
     raise ConfigError(
-      "host_blocks must fit in the host memory that is available,"
-      f" {available_bytes} bytes; got {num_blocks}, which take {num_bytes}"
-      " bytes in this process."
+      f"{name} must fit in the host memory that is available,"
+      f" {available_bytes} bytes; got {value}, which takes {num_bytes} bytes in"
+      " this process."
     )
 
 

@@ -50,6 +50,7 @@ class HostTiers:
     pool_bytes = (config.host_blocks - 1) * runner.pool.block_bytes
     check_host_memory(
       num_instances * pool_bytes,
+      "host_blocks",
       config.host_blocks,
       host_memory(os.environ, jax.default_backend()),
     )

@@ -63,10 +63,9 @@ def test_a_limit_that_is_no_number_is_refused(system, value):
 
 def test_pools_that_fit_are_allowed():
   memory = HostMemory(available_bytes=64 * GIB, pinned_limit_bytes=64 * GIB)
-  check_host_memory(63 * GIB, 8065, memory)
-  check_host_memory(
-    63 * GIB, 8065, HostMemory(available_bytes=None, pinned_limit_bytes=None)
-  )
+  check_host_memory(63 * GIB, "host_blocks", 8065, memory)
+  unknown = HostMemory(available_bytes=None, pinned_limit_bytes=None)
+  check_host_memory(63 * GIB, "host_blocks", 8065, unknown)
 
 
 def test_a_pinned_limit_that_is_too_small_is_named():
@@ -78,13 +77,13 @@ def test_a_pinned_limit_that_is_too_small_is_named():
       rf" for host_blocks=8321 \({65 * GIB} bytes in this process\).*; got 64\."
     ),
   ):
-    check_host_memory(65 * GIB, 8321, memory)
+    check_host_memory(65 * GIB, "host_blocks", 8321, memory)
 
 
 def test_too_little_memory_is_named():
   memory = HostMemory(available_bytes=8 * GIB, pinned_limit_bytes=None)
   with pytest.raises(
     ConfigError,
-    match=rf"host_blocks must fit .* {8 * GIB} bytes; got 1281, which take",
+    match=rf"host_blocks must fit .* {8 * GIB} bytes; got 1281, which takes",
   ):
-    check_host_memory(10 * GIB, 1281, memory)
+    check_host_memory(10 * GIB, "host_blocks", 1281, memory)
