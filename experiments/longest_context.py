@@ -5,6 +5,7 @@ filled first; what does not fit lies in host memory and is streamed through HBM
 for each token (`experiments/layered_decode.py`).
 """
 
+import functools
 import os
 import pathlib
 import statistics
@@ -58,8 +59,7 @@ def run(
     kv_dtype=config.cache.kv_dtype,
     most_staged=config.cache.most_staged,
   )
-  fill = jax.jit(_drawn, donate_argnums=0, out_shardings=decode.kv.sharding)
-  decode.kv = fill(decode.kv)
+  decode.kv = _fill(decode.kv)
   rows = []
   for length in config.lengths:
     _grow(config, decode, length)
@@ -144,23 +144,29 @@ def _slab_layers(
   blocks = config.num_instances * (1 + config.cache.slab_blocks)
   shape = (blocks, 1, *decode.kv.shape[2:])
   draw = jax.jit(
-    lambda: _drawn(jnp.zeros(shape, decode.kv.dtype)),
+    lambda: _drawn(shape, decode.kv.dtype),
     out_shardings=NamedSharding(decode.kv.sharding.mesh, POOL_SPECS.kv),
   )
   return [draw()] * config.model.num_layers
 
 
-def _drawn(kv: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(kv: jax.Array) -> jax.Array:
+  """Adds drawn numbers to zeros: in place, for there is no room for two."""
+  return kv + _drawn(kv.shape, kv.dtype)
+
+
+def _drawn(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
   """Numbers in [-1, 1) that depend on their place."""
-  place = jnp.zeros(kv.shape, jnp.uint32)
-  for dim, size in enumerate(kv.shape):
-    index = jax.lax.broadcasted_iota(jnp.uint32, kv.shape, dim)
+  place = jnp.zeros(shape, jnp.uint32)
+  for dim, size in enumerate(shape):
+    index = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
     place = place * np.uint32(size) + index
   place *= np.uint32(0x9E3779B9)
   place = (place ^ place >> 15) * np.uint32(0x85EBCA6B)
   place ^= place >> 13
   numbers = (place >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
-  return numbers.astype(kv.dtype)
+  return numbers.astype(dtype)
 
 
 def _time(
