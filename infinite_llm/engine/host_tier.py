@@ -67,6 +67,11 @@ class HostTiers:
       for instance in range(num_instances)
     )
 
+  @property
+  def is_copying(self) -> bool:
+    """Whether any copy is under way."""
+    return bool(self._copies)
+
   def books(self, instance: InstanceId) -> HostTier | None:
     """Makes the books of an instance's HOST tier; None if it has none."""
     if not self._config.host_blocks:

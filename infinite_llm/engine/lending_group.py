@@ -113,7 +113,8 @@ class LendingGroup:
       proved_tokens: How many tokens of a request are computed and proved.
 
     Returns:
-      Whether rBlocks were moved or proved; messages alone are no progress.
+      Whether rBlocks were moved or proved, or are on their way between tiers;
+      messages alone are no progress.
     """
     for manager in self.managers:
       manager.tick()
@@ -199,11 +200,11 @@ class LendingGroup:
     return happened
 
   def _end_swaps(self) -> bool:
-    """Moves rBlocks between the tiers; whether any copies came to an end."""
-    ended = self.host_tiers.advance()
-    for instance, effect in ended:
+    """Moves rBlocks between the tiers; whether any are or were on their way."""
+    was_copying = self.host_tiers.is_copying
+    for instance, effect in self.host_tiers.advance():
       self.managers[instance].swapping.on_swapped(effect)
-    return bool(ended)
+    return was_copying
 
   def _exchange(self) -> bool:
     """Runs one exchange program with as many waiting moves as it takes."""

@@ -319,7 +319,7 @@ def test_a_copy_may_end_before_and_after_an_abort(
     else:
       step()
   monkeypatch.setattr(host_pool._Batch, "is_over", lambda _: False)
-  engine.settle()
+  assert engine.settle()  # A slow link is no stall.
   host = engine.group.managers[0].counts(Tier.HOST)
   assert host.free < host.total
   if not is_late:
@@ -335,6 +335,33 @@ def test_a_copy_may_end_before_and_after_an_abort(
   check(oracle, finished[elder], asked[elder])
   assert pools_are_empty(engine)
   assert host_is_empty(engine)
+
+
+@pytest.mark.parametrize("name", ["engine", "lenders"])
+def test_random_schedules_end_right_and_leave_nothing(name, oracle, request):
+  engine = request.getfixturevalue(name)
+  longest = 70 if name == "engine" else 110
+  for seed in range(3):
+    rng = np.random.default_rng(seed)
+    arrivals = sorted(rng.integers(0, 30, 7).tolist())
+    aborts = rng.integers(5, 80, 2).tolist()
+    asked, finished, step = {}, {}, 0
+    while arrivals or engine.has_unfinished():
+      while arrivals and arrivals[0] <= step:
+        arrivals.pop(0)
+        prompt = prompt_of(int(rng.integers(1, longest)), int(rng.integers(99)))
+        sampling = sampling_of(int(rng.integers(2, 36)), **rng.choice(WAYS))
+        asked[engine.add_request(prompt, sampling)] = sampling
+      if step in aborts and asked:
+        engine.abort(str(rng.choice(list(asked))))
+      for output in engine.step():
+        if output.is_finished:
+          finished[output.request_id] = output
+      step += 1
+    for asked_name, sampling in asked.items():
+      if finished[asked_name].finish_reason != "abort":
+        check(oracle, finished[asked_name], sampling)
+    assert is_clean(engine)
 
 
 def test_kv_that_is_not_what_left_is_computed_again(
