@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
   # Never used: this job's pools follow from its document, not from memory.
   config.cache.memory_fraction = 0.92
   config.cache.host_blocks = 0
+  config.cache.host_link_bytes_per_s = 40e9
+  config.cache.recompute_tokens_per_s = 40e3
+  config.cache.verify_moves = False
 
   config.lending = ConfigDict()
   config.lending.policy = "borrow"

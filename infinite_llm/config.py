@@ -6,9 +6,15 @@ the project only these dataclasses travel.
 
 import dataclasses
 import difflib
-import itertools
+import math
 
 from infinite_llm.errors import ConfigError
+from infinite_llm.rules import (
+  require,
+  require_buckets,
+  require_integer,
+  require_positive,
+)
 
 MAX_GROUP_CHUNK_TOKENS = 1024
 """Query tokens of a group prefill step: they go to all that hold context."""
@@ -30,40 +36,6 @@ _MAX_DEFAULT_HEADROOM = 4
 small pool would lend nothing otherwise."""
 
 
-def _require(holds: bool, name: str, rule: str, value: object) -> None:
-  if not holds:
-    raise ConfigError(f"{name} must be {rule}; got {value!r}.")
-
-
-def _require_integer(name: str, value: object) -> None:
-  is_integer = isinstance(value, int) and not isinstance(value, bool)
-  _require(is_integer, name, "an integer", value)
-
-
-def _require_buckets(config: object, *names: str) -> None:
-  """Makes fields tuples; they must be rising token or row counts."""
-  for name in names:
-    buckets = tuple(getattr(config, name))
-    object.__setattr__(config, name, buckets)
-    for bucket in buckets:
-      _require_integer(f"{name}[...]", bucket)
-    _require(
-      bool(buckets)
-      and buckets[0] >= 1
-      and all(a < b for a, b in itertools.pairwise(buckets)),
-      name,
-      "positive, rising and not empty",
-      buckets,
-    )
-
-
-def _require_positive(config: object, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require_integer(name, value)
-    _require(value >= 1, name, "at least 1", value)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
   """The rBlock pools of each instance.
@@ -76,7 +48,13 @@ class CacheConfig:
       is to be found out; the rest is a margin.
     kv_dtype: Dtype of keys and values; None takes the model's.
     host_blocks: rBlocks of host memory per instance, the null block included;
-      0 is no such pool. Preempted requests may wait there.
+      0 is no such pool. Preempted requests wait there if that is faster than
+      to compute their KV again.
+    host_link_bytes_per_s: Speed of copies between an instance and its host
+      memory, each way, to tell what is faster.
+    recompute_tokens_per_s: Speed of prefill, for the same.
+    verify_moves: Whether to compare checksums of both ends of every move
+      between the tiers. It blocks the host: for debugging.
   """
 
   block_size: int = 64
@@ -84,35 +62,39 @@ class CacheConfig:
   memory_fraction: float = 0.92
   kv_dtype: str | None = None
   host_blocks: int = 0
+  host_link_bytes_per_s: float = 40e9
+  recompute_tokens_per_s: float = 40e3
+  verify_moves: bool = False
 
   def __post_init__(self):
-    _require_integer("block_size", self.block_size)
-    _require(
+    require_integer("block_size", self.block_size)
+    require(
       self.block_size > 0 and self.block_size % 8 == 0,
       "block_size",
       "a positive multiple of 8",
       self.block_size,
     )
     if self.num_blocks is not None:
-      _require_integer("num_blocks", self.num_blocks)
-      _require(
-        self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks
-      )
-    _require(
+      require_integer("num_blocks", self.num_blocks)
+      require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
+    require(
       0 < self.memory_fraction <= 1,
       "memory_fraction",
       "in (0, 1]",
       self.memory_fraction,
     )
-    _require(
+    require(
       self.kv_dtype is None or self.kv_dtype in DTYPES,
       "kv_dtype",
       f"None or one of {', '.join(DTYPES)}",
       self.kv_dtype,
     )
-    _require_integer("host_blocks", self.host_blocks)
+    require_integer("host_blocks", self.host_blocks)
     is_pool = self.host_blocks == 0 or self.host_blocks >= 2
-    _require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
+    require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
+    for name in ("host_link_bytes_per_s", "recompute_tokens_per_s"):
+      value = getattr(self, name)
+      require(0 < value < math.inf, name, "positive and finite", value)
 
   @property
   def capacity_tokens(self) -> int:
@@ -184,17 +166,17 @@ class LendingConfig:
   freeze_s: float = 1.0
 
   def __post_init__(self):
-    _require(
+    require(
       self.policy in POLICIES,
       "policy",
       f"one of {', '.join(POLICIES)}",
       self.policy,
     )
-    _require_positive(
+    require_positive(
       self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
     )
-    _require_buckets(self, "group_prefill_buckets")
-    _require(
+    require_buckets(self, "group_prefill_buckets")
+    require(
       self.group_prefill_buckets[-1] <= MAX_GROUP_CHUNK_TOKENS,
       "group_prefill_buckets[-1]",
       f"at most {MAX_GROUP_CHUNK_TOKENS}",
@@ -203,8 +185,8 @@ class LendingConfig:
     for name in ("max_lent_blocks", "headroom_blocks"):
       value = getattr(self, name)
       if value is not None:
-        _require_integer(name, value)
-        _require(value >= 0, name, "None or not negative", value)
+        require_integer(name, value)
+        require(value >= 0, name, "None or not negative", value)
     for name in (
       "group_chunk_s",
       "resend_after_s",
@@ -213,10 +195,10 @@ class LendingConfig:
       "plan_every_s",
       "freeze_s",
     ):
-      _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+      require(getattr(self, name) > 0, name, "positive", getattr(self, name))
     # One lost renewal, or one lost answer, must not end a lease.
     for name in ("resend_after_s", "heartbeat_every_s"):
-      _require(
+      require(
         self.lease_s > 2 * getattr(self, name),
         "lease_s",
         f"more than twice {name} ({getattr(self, name)!r}), so that one lost"
@@ -224,7 +206,7 @@ class LendingConfig:
         self.lease_s,
       )
     for name in ("expire_after_s", "leader_lease_s"):
-      _require(
+      require(
         getattr(self, name) > 2 * self.heartbeat_every_s,
         name,
         f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so"
@@ -255,9 +237,9 @@ class SchedulerConfig:
   max_row_attempts: int = 6
 
   def __post_init__(self):
-    _require_buckets(self, "decode_buckets", "prefill_buckets")
-    _require_positive(self, "max_num_seqs", "prefill_rows", "max_row_attempts")
-    _require(
+    require_buckets(self, "decode_buckets", "prefill_buckets")
+    require_positive(self, "max_num_seqs", "prefill_rows", "max_row_attempts")
+    require(
       self.decode_buckets[-1] >= self.max_num_seqs,
       "decode_buckets[-1]",
       f"at least max_num_seqs ({self.max_num_seqs})",
@@ -296,21 +278,21 @@ class EngineConfig:
   seed: int = 0
 
   def __post_init__(self):
-    _require_positive(self, "num_instances", "tensor_parallel")
-    _require(
+    require_positive(self, "num_instances", "tensor_parallel")
+    require(
       self.num_instances * self.lending.spill_slots <= MAX_GROUP_ROWS,
       "num_instances x spill_slots",
       f"at most {MAX_GROUP_ROWS}, the rows of a group step",
       self.num_instances * self.lending.spill_slots,
     )
-    _require(
+    require(
       self.dtype in ("auto", *DTYPES),
       "dtype",
       f"one of auto, {', '.join(DTYPES)}",
       self.dtype,
     )
-    _require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
-    _require(
+    require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
+    require(
       0 <= self.max_logprobs <= 20,
       "max_logprobs",
       "in [0, 20]",
@@ -350,11 +332,14 @@ class EngineConfig:
 
     Every bucket of every kind of step is one. So is each of the two ways of
     sampling for each number of rows, marking the tokens seen and writing table
-    entries; a group has its exchange, coverage check and reservation epochs.
+    entries, and each direction between the tiers; a group has its exchange,
+    coverage check and reservation epochs.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
     row_counts = {*scheduler.decode_buckets, scheduler.prefill_rows}
+    if self.cache.host_blocks:
+      steps += 2
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets) + 3
       row_counts |= {lending.spill_slots, 1}

@@ -39,6 +39,10 @@ class TestProgramKinds:
     config = engine_config(num_instances=2, spill_slots=3)
     assert config.num_program_kinds == 5 + 6 + 2 + 6 + 2
 
+  def test_host_memory_adds_a_program_for_each_direction(self):
+    config = engine_config(host_blocks=8)
+    assert config.num_program_kinds == 5 + 6 + 2 + 2
+
   def test_instances_that_lend_nothing_are_no_group(self):
     config = engine_config(num_instances=2, policy="static")
     assert not config.has_group

@@ -170,6 +170,7 @@ class Engine:
     Args:
       progress: Told how far this is.
     """
+    self.group.host_tiers.warm_up()
     warm_up(self.runner, self._samplers, self.config, progress)
 
   def add_request(

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from infinite_llm.attention.dist_attention import SpillSlots
@@ -21,10 +20,17 @@ from infinite_llm.distributed.step_header import (
 )
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
+from infinite_llm.engine.host_tier import HostTiers
 from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.pending_check import Asked, PendingCheck, names_of
 from infinite_llm.engine.step_batch import CheckRow
 from infinite_llm.errors import ConfigError, InvariantError
-from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  Move,
+  MoveBlocks,
+  SwapBlocks,
+)
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import Fetch, LeaseReply
 from infinite_llm.scheduler.messages import GMANAGER, Envelope
@@ -43,30 +49,6 @@ _MAX_ROUNDS = 1000
 """Rounds of messages between two programs; more are an endless conversation."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
-  """A request whose moved rBlocks are being proved.
-
-  Attributes:
-    uid: The request.
-    slot: Its spill slot, which is its row.
-    names: What it was named by when the check was launched; a proof of what it
-      was then says nothing once that has changed.
-  """
-
-  uid: RequestUid
-  slot: int
-  names: tuple[object, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Check:
-  """A coverage check under way: answers and questions of each instance."""
-
-  proved: Sequence[jax.Array]
-  asked: Sequence[Sequence[_Asked]]
-
-
 class LendingGroup:
   """Managers, transport and data plane of this process's instances.
 
@@ -75,6 +57,7 @@ class LendingGroup:
   Attributes:
     managers: rManager of each instance.
     transport: Carries their messages.
+    host_tiers: Their rBlocks in host memory.
     num_blocks_moved: rBlocks sent between instances so far.
     num_unproved_moves: Times that moved rBlocks of a request were not proved,
       so that it went back to the old copies.
@@ -99,22 +82,18 @@ class LendingGroup:
 
     Raises:
       ConfigError: If the policy is one for the simulator only, or lacks a
-        performance profile, or if there is to be a HOST pool.
+        performance profile, or if the HOST pools do not fit.
     """
     if config.lending.policy not in _POLICIES:
       raise ConfigError(
         f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
         f" {config.lending.policy!r}."
       )
-    if config.cache.host_blocks:
-      raise ConfigError(
-        "host_blocks must be 0 in an engine, whose devices do not move rBlocks"
-        f" to host memory yet; got {config.cache.host_blocks}."
-      )
     self._config = config
     self._runner = runner
     self._order = order
     self.transport = transport
+    self.host_tiers = HostTiers(config.cache, runner)
     self.managers = [
       RManager(
         instance=instance,
@@ -123,6 +102,7 @@ class LendingGroup:
         block_size=config.cache.block_size,
         lending=config.lending,
         clock=clock,
+        host=self.host_tiers.books(instance),
       )
       for instance in runner.instances
     ]
@@ -142,7 +122,7 @@ class LendingGroup:
     self._moves = [collections.deque[Move]() for _ in self.managers]
     # First turn in which an instance's creditors surely know what they said.
     self._first_turn = dict.fromkeys(runner.instances, 0)
-    self._check: _Check | None = None
+    self._check: PendingCheck | None = None
     self.num_blocks_moved = 0
     self.num_unproved_moves = 0
 
@@ -150,16 +130,19 @@ class LendingGroup:
     """Lets managers talk, and tells them of a check that is over.
 
     Returns:
-      Whether rBlocks were proved; messages alone are no progress.
+      Whether rBlocks were proved, or are on their way between tiers; messages
+      alone are no progress.
     """
     for manager in (*self.managers, *self._gmanagers):
       manager.tick()
     self._talk()
-    has_concluded = self.has_answer
-    if has_concluded:
+    has_gone_on = self._end_swaps()
+    if self.has_answer:
       self._conclude()
+      has_gone_on = True
+    if has_gone_on:
       self._talk()
-    return has_concluded
+    return has_gone_on
 
   @property
   def is_checking(self) -> bool:
@@ -293,7 +276,17 @@ class LendingGroup:
             )
           case MoveBlocks(moves=moves):
             moving.extend(moves)
+          case SwapBlocks():
+            self.host_tiers.begin(manager.instance, effect)
     return happened
+
+  def _end_swaps(self) -> bool:
+    """Moves rBlocks between the tiers; whether any are or were on their way."""
+    was_copying = self.host_tiers.is_copying
+    for instance, effect in self.host_tiers.advance():
+      own = self._runner.instances.index(instance)
+      self.managers[own].swapping.on_swapped(effect)
+    return was_copying
 
   def _exchange(self, turn: StepHeader) -> bool:
     """Runs one exchange program with as many waiting moves as it takes."""
@@ -354,13 +347,13 @@ class LendingGroup:
       slots.append(self._slots(manager, rows))
       asked.append(
         [
-          _Asked(uid=uid, slot=row, names=_names(manager, uid))
+          Asked(uid=uid, slot=row, names=names_of(manager, uid))
           for uid, row in rows.items()
         ]
       )
     proved = self._runner.verify(checks, slots)
     if any(uids):
-      self._check = _Check(proved=proved, asked=asked)
+      self._check = PendingCheck(proved=proved, asked=asked)
     return True
 
   def _conclude(self) -> None:
@@ -374,13 +367,7 @@ class LendingGroup:
       proved = np.asarray(answers)
       for asked in mine:
         is_open = asked.uid in manager.unverified()
-        if is_open and _names(manager, asked.uid) == asked.names:
+        if is_open and names_of(manager, asked.uid) == asked.names:
           is_proved = bool(proved[asked.slot])
           self.num_unproved_moves += not is_proved
           manager.on_verified(asked.uid, is_proved)
-
-
-def _names(manager: RManager, uid: RequestUid) -> tuple[object, ...]:
-  """Changes whenever an rBlock of a request is named elsewhere."""
-  entries = manager.table(uid).local_entries()
-  return manager.spill(uid), entries.log, entries.begin

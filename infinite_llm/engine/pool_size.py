@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from infinite_llm.cache.host_pool import STAGING_BLOCKS
 from infinite_llm.config import EngineConfig
 from infinite_llm.engine.group_inputs import empty_slots
 from infinite_llm.engine.model_runner import ModelRunner
@@ -205,8 +206,10 @@ def measure(
   )
   # Nothing of the probe may be left when the real pools are placed.
   jax.block_until_ready((runner.pool.group(), outputs))
+  block_bytes = runner.pool.block_bytes // config.tensor_parallel
+  if config.cache.host_blocks:
+    temporary_bytes += STAGING_BLOCKS * block_bytes
   return Needs(
     temporary_bytes=temporary_bytes + output_bytes + sampler.state_bytes,
-    block_bytes=runner.pool.block_bytes // config.tensor_parallel
-    + _ENTRY_BYTES,
+    block_bytes=block_bytes + _ENTRY_BYTES,
   )

@@ -33,8 +33,8 @@ class Batcher:
   promised from one step to the next. When rBlocks run short, the policy's
   victim lends its own out; if that is impossible, the youngest request that is
   younger than the one in need is preempted, so the oldest always gets through.
-  A preempted request waits in HOST if the policy prefers that and there is
-  room; otherwise its KV is computed anew.
+  A preempted request waits in HOST if there is room and copies are faster;
+  otherwise its KV is computed anew.
   """
 
   def __init__(

@@ -112,7 +112,7 @@ class RManager:
     self._debtor = Debtor(
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
-    self.swapping = Swapping(self._debtor, pool, host, block_size, self._policy)
+    self.swapping = Swapping(self._debtor, pool, host, block_size)
     self.condition = Condition(
       pool, self._creditor, self._debtor, self.swapping
     )

@@ -21,7 +21,6 @@ from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Effect, SwapBlocks, swap_blocks
-from infinite_llm.scheduler.policies import Policy
 from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
 from infinite_llm.types import PoolCounts, RequestUid, Tier
 
@@ -82,7 +81,6 @@ class Swapping:
     pool: BlockPool,
     host: HostTier | None,
     block_size: int,
-    policy: Policy,
   ):
     """Makes the books of an instance that has nothing in HOST.
 
@@ -91,7 +89,6 @@ class Swapping:
       pool: The instance's HBM.
       host: Its host memory; None if it has none.
       block_size: P, tokens per rBlock.
-      policy: Says whether to use it.
 
     Raises:
       ConfigError: If `host` is of another instance or another tier.
@@ -107,7 +104,6 @@ class Swapping:
     self._pool = pool
     self._host = host
     self._block_size = block_size
-    self._policy = policy
     self._swapped: dict[RequestUid, _Swapped] = {}
     self._under_way: dict[SwapBlocks, _Swapped] = {}
     self._effects: list[Effect] = []
@@ -140,12 +136,12 @@ class Swapping:
       )
 
   def is_preferred(self, uid: RequestUid) -> bool:
-    """Whether the policy would have a request wait in HOST, not recompute.
+    """Whether a request had better wait in HOST than be computed again.
 
     Args:
       uid: An open request.
     """
-    if self._host is None or not self._policy.SWAPS_TO_HOST:
+    if self._host is None:
       return False
     if uid in self._swapped:  # What is still there needs no copy.
       return True

@@ -68,6 +68,14 @@ def _no_half_state():
     ),
     ({"host_blocks": 1}, r"host_blocks must be 0 or at least 2; got 1\."),
     ({"host_blocks": -1}, r"host_blocks must be 0 or at least 2; got -1\."),
+    (
+      {"host_link_bytes_per_s": 0},
+      r"host_link_bytes_per_s must be positive and finite; got 0\.",
+    ),
+    (
+      {"recompute_tokens_per_s": float("nan")},
+      r"recompute_tokens_per_s must be positive and finite; got nan\.",
+    ),
     ({"headroom_blocks": 1.5}, r"headroom_blocks must be an integer; got 1\.5"),
     (
       {"max_lent_blocks": -1},

@@ -18,7 +18,6 @@ from infinite_llm.errors import ConfigError
       {"policy": "greedy", "performance_profile": "none.json"},
       "path must name a performance profile; got 'none.json'",
     ),
-    ({"host_blocks": 8}, "host_blocks must be 0 in an engine.*; got 8"),
   ],
 )
 def test_options_that_it_cannot_carry_out_are_refused(options, text):

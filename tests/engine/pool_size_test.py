@@ -89,6 +89,18 @@ class TestMeasuring:
     # The logits alone of four decode rows: 4 x 256 x 4 bytes.
     assert 4096 < small < large
 
+  def test_host_memory_needs_batches_both_ways_and_padding(self, model):
+    without, with_host = (
+      pool_size.measure(
+        model, engine_config(**options(policy="static", host_blocks=blocks))
+      )
+      for blocks in (0, 100)
+    )
+    kv_bytes = 2 * 16 * 32 * 4
+    more = with_host.temporary_bytes - without.temporary_bytes
+    assert more == (2 * 2 * 16 + 1) * kv_bytes
+    assert with_host.block_bytes == without.block_bytes
+
   def test_devices_that_report_nothing_get_a_fixed_size(self, model):
     assert pool_size.device_memory(model.mesh.devices.flat) is None
     config = pool_size.with_pool_size(model, engine_config(**options()))

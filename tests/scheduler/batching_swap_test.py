@@ -82,11 +82,9 @@ def test_a_request_that_made_way_goes_on_from_where_it_was():
   engine.cluster.check_empty()
 
 
-@pytest.mark.parametrize(
-  ("policy", "host_blocks"), [("static", 9), ("swap", 0), ("swap", 3)]
-)
-def test_otherwise_it_is_computed_again(policy, host_blocks):
-  engine = _engine(policy=policy, host_blocks=host_blocks)
+@pytest.mark.parametrize("host_blocks", [0, 3])
+def test_otherwise_it_is_computed_again(host_blocks):
+  engine = _engine(host_blocks=host_blocks)
   engine.step()
   assert engine.cluster.managers[0].swapping.stage(2) is None
   assert engine.requests[2].status is RequestStatus.WAITING

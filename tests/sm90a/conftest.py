@@ -46,14 +46,19 @@ _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 class Sm90a:
-  """Compiles programs for an H200 and reads what the assembler said."""
+  """Compiles programs for an H200 and reads what the assembler said.
+
+  Attributes:
+    devices: The one that it compiles for.
+  """
 
   def __init__(self, capfd):
     self._capfd = capfd
     topology = topologies.get_topology_desc(
       "", platform="cuda", target_config=_TARGET, topology="1x1x1"
     )
-    self._sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    self.devices = topology.devices
+    self._sharding = jax.sharding.SingleDeviceSharding(self.devices[0])
 
   def compile(self, function, *args, donate_argnums=()):
     """Compiles a function of arrays, given by shape and dtype.

@@ -34,7 +34,7 @@ class Policy(Protocol):
 
   @property
   def SWAPS_TO_HOST(self) -> bool:  # noqa: N802
-    """Whether preempted requests wait in host memory, if there is any."""
+    """Whether a simulated instance has host memory for preempted requests."""
     ...
 
   def rank_creditors(

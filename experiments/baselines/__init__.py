@@ -1,0 +1,1 @@
+"""Other ways to attend a context that lies on many instances, to compare."""

@@ -1,0 +1,148 @@
+"""The exchange of the data plane bench: bulk speed, and one rBlock a step."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.decode_steps import DecodeSteps
+from infinite_llm.cache.movement import Payloads
+from infinite_llm.cache.rows import place_rows
+from infinite_llm.engine import programs
+from infinite_llm.engine.group_inputs import empty_payloads, shifts_of_payloads
+
+_EPOCH = 1
+_TAG = 1
+
+
+def bench(
+  config: ml_collections.ConfigDict, num_instances: int
+) -> Iterator[dict[str, Any]]:
+  """Times rBlocks that go from instance to instance.
+
+  Args:
+    config: See `configs/data_plane_bench.py`.
+    num_instances: At least two.
+
+  Yields:
+    Rows of the bench.
+  """
+  most = max(config.exchange.blocks)
+  steps = DecodeSteps(config, num_instances, 2 * most)
+  for instance in range(num_instances):
+    epochs = dict.fromkeys(steps.free_blocks[most:], _EPOCH)
+    steps.runner.grant_epochs(instance, epochs)
+  for count in config.exchange.blocks:
+    for senders in ([0], list(range(num_instances))):
+      yield _bulk(config, steps, senders, count)
+  yield _beside_steps(config, steps)
+
+
+class _Exchange:
+  """One exchange program, its payloads on the devices already.
+
+  Each sender sends `count` rBlocks to the next instance.
+  """
+
+  def __init__(self, steps: DecodeSteps, senders: Sequence[int], count: int):
+    runner = steps.runner
+    self._pool = runner.pool
+    num_instances = steps.config.num_instances
+    mesh = self._pool.group().kv.sharding.mesh
+    payloads = [
+      _payloads(steps, instance, count if instance in senders else 0, count)
+      for instance in range(num_instances)
+    ]
+    self._args = (
+      place_rows(payloads, mesh, runner.row_meshes),
+      jax.device_put(
+        shifts_of_payloads(payloads), NamedSharding(mesh, PartitionSpec())
+      ),
+    )
+    self._program = programs.build_exchange(mesh)
+
+  def run(self) -> None:
+    """Launches it; waits for nothing."""
+    self._pool.set_group(self._program(self._pool.group(), *self._args))
+
+  def time_s(self) -> float:
+    started = time.perf_counter()
+    self.run()
+    jax.block_until_ready(self._pool.group())
+    return time.perf_counter() - started
+
+
+def _payloads(
+  steps: DecodeSteps, sender: int, count: int, quota: int
+) -> Payloads:
+  num_instances = steps.config.num_instances
+  payloads = empty_payloads(num_instances, quota)
+  to = (sender + 1) % num_instances
+  half = len(steps.free_blocks) // 2
+  # Nothing was written yet, so the sources have no tag, and need none.
+  payloads.src_block[to, :count] = steps.free_blocks[:count]
+  payloads.dst_block[to, :count] = steps.free_blocks[half : half + count]
+  payloads.dst_epoch[to, :count] = _EPOCH
+  payloads.dst_tag[to, :count] = _TAG
+  return payloads
+
+
+def _bulk(
+  config: ml_collections.ConfigDict,
+  steps: DecodeSteps,
+  senders: Sequence[int],
+  count: int,
+) -> dict[str, Any]:
+  exchange = _Exchange(steps, senders, count)
+  exchange.time_s()
+  time_s = statistics.median(exchange.time_s() for _ in range(config.repeats))
+  arrived = _num_arrived(steps, senders, count)
+  num_bytes = len(senders) * count * steps.runner.pool.block_bytes
+  return {
+    "part": "exchange",
+    "senders": len(senders),
+    "instances": steps.config.num_instances,
+    "blocks": count,
+    "block_bytes": steps.runner.pool.block_bytes,
+    "time_ms": time_s * 1e3,
+    "gb_per_s": num_bytes / time_s / 1e9,
+    "correct": arrived == len(senders) * count,
+    "aim": "200 GB/s in bulk from one sender",
+  }
+
+
+def _num_arrived(steps: DecodeSteps, senders: Sequence[int], count: int) -> int:
+  """rBlocks that the receivers' devices hold as received."""
+  num_instances = steps.config.num_instances
+  half = len(steps.free_blocks) // 2
+  target = np.asarray(steps.free_blocks[half : half + count])
+  return sum(
+    int((np.asarray(steps.runner.pool.row(to).tag)[target] == _TAG).sum())
+    for to in {(sender + 1) % num_instances for sender in senders}
+  )
+
+
+def _beside_steps(
+  config: ml_collections.ConfigDict, steps: DecodeSteps
+) -> dict[str, Any]:
+  """Every instance sends one rBlock before each decode step."""
+  everybody = range(steps.config.num_instances)
+  exchange = _Exchange(steps, everybody, 1)
+  exchange.time_s()
+  alone_s = steps.median_s(config.step.steps)
+  beside_s = steps.median_s(config.step.steps, exchange.run)
+  return {
+    "part": "decode beside one rBlock a step",
+    "instances": steps.config.num_instances,
+    "rows": config.step.rows,
+    "context": config.step.context,
+    "step_ms": alone_s * 1e3,
+    "step_beside_ms": beside_s * 1e3,
+    "share": beside_s / alone_s - 1,
+    "aim": "share below 0.01",
+  }

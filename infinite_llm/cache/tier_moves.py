@@ -1,0 +1,166 @@
+"""Device half of tier moves: rBlocks leave and enter a pool in HBM.
+
+These are the short programs at the HBM end; the copies over the link to host
+memory are transfers beside all programs (`cache/host_pool.py`). As with the
+exchange, what does not hold what the books say arrives as tag 0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from infinite_llm.cache.checksum import checksum
+from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
+from infinite_llm.types import NULL_BLOCK_ID, TENSOR_AXIS
+from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
+
+_REPLICATED = PartitionSpec()
+
+
+class TierBatch(NamedTuple):
+  """Which rBlocks one program moves; `Q` at most.
+
+  Attributes:
+    src_block: `[Q]` int32 place in the tier that it is copied from.
+    src_tag: `[Q]` uint32 tag that it must carry there, never 0.
+    dst_block: `[Q]` int32 place in the other tier; the null block pads.
+    dst_tag: `[Q]` uint32 tag of the same content there.
+  """
+
+  src_block: jax.Array
+  src_tag: jax.Array
+  dst_block: jax.Array
+  dst_tag: jax.Array
+
+
+class Checks(NamedTuple):
+  """What a program that verifies moves tells of the HBM end.
+
+  Attributes:
+    is_proved: `[Q]` bool. Whether the source held what it should.
+    sums: `[tensor, Q]` uint32 checksum of each rank's part of each rBlock.
+  """
+
+  is_proved: jax.Array
+  sums: jax.Array
+
+
+_CHECK_SPECS = Checks(_REPLICATED, PartitionSpec(TENSOR_AXIS))
+
+Blocks = tuple[jax.Array, ...]
+"""rBlocks, an array `[1, L, 2, K, P, D]` each."""
+
+
+def build_leave(
+  mesh: Mesh, batch_blocks: int, *, verify: bool
+) -> Callable[..., tuple[Blocks, jax.Array, Checks | None]]:
+  """Builds the program that copies rBlocks out of a pool.
+
+  Args:
+    mesh: Row of the instance.
+    batch_blocks: Q.
+    verify: Whether to compute checksums.
+
+  Returns:
+    Jitted `(kv, tag, host_tag, batch) -> (blocks, host_tag, checks)`. Donates
+    nothing: the pool is only read.
+  """
+
+  def body(kv, tag, host_tag, batch):
+    is_proved = tag[batch.src_block] == batch.src_tag
+    blocks = _pack_each(kv, batch.src_block)
+    host_tag = _set_tags(host_tag, batch, is_proved)
+    return blocks, host_tag, _checks(blocks, is_proved) if verify else None
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _REPLICATED, _REPLICATED),
+      out_specs=(
+        (POOL_SPECS.kv,) * batch_blocks,
+        _REPLICATED,
+        _CHECK_SPECS if verify else None,
+      ),
+      check_vma=False,
+    )
+  )
+
+
+def build_enter(
+  mesh: Mesh, batch_blocks: int, *, verify: bool
+) -> Callable[..., tuple[PoolArrays, Checks | None]]:
+  """Builds the program that copies rBlocks into a pool.
+
+  Args:
+    mesh: Row of the instance.
+    batch_blocks: Q.
+    verify: Whether to compute checksums of what then lies in the pool.
+
+  Returns:
+    Jitted `(pool, host_tag, batch, blocks) -> (pool, checks)`. Donates `pool`.
+  """
+
+  def body(pool, host_tag, batch, blocks):
+    is_proved = host_tag[batch.src_block] == batch.src_tag
+    is_wanted = is_proved & (batch.dst_block != NULL_BLOCK_ID)
+    pool = pool._replace(
+      kv=_unpack_each(pool.kv, blocks, batch.dst_block, is_wanted),
+      tag=_set_tags(pool.tag, batch, is_proved),
+    )
+    if not verify:
+      return pool, None
+    return pool, _checks(_pack_each(pool.kv, batch.dst_block), is_proved)
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(
+        POOL_SPECS,
+        _REPLICATED,
+        _REPLICATED,
+        (POOL_SPECS.kv,) * batch_blocks,
+      ),
+      out_specs=(POOL_SPECS, _CHECK_SPECS if verify else None),
+      check_vma=False,
+    ),
+    donate_argnums=(0,),
+  )
+
+
+def _pack_each(kv: jax.Array, block_ids: jax.Array) -> Blocks:
+  """Copies each rBlock into an array of its own: what a transfer takes."""
+  return tuple(
+    pack_blocks(kv, block_ids[q : q + 1]) for q in range(block_ids.shape[0])
+  )
+
+
+def _unpack_each(
+  kv: jax.Array,
+  blocks: Sequence[jax.Array],
+  block_ids: jax.Array,
+  valid: jax.Array,
+) -> jax.Array:
+  for q, block in enumerate(blocks):
+    kv = unpack_blocks(kv, block, block_ids[q : q + 1], valid[q : q + 1])
+  return kv
+
+
+def _set_tags(
+  tag: jax.Array, batch: TierBatch, is_proved: jax.Array
+) -> jax.Array:
+  """Names what arrives; nothing is proved of what was not there."""
+  is_padding = batch.dst_block == NULL_BLOCK_ID
+  where = tag.at[jnp.where(is_padding, tag.shape[0], batch.dst_block)]
+  return where.set(
+    jnp.where(is_proved, batch.dst_tag, jnp.uint32(0)), mode="drop"
+  )
+
+
+def _checks(blocks: Sequence[jax.Array], is_proved: jax.Array) -> Checks:
+  sums = jnp.stack([checksum(block) for block in blocks])
+  return Checks(is_proved, sums[None])

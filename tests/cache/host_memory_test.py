@@ -1,0 +1,89 @@
+import pytest
+
+from infinite_llm.cache.host_memory import (
+  HostMemory,
+  check_host_memory,
+  host_memory,
+)
+from infinite_llm.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@pytest.fixture(name="system")
+def _system(tmp_path):
+  """Root of a system with 8 GiB available."""
+  (tmp_path / "proc").mkdir()
+  (tmp_path / "proc/meminfo").write_text(
+    "MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\n"
+  )
+  return tmp_path
+
+
+def _limit_group(system, limit, used):
+  group = system / "sys/fs/cgroup"
+  group.mkdir(parents=True)
+  (group / "memory.max").write_text(f"{limit}\n")
+  (group / "memory.current").write_text(f"{used}\n")
+
+
+def test_what_the_kernel_calls_available_counts(system):
+  assert host_memory({}, "cpu", system) == HostMemory(
+    available_bytes=8 * GIB, pinned_limit_bytes=None
+  )
+
+
+def test_less_is_available_in_a_limited_group(system):
+  _limit_group(system, 5 * GIB, 2 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 3 * GIB
+
+
+def test_a_group_without_limit_changes_nothing(system):
+  _limit_group(system, "max", 2 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 8 * GIB
+
+
+def test_a_system_that_does_not_tell_is_not_asked_again(tmp_path):
+  assert host_memory({}, "cpu", tmp_path).available_bytes is None
+
+
+def test_gpus_pin_64_gib_unless_told_otherwise(system):
+  name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+  assert host_memory({}, "gpu", system).pinned_limit_bytes == 64 * GIB
+  memory = host_memory({name: "200"}, "gpu", system)
+  assert memory.pinned_limit_bytes == 200 * GIB
+
+
+@pytest.mark.parametrize("value", ["", "0", "-3", "4.5", "many"])
+def test_a_limit_that_is_no_number_is_refused(system, value):
+  name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+  with pytest.raises(ConfigError, match=f"{name} must be a positive integer"):
+    host_memory({name: value}, "gpu", system)
+
+
+def test_pools_that_fit_are_allowed():
+  memory = HostMemory(available_bytes=64 * GIB, pinned_limit_bytes=64 * GIB)
+  check_host_memory(63 * GIB, "host_blocks", 8065, memory)
+  unknown = HostMemory(available_bytes=None, pinned_limit_bytes=None)
+  check_host_memory(63 * GIB, "host_blocks", 8065, unknown)
+
+
+def test_a_pinned_limit_that_is_too_small_is_named():
+  memory = HostMemory(available_bytes=200 * GIB, pinned_limit_bytes=64 * GIB)
+  with pytest.raises(
+    ConfigError,
+    match=(
+      r"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB must be at least 66 when JAX starts,"
+      rf" for host_blocks=8321 \({65 * GIB} bytes in this process\).*; got 64\."
+    ),
+  ):
+    check_host_memory(65 * GIB, "host_blocks", 8321, memory)
+
+
+def test_too_little_memory_is_named():
+  memory = HostMemory(available_bytes=8 * GIB, pinned_limit_bytes=None)
+  with pytest.raises(
+    ConfigError,
+    match=rf"host_blocks must fit .* {8 * GIB} bytes; got 1281, which takes",
+  ):
+    check_host_memory(10 * GIB, "host_blocks", 1281, memory)

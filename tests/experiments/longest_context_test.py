@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from configs.longest_context import get_config
+from experiments import longest_context
+from infinite_llm.errors import ConfigError
+
+
+@pytest.fixture(name="config")
+def _config():
+  config = get_config()
+  config.platform = "cpu"
+  config.num_instances = 2
+  config.tensor_parallel = 2
+  config.lengths = (32, 64, 160)
+  config.steps = 1
+  config.model.vocab_size = 64
+  config.model.model_dim = 32
+  config.model.mlp_dim = 64
+  config.model.num_layers = 2
+  config.model.num_q_heads = 4
+  config.model.num_kv_heads = 2
+  config.model.head_dim = 16
+  config.model.dtype = "float32"
+  config.cache.block_size = 8
+  config.cache.num_blocks = 5
+  config.cache.slab_blocks = 4
+  return config
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn"])
+def test_what_hbm_cannot_hold_is_streamed(config, tmp_path, kv_dtype):
+  config.cache.kv_dtype = kv_dtype
+
+  result = longest_context.run(config, tmp_path)
+
+  assert result["correct"]
+  rows = result["rows"]
+  assert [row["length"] for row in rows] == [32, 64, 160]
+  assert [row["tokens_in_hbm"] for row in rows] == [32, 64, 32]
+  # 6 rBlocks of each instance are too many, so two slabs of 4 go.
+  assert [row["link_gb_per_s"] > 0 for row in rows] == [False, False, True]
+  assert (tmp_path / "curve.png").stat().st_size > 0
+
+
+def test_every_rblock_of_a_context_lies_somewhere(
+  config, monkeypatch, tmp_path
+):
+  seen = []
+
+  def time(config, decode, length):
+    logical = [n for mine in decode.in_hbm for _, n in mine]
+    for slab in decode.slabs.slabs:
+      ids = np.asarray(slab.tables.logical_ids).reshape(2, -1)
+      for mine, count in zip(ids, slab.tables.counts, strict=True):
+        logical += mine[1 : 1 + int(count)].tolist()
+    seen.append(sorted(logical) == list(range(length // 8)))
+    return real(config, decode, length)
+
+  real = longest_context._time
+  monkeypatch.setattr(longest_context, "_time", time)
+  config.lengths = (32, 80, 96, 112, 160)
+  longest_context.run(config, tmp_path)
+  assert seen == [True] * 5
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("lengths", (24,), r"lengths must be .* \(16\); got 24"),
+    ("lengths", (64, 32), r"lengths must be rising; got \(64, 32\)"),
+    ("lengths", (2**50,), "must fit in the host memory that is available"),
+    ("cache.slab_blocks", 5, r"slab_blocks must be in .* = 5\); got 5"),
+    ("platform", "gpu", "platform must be what JAX runs on, cpu; got 'gpu'"),
+  ],
+)
+def test_what_cannot_work_is_refused(config, tmp_path, field, value, message):
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ConfigError, match=message):
+    longest_context.run(config, tmp_path)
