@@ -9,7 +9,14 @@ which a plain sum of tags would not show.
 This half runs on the host; `cache/kv_pool.py` mixes the same way on the device.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 _MASK = 0xFFFFFFFF
+_SEED = 0x9E3779B9
+_STEP = 0x7F4A7C15
 
 
 def _avalanche(x: int) -> int:
@@ -34,10 +41,41 @@ def content_tag(*, uid: int, logical_id: int, epoch: int, filled: int) -> int:
   Returns:
     A uint32 that is never 0: 0 marks an rBlock with no proven content.
   """
-  tag = 0x9E3779B9
+  tag = _SEED
   for word in (uid, logical_id, epoch, filled):
-    tag = _avalanche(tag ^ _avalanche(word + 0x7F4A7C15))
+    tag = _avalanche(tag ^ _avalanche(word + _STEP))
   return tag or 1
+
+
+def content_tags(
+  *, uid: int, logical_ids: Sequence[int], epochs: Sequence[int], filled: int
+) -> list[int]:
+  """`content_tag` of many rBlocks of one request, far faster than one by one.
+
+  Args:
+    uid: Request that the KV belongs to, uint32.
+    logical_ids: Number of each rBlock within its request.
+    epochs: Reservation epoch of each.
+    filled: How many tokens are written in each of them.
+
+  Returns:
+    As many uint32, none of them 0.
+  """
+  count = len(epochs)
+  tags = np.full(count, _SEED, np.uint32)
+  for words in ([uid] * count, logical_ids, epochs, [filled] * count):
+    mixed = _avalanches(np.array(words, np.uint32) + np.uint32(_STEP))
+    tags = _avalanches(tags ^ mixed)
+  return np.maximum(tags, 1).tolist()
+
+
+def _avalanches(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+  """`_avalanche` of many: products wrap as the mask has them do there."""
+  x = x ^ (x >> np.uint32(16))
+  x = x * np.uint32(0x85EBCA6B)
+  x = x ^ (x >> np.uint32(13))
+  x = x * np.uint32(0xC2B2AE35)
+  return x ^ (x >> np.uint32(16))
 
 
 def mix_tag(tag: int, logical_id: int) -> int:

@@ -4,8 +4,10 @@ import collections
 from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
-from infinite_llm.errors import CoverageError, InvariantError
+from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.condition import Demand
 from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.retries import failed, recomputed
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
 from infinite_llm.scheduler.step_plan import (
   EVERYTHING,
@@ -17,13 +19,8 @@ from infinite_llm.scheduler.step_plan import (
 from infinite_llm.types import PoolCounts, RequestUid
 
 _BORROW_CHUNKS = 2
-"""Room that a borrow makes at least, in prefill chunks: moving blocks takes a
-few rounds of messages, so one borrow serves several steps."""
-
-_RECOMPUTE_WINDOW_TOKENS = 64
-"""Progress after which recomputations are forgiven. Each may give one token, by
-the prefill step that it ends with: where only decode steps fail, a request
-would go on for ever, at the price of its whole context a token."""
+"""Room that a borrow makes, in prefill chunks: moving blocks takes a few rounds
+of messages, so one borrow serves several steps."""
 
 
 class Batcher:
@@ -49,13 +46,17 @@ class Batcher:
     Args:
       rmanager: The instance's manager.
       scheduler: Sizes of a step.
-      lending: Sizes of a group prefill step.
+      lending: Sizes of group prefill steps.
       block_size: P, tokens per rBlock.
     """
     self._rmanager = rmanager
     self._scheduler = scheduler
+    self._most_attempts = scheduler.max_row_attempts
     self._lending = lending
     self._block_size = block_size
+    self._joined_chunk_tokens = min(
+      lending.group_prefill_buckets[-1], scheduler.chunk_tokens
+    )
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
     self._ended: collections.deque[Request] = collections.deque()
@@ -132,6 +133,7 @@ class Batcher:
     request.status = RequestStatus.WAITING
     ahead = sum(other.arrival < request.arrival for other in self._waiting)
     self._waiting.insert(ahead, request)
+    self._note_demand()
 
   def group_work(self, under_way: Mapping[RequestUid, Row]) -> tuple[bool, int]:
     """What the requests with rBlocks elsewhere have for the next group steps.
@@ -172,13 +174,13 @@ class Batcher:
     """
     self._recompute_lost()
     self._admit()
-    self._note_waiting()
     draft = Draft(ceiling=ceiling)
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
     for request in self.running:
       if request.uid in self._running:
         self._add_row(request, draft)
+    self._note_demand()
     return draft.plan()
 
   def advance(self, row: Row) -> None:
@@ -193,8 +195,9 @@ class Batcher:
   def row_failed(self, row: Row) -> None:
     """Reacts to a row whose step was not proved: it did not happen."""
     request = self._running[row.uid]
+    error = failed(request, self._rmanager.instance, self._most_attempts)
     if (
-      self._count_failure(request)
+      not self._is_given_up(request, error)
       and self._rmanager.reconcile(row.uid) is Reconcile.RECOMPUTE
     ):
       self._recompute(request)
@@ -214,6 +217,7 @@ class Batcher:
     request.status = status
     request.error = error
     self._ended.append(request)
+    self._note_demand()  # Where nothing is left to plan, nobody else would.
 
   def _take_waiting(self, uid: RequestUid) -> Request:
     for request in self._waiting:
@@ -227,63 +231,46 @@ class Batcher:
   def _recompute_lost(self) -> None:
     for uid in self._rmanager.lost():
       request = self._running[uid]
-      if self._count_failure(request):
+      error = failed(request, self._rmanager.instance, self._most_attempts)
+      if not self._is_given_up(request, error):
         self._recompute(request)
 
-  def _count_failure(self, request: Request) -> bool:
-    """Notes that KV could not be proved; whether the request may go on."""
-    request.attempts += 1
-    if request.attempts <= self._scheduler.max_row_attempts:
-      return True
-    self.fail(
-      request.uid,
-      CoverageError(
-        f"Request {request.request_id} on instance {self._rmanager.instance}"
-        f" could not prove its KV intact {request.attempts} times since token"
-        f" {request.furthest_tokens}; max_row_attempts is"
-        f" {self._scheduler.max_row_attempts}."
-      ),
-    )
-    return False
+  def _is_given_up(self, request: Request, error: Exception | None) -> bool:
+    """Ends a request if there is an error; whether there is."""
+    if error is not None:
+      self.fail(request.uid, error)
+    return error is not None
 
   def _recompute(self, request: Request) -> None:
     """Has KV computed anew that cannot be proved, but not again and again."""
-    progress = request.furthest_tokens - request.recomputed_from
-    if progress >= _RECOMPUTE_WINDOW_TOKENS:
-      request.recomputed_from = request.furthest_tokens
-      request.num_recomputed = 0
-    request.num_recomputed += 1
-    if request.num_recomputed <= self._scheduler.max_row_attempts:
+    error = recomputed(request, self._rmanager.instance, self._most_attempts)
+    if not self._is_given_up(request, error):
       self.preempt(request.uid)
-      return
-    self.fail(
-      request.uid,
-      CoverageError(
-        f"Request {request.request_id} on instance {self._rmanager.instance}"
-        f" had to compute its KV anew {request.num_recomputed} times since"
-        f" token {request.recomputed_from}, the last one"
-        f" {request.furthest_tokens}; max_row_attempts is"
-        f" {self._scheduler.max_row_attempts}."
-      ),
-    )
 
   def _admit(self) -> None:
     """Lets requests in from the head of the queue while they fit."""
     if not self._waiting or self._rmanager.is_frozen:
       return
-    room = self._rmanager.pool.num_free + self._rmanager.lendable_elsewhere()
-    room -= sum(
-      self._missing_blocks(r, r.num_tokens) for r in self._running.values()
-    )
+    room = self._rmanager.pool.num_free - self._promised()
     while self._waiting and len(self._running) < self._scheduler.max_num_seqs:
       request = self._waiting[0]
       needed = self._num_blocks(request.num_tokens)
-      if needed > room or not self._enter(request):
+      is_allotted = self._rmanager.allotted_to == request.arrival
+      elsewhere = self._rmanager.lendable_elsewhere() if is_allotted else 0
+      if needed > room + elsewhere or not self._enter(request):
         return
       room -= needed
       self._waiting.popleft()
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
+
+  def _promised(self) -> int:
+    """rBlocks that running requests are still to get for their prompts."""
+    return sum(
+      self._missing_blocks(request, request.num_tokens)
+      for request in self._running.values()
+      if request.num_uncomputed > 1
+    )
 
   def _enter(self, request: Request) -> bool:
     """Opens a request that fits; whether it can come now."""
@@ -297,12 +284,16 @@ class Batcher:
     request.num_computed_tokens = num_tokens
     return True
 
-  def _note_waiting(self) -> None:
-    """Lets the gManager know, by way of the heartbeats, who waits."""
-    needed = 0
-    if self._waiting:
-      needed = self._num_blocks(self._waiting[0].num_tokens)
-    self._rmanager.condition.note_waiting(len(self._waiting), needed)
+  def _note_demand(self) -> None:
+    """Lets the rManager know what it must keep, the gManager who waits."""
+    first = self._waiting[0] if self._waiting else None
+    demand = Demand(
+      num_waiting=len(self._waiting),
+      next_blocks=self._num_blocks(first.num_tokens) if first else 0,
+      next_arrival=first.arrival if first else 0,
+      promised=self._promised(),
+    )
+    self._rmanager.condition.note_demand(demand)
 
   def _add_row(self, request: Request, draft: Draft) -> None:
     # Hundreds of times a step, so nothing is asked for twice.
@@ -333,11 +324,18 @@ class Batcher:
   ) -> int:
     """Prompt tokens that a request may have beside those in the draft."""
     if not is_group:
-      return draft.prefill_room(self._scheduler)
+      return draft.prefill_room(self._scheduler, self._local_chunk_tokens())
     if draft.group_prefill:
       return 0
     most = draft.ceiling.prefill_tokens
     return min(self._group_chunk_tokens(request), most)
+
+  def _local_chunk_tokens(self) -> int:
+    """Prompt tokens of a local program: fewer where others may wait for it."""
+    is_owing = self._rmanager.num_free_slots < self._lending.spill_slots
+    if is_owing or self._rmanager.pool.num_lent:
+      return self._joined_chunk_tokens
+    return self._scheduler.chunk_tokens
 
   def _group_chunk_tokens(self, request: Request) -> int:
     """Tokens whose group step takes as long as is allowed, by the last one."""
@@ -383,10 +381,11 @@ class Batcher:
     victim = self._rmanager.choose_victim(self._running)
     if victim is None:
       return False
-    chunk_blocks = self._num_blocks(self._scheduler.chunk_tokens)
-    return self._rmanager.borrow(
-      victim, max(missing, _BORROW_CHUNKS * chunk_blocks)
-    )
+    # What prompts are to get anyway may come in larger portions.
+    most = _BORROW_CHUNKS * self._num_blocks(self._scheduler.chunk_tokens)
+    least = _BORROW_CHUNKS * self._num_blocks(self._joined_chunk_tokens)
+    wanted = max(least, min(self._promised(), most), missing)
+    return self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
     swapping = self._rmanager.swapping

@@ -23,6 +23,8 @@ class LedgerLine:
     num_running: Requests that run on it: its batch.
     num_waiting: Requests that wait for rBlocks or for a place in the batch.
     next_blocks: rBlocks that the first of those needs; 0 if none waits.
+    next_arrival: When that one came: lower numbers came first.
+    promised: rBlocks that running requests are still to get.
     debts: What each debtor has borrowed from it.
   """
 
@@ -36,12 +38,24 @@ class LedgerLine:
   num_running: int = 0
   num_waiting: int = 0
   next_blocks: int = 0
+  next_arrival: int = 0
+  promised: int = 0
   debts: BlocksOf = ()
 
   @property
   def use(self) -> float:
     """Share of its HBM pool that somebody holds, from 0 to 1."""
     return 1.0 - self.free / self.capacity if self.capacity else 1.0
+
+  @property
+  def own_capacity(self) -> int:
+    """rBlocks that its own requests could have if no other one ran."""
+    return self.capacity - sum(count for _, count in self.debts)
+
+  @property
+  def own_room(self) -> int:
+    """rBlocks free for more requests; below 0, running ones lack as many."""
+    return self.free - self.promised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,31 @@
 """What an rManager's heartbeats say of its instance."""
 
+import dataclasses
+
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.messages import Heartbeat
 from infinite_llm.scheduler.swapping import Swapping
 from infinite_llm.types import Epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+  """What an instance's own requests are to get.
+
+  Attributes:
+    num_waiting: Requests that wait to run.
+    next_blocks: rBlocks that the first of them needs; 0 if there is none.
+    next_arrival: Its arrival number; 0 if there is none.
+    promised: rBlocks that running requests are still to get for tokens that
+      they have.
+  """
+
+  num_waiting: int = 0
+  next_blocks: int = 0
+  next_arrival: int = 0
+  promised: int = 0
 
 
 class Condition:
@@ -26,20 +46,19 @@ class Condition:
       debtor: Requests that run here.
       swapping: What lies in HOST.
     """
-    self._waiting = (0, 0)
+    self._demand = Demand()
     self._pool = pool
     self._creditor = creditor
     self._debtor = debtor
     self._swapping = swapping
 
-  def note_waiting(self, num_requests: int, next_blocks: int) -> None:
-    """Takes down, for the gManager, what waits on this instance.
+  def note_demand(self, demand: Demand) -> None:
+    """Takes down what this instance's own requests are to get.
 
-    Args:
-      num_requests: Requests that wait to run.
-      next_blocks: rBlocks that the first of them needs; 0 if there is none.
+    What is promised to those that run is not lent.
     """
-    self._waiting = (num_requests, next_blocks)
+    self._demand = demand
+    self._creditor.promised = demand.promised
 
   def heartbeat(self, leader_epoch: Epoch) -> Heartbeat:
     """Says everything.
@@ -47,14 +66,16 @@ class Condition:
     Args:
       leader_epoch: Newest epoch of a leading gManager that was heard of.
     """
-    num_waiting, next_blocks = self._waiting
+    demand = self._demand
     return Heartbeat(
       counts=self._pool.counts(),
       lendable=self._creditor.lendable,
       host_free=self._swapping.counts().free,
       num_running=self._debtor.num_open,
-      num_waiting=num_waiting,
-      next_blocks=next_blocks,
+      num_waiting=demand.num_waiting,
+      next_blocks=demand.next_blocks,
+      next_arrival=demand.next_arrival,
+      promised=demand.promised,
       lent=tuple(sorted(self._creditor.lent().items())),
       requests=self._debtor.requests(),
       leader_epoch=leader_epoch,

@@ -96,6 +96,8 @@ class Creditor:
   Attributes:
     hosted: The tables through which the devices answer for the debtors.
     is_frozen: Nothing is lent for now.
+    promised: rBlocks that are not lent, for the instance's own running requests
+      are still to get them.
   """
 
   def __init__(
@@ -120,6 +122,7 @@ class Creditor:
     self._faults = faults
     self.hosted = HostedTables()
     self.is_frozen = False
+    self.promised = 0
     self._pool = pool
     self._block_size = block_size
     self._lending = lending
@@ -136,7 +139,8 @@ class Creditor:
       return 0
     if self._faults(Place.CAP_IGNORED):
       return self._pool.num_free
-    spare = self._pool.num_free - (self._lending.headroom_blocks or 0)
+    kept = self.promised + (self._lending.headroom_blocks or 0)
+    spare = self._pool.num_free - kept
     if self._lending.max_lent_blocks is not None:
       spare = min(spare, self._lending.max_lent_blocks - self._pool.num_lent)
     return max(spare, 0)

@@ -6,7 +6,7 @@ The data plane carries effects out in the order in which a manager emits them.
 import dataclasses
 from collections.abc import Sequence
 
-from infinite_llm.cache.content_tag import content_tag
+from infinite_llm.cache.content_tag import content_tag, content_tags
 from infinite_llm.cache.rblock import Location
 from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid, Tier
 
@@ -150,22 +150,29 @@ def swap_blocks(
   Returns:
     The effect, with the content tag that each rBlock has in either place.
   """
-  moves = (
-    full_block_move(uid, logical_id, src, dst, block_size)
-    for logical_id, (src, dst) in enumerate(zip(old, new, strict=True))
+  src_tags, dst_tags = (
+    content_tags(
+      uid=uid,
+      logical_ids=range(len(places)),
+      epochs=[place.epoch for place in places],
+      filled=block_size,
+    )
+    for places in (old, new)
   )
   return SwapBlocks(
     to_tier=new[0].tier,
     swaps=tuple(
       Swap(
         uid=uid,
-        logical_id=move.logical_id,
-        src_block=move.src_block,
-        src_tag=move.src_tag,
-        dst_block=move.dst_block,
-        dst_tag=move.dst_tag,
+        logical_id=logical_id,
+        src_block=src.block_id,
+        src_tag=src_tag,
+        dst_block=dst.block_id,
+        dst_tag=dst_tag,
       )
-      for move in moves
+      for logical_id, (src, src_tag, dst, dst_tag) in enumerate(
+        zip(old, src_tags, new, dst_tags, strict=True)
+      )
     ),
   )
 

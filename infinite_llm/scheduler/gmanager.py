@@ -1,10 +1,11 @@
 """The gManager: keeps the debt ledger, says who might lend, and plans ahead."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError, MessageError, Refusal
+from infinite_llm.scheduler.allotment import allot
 from infinite_llm.scheduler.cluster_view import ClusterView
 from infinite_llm.scheduler.ledger import Ledger, Recorded
 from infinite_llm.scheduler.link_costs import LinkCosts
@@ -188,8 +189,8 @@ class GManager:
       # A newcomer, or a loss, is news to everybody; else only those are told
       # who sent a heartbeat.
       told = self._ledger.instances() if self._has_news else self._to_tell
-      for instance in sorted(told):
-        self._tell(instance, self._status(instance))
+      if told:
+        self._tell_status(told)
     self._has_news = False
     self._to_tell.clear()
     outgoing, self._outgoing = self._outgoing, []
@@ -215,11 +216,16 @@ class GManager:
         return
     self._to_tell.add(sender)
 
-  def _status(self, instance: InstanceId) -> ClusterStatus:
-    """What an instance may count on to borrow."""
-    if not self._policy.BORROWS:
-      return ClusterStatus(lendable=0)
-    return ClusterStatus(lendable=self._ledger.lendable_to(instance))
+  def _tell_status(self, instances: Iterable[InstanceId]) -> None:
+    """Says what instances may count on to borrow."""
+    is_borrowing = self._policy.BORROWS
+    allotted = allot(self._ledger.lines()) if is_borrowing else {}
+    for instance in sorted(instances):
+      status = ClusterStatus(
+        lendable=self._ledger.lendable_to(instance) if is_borrowing else 0,
+        allotted_to=allotted.get(instance, 0),
+      )
+      self._tell(instance, status)
 
   def _expire(self, moment_s: float) -> None:
     """Forgets those who were silent since a moment."""

@@ -18,7 +18,7 @@ class Recorded(enum.Enum):
   FULL = "it said everything, and is in force"
   CHANGE = "it changed what was in force"
   OLD = "a newer one came before it, or it is of an earlier incarnation"
-  GAP = "what it changes is not in force; nothing was changed"
+  GAP = "what it changes is not in force; only its own numbers are now"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -97,8 +97,16 @@ class Ledger:
       return Recorded.FULL
     if known is None or not is_same or heartbeat.base != known.seq:
       if known and is_same:
-        known.has_gap = True
-        known.line = dataclasses.replace(known.line, heard_s=now_s)
+        # It says all but debts and requests whatever it is a change of.
+        self._set(
+          instance,
+          incarnation,
+          known.seq,
+          dataclasses.replace(heartbeat, lent=()),
+          known.debts,
+          now_s,
+          has_gap=True,
+        )
       return Recorded.GAP
     self._set(instance, incarnation, seq, heartbeat, known.debts, now_s)
     return Recorded.CHANGE
@@ -124,6 +132,8 @@ class Ledger:
     heartbeat: Heartbeat,
     debts: dict[InstanceId, int],
     now_s: float,
+    *,
+    has_gap: bool = False,
   ) -> None:
     if instance in self._known:
       self.forget(instance)
@@ -142,9 +152,11 @@ class Ledger:
       num_running=heartbeat.num_running,
       num_waiting=heartbeat.num_waiting,
       next_blocks=heartbeat.next_blocks,
+      next_arrival=heartbeat.next_arrival,
+      promised=heartbeat.promised,
       debts=tuple(sorted(debts.items())),
     )
     self._known[instance] = _Known(
-      seq=seq, has_gap=False, debts=debts, line=line
+      seq=seq, has_gap=has_gap, debts=debts, line=line
     )
     self._lendable += line.lendable

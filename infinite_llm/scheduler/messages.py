@@ -78,6 +78,9 @@ class Heartbeat:
     num_running: Requests that run.
     num_waiting: Requests that wait.
     next_blocks: rBlocks that the first of those needs; 0 if none waits.
+    next_arrival: When that one came, by its arrival number; 0 if none waits.
+    promised: rBlocks that running requests are still to get for tokens that
+      they have.
     lent: What it holds for each debtor, promised ones included. Of a change:
       where that is different now, 0 where there is nothing left.
     requests: Running requests with rBlocks; of a change, those that differ.
@@ -91,6 +94,8 @@ class Heartbeat:
   num_running: int = 0
   num_waiting: int = 0
   next_blocks: int = 0
+  next_arrival: int = 0
+  promised: int = 0
   lent: BlocksOf = ()
   requests: tuple[RequestBlocks, ...] = ()
   leader_epoch: Epoch = NO_EPOCH
@@ -108,9 +113,12 @@ class ClusterStatus:
   Attributes:
     lendable: rBlocks that all other instances together would lend, as of their
       last heartbeats.
+    allotted_to: Arrival number of the receiver's request that may come in on
+      the strength of those (`allotment.py`); 0 if none may.
   """
 
   lendable: int
+  allotted_to: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

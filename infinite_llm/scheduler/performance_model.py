@@ -118,10 +118,12 @@ class PerformanceModel:
     return seconds
 
   def layers_s(
-    self, batch: NDArray[np.float64], tokens: NDArray[np.float64]
+    self, batch: float | NDArray[np.float64], tokens: NDArray[np.float64]
   ) -> NDArray[np.float64]:
-    """`layer_s` of many cases: `[n]` batches and tokens to `[n]` seconds."""
-    work = batch * self.work_per_token / self.batch_speed.many(batch)
+    """`layer_s` of many cases: `[n]` tokens, and batches or one batch."""
+    speed = self.batch_speed
+    per_s = speed.many(batch) if isinstance(batch, np.ndarray) else speed(batch)
+    work = batch * self.work_per_token / per_s
     return work + tokens / self.attention_speed.many(tokens)
 
   def throughput(self, batch: int, layer_s: float) -> float:

@@ -54,6 +54,8 @@ class RManager:
     hosted: Tables of what it hosts for others.
     condition: What it tells the gManagers of itself.
     plans: What it does about the gManager's plans.
+    allotted_to: Arrival number of the waiting request that may come in on the
+      strength of `lendable_elsewhere`; 0 if none may.
     refused: Messages that no sane sender would send, by the name of their kind.
   """
 
@@ -134,6 +136,7 @@ class RManager:
     )
     self.refused = self._reception.refused
     self._lendable_elsewhere = 0
+    self.allotted_to = 0
 
   @property
   def hosted(self) -> HostedTables:
@@ -229,8 +232,8 @@ class RManager:
   def is_readable(self, uid: RequestUid) -> bool:
     """Whether a step may read a request's rBlocks now.
 
-    While creditors install a table anew the version in force is not known;
-    leases of a silent creditor, and copies from HOST, may not be there.
+    Not while creditors install a table anew, leases of a silent creditor may
+    have ended, or copies from HOST are under way.
     """
     return self._debtor.is_readable(uid)
 
@@ -283,8 +286,7 @@ class RManager:
   def borrow(self, uid: RequestUid, num_blocks: int) -> bool:
     """Starts to move a request's oldest rBlocks to other instances.
 
-    Only full, proved rBlocks move. Candidates are tried in turn; a partial
-    grant is used and the rest asked of the next one.
+    Only full, proved ones. Candidates are tried in turn, for what is missing.
 
     Args:
       uid: An open request.
@@ -302,8 +304,7 @@ class RManager:
   ) -> bool:
     """Starts to move a request's oldest rBlocks to one other instance.
 
-    As `borrow`, but the creditor is named: nobody is asked for candidates, and
-    a refusal (`Creditor.try_move_kvcache`) ends it.
+    As `borrow`, but nobody is asked for candidates, and a refusal ends it.
 
     Args:
       uid: An open request.
@@ -311,8 +312,8 @@ class RManager:
       dst: Another instance of the group.
 
     Returns:
-      Whether it was started. False if the request is busy, has nothing to move
-      or cannot get a spill slot, and while the instance is frozen.
+      Whether it was started: not if the request is busy, has nothing to move or
+      cannot get a spill slot, and not while the instance is frozen.
     """
     self._check_peer("dst", dst)
     return self._debtor.move_kvcache(uid, num_blocks, dst)
@@ -357,8 +358,9 @@ class RManager:
   def on_message(self, envelope: Envelope) -> None:
     """Takes a message, perhaps late; nonsense is `refused` and counted."""
     match self._reception.on_message(envelope):
-      case ClusterStatus(lendable=lendable):
+      case ClusterStatus(lendable=lendable, allotted_to=allotted_to):
         self._lendable_elsewhere = lendable
+        self.allotted_to = allotted_to
         self._debtor.on_status(lendable > 0)
       case FullHeartbeatRequest():
         self._tell(is_full=True)

@@ -98,12 +98,17 @@ class Draft:
       return self.group_decode if is_decode else self.group_prefill
     return self.local_decode if is_decode else self.local_prefill
 
-  def prefill_room(self, scheduler: SchedulerConfig) -> int:
-    """Tokens that one more row of the local prefill program may have."""
+  def prefill_room(self, scheduler: SchedulerConfig, chunk_tokens: int) -> int:
+    """Tokens that one more row of the local prefill program may have.
+
+    Args:
+      scheduler: How many rows it may have.
+      chunk_tokens: How many tokens.
+    """
     if len(self.local_prefill) == scheduler.prefill_rows:
       return 0
     used = sum(row.num_tokens for row in self.local_prefill)
-    return scheduler.chunk_tokens - used
+    return chunk_tokens - used
 
   def plan(self) -> StepPlan:
     """The plan as it is now."""

@@ -20,7 +20,12 @@ from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.debtor import Debtor
-from infinite_llm.scheduler.effects import Effect, SwapBlocks, swap_blocks
+from infinite_llm.scheduler.effects import (
+  Effect,
+  Swap,
+  SwapBlocks,
+  swap_blocks,
+)
 from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
 from infinite_llm.types import PoolCounts, RequestUid, Tier
 
@@ -105,7 +110,8 @@ class Swapping:
     self._host = host
     self._block_size = block_size
     self._swapped: dict[RequestUid, _Swapped] = {}
-    self._under_way: dict[SwapBlocks, _Swapped] = {}
+    # By the first copy of each: its tags tell it from any other.
+    self._under_way: dict[Swap, _Swapped] = {}
     self._effects: list[Effect] = []
 
   @property
@@ -220,7 +226,7 @@ class Swapping:
     Raises:
       InvariantError: If no such copies are under way.
     """
-    swapped = self._under_way.pop(effect, None)
+    swapped = self._under_way.pop(effect.swaps[0], None)
     if swapped is None:
       raise InvariantError(
         f"No copies to {effect.to_tier.name} like these are under way on"
@@ -320,7 +326,7 @@ class Swapping:
     new: tuple[Location, ...],
   ) -> None:
     effect = swap_blocks(swapped.uid, old, new, self._block_size)
-    self._under_way[effect] = swapped
+    self._under_way[effect.swaps[0]] = swapped
     self._effects.append(effect)
 
   def _free_home(self, swapped: _Swapped) -> None:

@@ -283,10 +283,11 @@ class Watch:
         f" {self._leader_epoch}, and obeys {envelope}."
       )
 
-  def _sees_of_gmanagers(self) -> tuple[int, bool, bool]:
+  def _sees_of_gmanagers(self) -> tuple[int, int, bool, bool]:
     manager = self.manager
     return (
       manager.lendable_elsewhere(),
+      manager.allotted_to,
       manager.is_frozen,
       manager.is_borrowing(),
     )

@@ -199,14 +199,79 @@ class TestAdmission:
 
   def test_room_elsewhere_counts_when_it_can_be_borrowed(self):
     engine = _engine(2)
-    engine.add(0, make_request(1, 200))
-    engine.batchers[0].plan()
-    assert [r.uid for r in engine.batchers[0].running] == [1]
+    engine.add(0, make_request(1, 200))  # 25 rBlocks of 16 and 16
+    batcher = engine.batchers[0]
+    assert batcher.plan() == StepPlan()  # The gManager is to decide.
+    engine.cluster.heartbeat()
+    batcher.plan()
+    assert [r.uid for r in batcher.running] == [1]
 
     engine = _engine(2, policy="static")
     engine.add(0, make_request(1, 200))
-    engine.batchers[0].plan()
-    assert engine.batchers[0].running == ()
+    batcher = engine.batchers[0]
+    batcher.plan()
+    engine.cluster.heartbeat()
+    batcher.plan()
+    assert batcher.running == ()
+
+  def test_a_request_that_its_own_pool_can_hold_waits_for_it(self):
+    engine = _engine(2)
+    engine.add(0, make_request(1, 90))  # 12 of 16 rBlocks
+    engine.add(0, make_request(2, 60))  # 8, and instance 1 has 16
+    for _ in range(3):
+      engine.step()
+
+    assert [r.uid for r in engine.batchers[0].running] == [1]
+    engine.run()
+    assert engine.requests[2].status is RequestStatus.FINISHED_LENGTH
+    assert engine.cluster.managers[1].lent() == {}
+
+  def test_two_requests_do_not_come_in_for_the_same_rblocks(self):
+    engine = _engine(3)  # 48 rBlocks in all; each request needs 30.
+    for instance in (0, 1):
+      request = make_request(1 + instance, 236, max_tokens=4)
+      engine.add(instance, request)
+    for _ in range(3):
+      engine.step()
+
+    assert [r.uid for r in engine.batchers[0].running] == [1]
+    assert engine.batchers[1].running == ()
+    first = engine.requests[1]
+    for _ in until(lambda: first.status.is_finished):
+      engine.step()
+      assert engine.batchers[1].running == ()
+    engine.run()
+    assert engine.requests[2].status is RequestStatus.FINISHED_LENGTH
+    engine.cluster.check_empty()
+
+  def test_room_that_is_allotted_to_another_request_is_not_used(self):
+    engine = _engine(2)
+    engine.add(0, make_request(1, 200))
+    batcher = engine.batchers[0]
+    batcher.plan()
+    engine.cluster.heartbeat()
+    assert engine.cluster.managers[0].allotted_to == 1
+
+    batcher.abort(1)
+    engine.add(0, make_request(2, 200))
+    batcher.plan()
+
+    assert batcher.running == ()
+
+  def test_what_running_prompts_are_to_get_is_not_lent(self):
+    engine = _engine(2)
+    manager = engine.cluster.managers[0]
+    engine.add(0, make_request(1, 100))  # 13 of 16 rBlocks
+    engine.step()  # 4 of them
+    engine.cluster.heartbeat()
+
+    (line, _) = engine.cluster.gmanager.view().lines
+    assert (line.free, line.promised, line.lendable) == (12, 9, 3)
+    assert engine.cluster.managers[1].lendable_elsewhere() == 3
+    engine.run()
+    engine.cluster.heartbeat()
+    assert manager.counts().free == 16
+    assert engine.cluster.managers[1].lendable_elsewhere() == 16
 
   def test_no_more_run_than_the_configuration_says(self):
     engine = _engine(scheduler={"max_num_seqs": 2})
@@ -236,7 +301,7 @@ class TestShortage:
     engine = _engine(2)
     engine.add(0, make_request(1, 200))
     batcher, manager = engine.batchers[0], engine.cluster.managers[0]
-    for _ in range(4):
+    for _ in range(5):  # One for the gManager to let it in.
       engine.step()  # 128 tokens: the pool is full
 
     assert batcher.plan() == StepPlan()
@@ -247,6 +312,19 @@ class TestShortage:
     # Two chunks' worth moved, so that one borrow serves several steps.
     assert manager.borrowed() == {1: 8}
     assert batcher.plan().group_prefill == (_row(1, 128, 32, False),)
+
+  def test_prompts_go_in_short_chunks_where_others_wait_for_them(self):
+    engine = _engine(2, scheduler={"prefill_buckets": (64,)})
+    engine.add(0, make_request(1, 80))
+    engine.step()
+    engine.add(1, make_request(2, 60))
+    assert engine.batchers[1].plan().rows == (_row(2, 0, 60, True),)
+
+    assert engine.cluster.managers[0].borrow(1, 2)
+    engine.cluster.settle()
+
+    # Instance 1 hosts for 0 now: group chunks of 32 tokens are the most.
+    assert engine.batchers[1].plan().rows == (_row(2, 0, 32, False),)
 
   @pytest.mark.parametrize(
     ("token_s", "num_tokens"),
@@ -265,7 +343,7 @@ class TestShortage:
     engine = _engine(2, group_prefill_buckets=(16, 64), group_chunk_s=0.5)
     request = engine.add(0, make_request(1, 220))
     batcher, manager = engine.batchers[0], engine.cluster.managers[0]
-    for _ in range(4):
+    for _ in range(5):  # One for the gManager to let it in.
       engine.step()
     assert batcher.plan() == StepPlan()
     engine.cluster.settle()

@@ -187,7 +187,7 @@ class TestLedger:
     gmanager.on_message(_heartbeat(0, 6, 4, base=5, lent=((1, 1),)))
 
     (line,) = gmanager.view().lines
-    assert (line.lendable, line.debts) == (5, ((1, 2),))
+    assert (line.lendable, line.debts) == (4, ((1, 2),))
     assert line.heard_s == 101.0
     assert _drain(gmanager) == [
       (0, FullHeartbeatRequest()),

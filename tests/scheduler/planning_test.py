@@ -1,6 +1,7 @@
 """Plans from heartbeats to moved rBlocks: gManager, rManagers and devices."""
 
 from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.condition import Demand
 from infinite_llm.scheduler.planning import PlanningConfig
 from tests.scheduler.cluster_views import MODEL
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
@@ -29,7 +30,9 @@ def test_the_greedy_planner_moves_blocks_before_anybody_asks():
   cluster = _cluster(3, policy="greedy", planning=planning)
   cluster.open(0, UID, 8 * BLOCK_SIZE)  # All that instance 0 has.
   manager = cluster.managers[0]
-  manager.condition.note_waiting(3, 2)
+  manager.condition.note_demand(
+    Demand(num_waiting=3, next_blocks=2, next_arrival=9)
+  )
 
   for _ in until(lambda: manager.counts().free > 0, 40):
     assert manager.phase(UID) is Phase.IDLE

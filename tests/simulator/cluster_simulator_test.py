@@ -168,12 +168,12 @@ def test_requests_migrate_to_where_there_is_room():
 
 
 def test_circles_are_dissolved_unless_asked_not_to():
-  # Three instances, each of whose requests outgrow its pool in turn.
-  requests = [make_request(38, 4, number / 2) for number in range(6)]
+  # Three instances of 64 tokens; every other request outgrows its own.
+  requests = [make_request(38 if number % 2 else 58, 12) for number in range(6)]
 
   def run(*, has_dgfm):
     return make_simulator(
-      requests, num_instances=3, num_blocks=8, has_dgfm=has_dgfm
+      requests, num_instances=3, num_blocks=9, has_dgfm=has_dgfm
     ).run()
 
   assert run(has_dgfm=True).num_blocks_recalled > 0

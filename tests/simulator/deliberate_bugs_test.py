@@ -91,7 +91,10 @@ def _count_refused_grants(monkeypatch):
 
 
 def _obey_former_leaders(monkeypatch):
-  monkeypatch.setattr(Reporter, "follow", lambda self, envelope: True)
+  follow = Reporter.follow
+  monkeypatch.setattr(
+    Reporter, "follow", lambda self, envelope: follow(self, envelope) or True
+  )
 
 
 def _lead_twice_under_one_epoch(monkeypatch):

@@ -33,7 +33,7 @@ def test_nothing_goes_wrong_whatever_goes_wrong(seed):
 
 
 def test_all_kinds_of_faults_and_moves_happen():
-  results = [run_seed(seed) for seed in range(100, 130)]
+  results = [run_seed(seed) for seed in range(100, 140)]
 
   happened = {
     kind

@@ -4,11 +4,13 @@ A full instance asks for creditors and moves rBlocks of its longest request to
 them (arXiv 2401.02669v1, global debt ledger and its ranking of creditors).
 """
 
+import collections
 import heapq
 import math
 from collections.abc import Sequence
 
 from infinite_llm.scheduler.cluster_view import ClusterView, LedgerLine
+from infinite_llm.scheduler.performance_model import coupled
 from infinite_llm.scheduler.planning import PlannedMove, PlanningConfig
 from infinite_llm.scheduler.policies.dgfm import plan_recalls
 from infinite_llm.types import InstanceId, RequestUid
@@ -35,7 +37,8 @@ def rank_creditors(
   """Proposes whom to ask for rBlocks.
 
   Availability counts as far as it is needed: who has room for all of it is no
-  better for having more. Among equals the cheapest link comes first.
+  better for having more. Among equals the cheapest link comes first, and then
+  whoever has fewest others wait for the debtor's group steps that did not yet.
 
   Args:
     view: The cluster as the ledger knows it.
@@ -44,14 +47,17 @@ def rank_creditors(
 
   Returns:
     At most three other instances with room: most of the wanted room first, then
-    the cheapest link, then most room at all, then the nearest by number, then
-    the lowest number.
+    the cheapest link, then the smallest group of instances that debts join, the
+    debtor's own before all, then most room at all, then the nearest by number,
+    then the lowest number.
   """
+  num_joined = _num_joined(view, debtor)
 
-  def rank(line: LedgerLine) -> tuple[int, float, int, int, int]:
+  def rank(line: LedgerLine) -> tuple[int, float, int, int, int, int]:
     return (
       -min(line.lendable, num_blocks),
       view.links.cost_s(debtor, line.instance),
+      num_joined[line.instance],
       -line.lendable,
       abs(line.instance - debtor),
       line.instance,
@@ -66,6 +72,21 @@ def rank_creditors(
   )
   best = heapq.nsmallest(MAX_CANDIDATES, possible, key=rank)
   return tuple(line.instance for line in best)
+
+
+def _num_joined(view: ClusterView, debtor: InstanceId) -> dict[InstanceId, int]:
+  """How many each instance would join to a debtor that are not joined yet."""
+  debts = [
+    (line.instance, borrower)
+    for line in view.lines
+    for borrower, _ in line.debts
+  ]
+  instances = {debtor, *(i for debt in debts for i in debt)}
+  instances.update(line.instance for line in view.lines)
+  group = coupled(instances, debts)
+  size = collections.Counter(group.values())
+  size[group[debtor]] = 0
+  return {instance: size[root] for instance, root in group.items()}
 
 
 def choose_victim(

@@ -111,7 +111,7 @@ class _Planner:
     self._batch = np.array([line.num_running for line in lines], np.float64)
     self._free = np.array([line.free for line in lines], np.int64)
     self._capacity = np.array([line.capacity for line in lines], np.int64)
-    self._use = 1 - self._free / np.maximum(self._capacity, 1)
+    use = 1 - self._free / np.maximum(self._capacity, 1)
     self._waiting = [
       line.num_waiting if line.free < line.next_blocks else 0 for line in lines
     ]
@@ -120,8 +120,9 @@ class _Planner:
     spare = used_at_most - (self._capacity - self._free)
     lendable = np.array([line.lendable for line in lines], np.int64)
     self._room = np.maximum(np.minimum(lendable, spare), 0).astype(np.int64)
-    self._is_debtor = np.zeros(len(lines), bool)
-    self._is_creditor = np.zeros(len(lines), bool)
+    self._is_creditor = [False] * len(lines)
+    # `inf` for those that can lend nothing, or have become debtors.
+    self._creditor_use = np.where(self._room > 0, use, np.inf)
     self._read_placements()
     self._layer_s = model.layers_s(self._batch, self._tokens)
     self._couple()
@@ -145,11 +146,12 @@ class _Planner:
       size = 0
       for holder, count in blocks.holders:
         size += count
-        position = position_of.get(holder)
+        is_home = holder == placement.owner  # Nearly always.
+        position = owner if is_home else position_of.get(holder)
         if position is None:
           continue
         blocks_at[position] += count
-        if owner is not None and position != owner:
+        if owner is not None and not is_home:
           self._debts.append((owner, position))
           self._debtors_of[position].add(owner)
       if owner is not None and blocks.movable and may_borrow[owner]:
@@ -207,6 +209,7 @@ class _Planner:
     else:
       self._movable[debtor][-1] = (size, negative_uid, movable - num_blocks)
     self._commit(debtor, creditor, num_blocks)
+    self._join(debtor, creditor)
     self.plan.append(
       PlannedMove(
         uid=-negative_uid,
@@ -219,10 +222,8 @@ class _Planner:
 
   def _emptiest(self, debtor: int) -> int | None:
     """The creditor with the smallest share in use, nearest of equals."""
-    possible = (self._room > 0) & ~self._is_debtor
-    possible[debtor] = False
-    possible[list(self._debtors_of[debtor])] = False
-    use = np.where(possible, self._use, np.inf)
+    use = self._creditor_use.copy()
+    use[[debtor, *self._debtors_of[debtor]]] = np.inf
     owner = self._lines[debtor].instance
     while (emptiest := float(use.min())) < math.inf:
       equals = np.flatnonzero(use == emptiest).tolist()
@@ -276,17 +277,11 @@ class _Planner:
   ) -> int:
     """The number of rBlocks that gains the most; 0 if none gains enough."""
     admitted, owned, hosted = self._loads(debtor, creditor, choices)
-    # Both in one go, as this runs for every move that is tried.
-    both_s = self._model.layers_s(
-      np.concatenate(
-        [
-          self._batch[debtor] + admitted,
-          np.full(len(choices), self._batch[creditor]),
-        ]
-      ),
-      np.concatenate([owned, hosted]),
+    # This runs for every move that is tried.
+    slowest_s = np.maximum(
+      self._model.layers_s(self._batch[debtor] + admitted, owned),
+      self._model.layers_s(self._batch[creditor], hosted),
     )
-    slowest_s = both_s.reshape(2, -1).max(axis=0)
     before = 0.0
     total_batch = admitted.astype(np.float64)
     for root in {self._root[debtor], self._root[creditor]}:
@@ -321,13 +316,21 @@ class _Planner:
     self._free[debtor] += num_blocks - admitted * needed
     self._free[creditor] -= num_blocks
     self._room[creditor] -= num_blocks
-    self._use[creditor] = 1 - self._free[creditor] / self._capacity[creditor]
     self._tokens[debtor], self._tokens[creditor] = owned, hosted
-    self._is_debtor[debtor] = self._is_creditor[creditor] = True
-    both = [debtor, creditor]
-    self._layer_s[both] = self._model.layers_s(
-      self._batch[both], self._tokens[both]
-    )
+    self._is_creditor[creditor] = True
+    self._creditor_use[debtor] = np.inf
+    if self._room[creditor] > 0:
+      use = 1 - self._free[creditor] / self._capacity[creditor]
+      self._creditor_use[creditor] = use
+    else:
+      self._creditor_use[creditor] = np.inf
+    for position in (debtor, creditor):
+      self._layer_s[position] = self._model.layer_s(
+        int(self._batch[position]), float(self._tokens[position])
+      )
+
+  def _join(self, debtor: int, creditor: int) -> None:
+    """Has the groups of both step together from now on."""
     joined, kept = self._root[debtor], self._root[creditor]
     members = self._groups[kept].members
     if joined != kept:

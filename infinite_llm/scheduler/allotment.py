@@ -1,0 +1,48 @@
+"""Which waiting requests may count on room elsewhere: one rule for all.
+
+If each instance took the room of all others for its own, several would let
+requests in on the strength of the same rBlocks, and preempt each other later.
+So the gManager allots it, to one request of an instance at a time.
+"""
+
+from collections.abc import Iterable
+
+from infinite_llm.scheduler.cluster_view import LedgerLine
+from infinite_llm.types import InstanceId
+
+
+def allot(lines: Iterable[LedgerLine]) -> dict[InstanceId, int]:
+  """Decides who may come in on the strength of rBlocks to be borrowed.
+
+  Only requests that their own instance could not hold: others wait until room
+  is free there, which comes soon, whereas a request with rBlocks elsewhere has
+  instances wait for each other as long as it runs.
+
+  What running requests are still to get comes first, for they cannot go on
+  without. Those that wait follow as they came, whatever instance they wait on,
+  and nobody overtakes: the longest would wait for ever if shorter ones took
+  what becomes free, and two that came in by half would wait for each other.
+
+  Args:
+    lines: All instances, as of their last heartbeats.
+
+  Returns:
+    The arrival number of the first request that waits, for each instance that
+    may let it in although it needs more than is free there.
+  """
+  room = 0
+  wishes: list[tuple[int, InstanceId, int]] = []
+  for line in lines:
+    own = line.own_room
+    room += line.lendable + min(own, 0)
+    if line.next_blocks > max(own, line.own_capacity):
+      # It takes what its instance would lend, and the rest from others.
+      claim = line.next_blocks - max(own, 0) + line.lendable
+      wishes.append((line.next_arrival, line.instance, claim))
+  allotted: dict[InstanceId, int] = {}
+  for arrival, instance, claim in sorted(wishes):
+    if claim > room:
+      break
+    room -= claim
+    allotted[instance] = arrival
+  return allotted
