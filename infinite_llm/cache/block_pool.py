@@ -80,6 +80,13 @@ class BlockPool:
       total=self._num_blocks - 1,
     )
 
+  def is_from_the_future(self, epoch: Epoch) -> bool:
+    """Whether no block can have been reserved under an epoch yet.
+
+    Epochs begin anew after the last one, so half of them lie ahead.
+    """
+    return 0 < (epoch - self._last_epoch) % 2**32 < 2**31
+
   def block(self, block_id: BlockId) -> RBlock:
     """Metadata of one block, to look at.
 

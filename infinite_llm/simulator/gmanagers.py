@@ -99,6 +99,7 @@ class GManagers:
       peers=[other for other in ADDRESSES if other != address],
       incarnation=self._incarnations[address],
       is_leader=is_leader,
+      num_instances=scenario.num_instances,
     )
 
   def _handler(self, address: GManagerAddress) -> Handler:

@@ -84,7 +84,7 @@ def _a_release_of_an_earlier_lease_ends_nothing(cluster, wire):
   creditor = cluster.managers[1]
   reserve = wire.last(Reserve)
   release = Release(
-    slot=reserve.body.slot, grants=(Grant(block_id=1, epoch=9),)
+    slot=reserve.body.slot, grants=(Grant(block_id=1, epoch=2),)
   )
   creditor.on_message(dataclasses.replace(reserve, seq=99, body=release))
   assert creditor.lent() == {0: 2}
@@ -106,7 +106,7 @@ def _nothing_is_hosted_that_was_not_reserved(cluster, wire):
   _lend(cluster)
   creditor = cluster.managers[1]
   commit = wire.last(Commit)
-  entry = HostedEntry(logical_id=5, grant=Grant(block_id=8, epoch=8))
+  entry = HostedEntry(logical_id=5, grant=Grant(block_id=8, epoch=1))
   body = dataclasses.replace(commit.body, entries=(entry,))
   creditor.on_message(dataclasses.replace(commit, seq=99, body=body))
   hosted = {
