@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import random
 import shlex
@@ -28,6 +29,7 @@ _SUMS = (
   "num_unproved",
   "num_tokens",
   "num_moved",
+  "num_swapped",
   "time_s",
 )
 
@@ -115,6 +117,7 @@ def _scenario(seed: int, config: ml_collections.ConfigDict) -> Scenario:
     scenario,
     num_instances=config.num_instances,
     request_every_s=scenario.request_every_s * share,
+    most_open=math.ceil(scenario.most_open / share),
     trouble_every_s=scenario.trouble_every_s * share,
     plan_every_s=scenario.plan_every_s * share,
   )

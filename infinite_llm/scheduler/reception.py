@@ -144,7 +144,8 @@ class Reception:
       return self._faults(Place.DEAD_HEARD)
     if incarnation > known:
       self._incarnation_of[sender] = incarnation
-      self._creditor.end_leases_of(sender)
+      if not self._faults(Place.DEAD_DEBTS_KEPT):
+        self._creditor.end_leases_of(sender)
       if not self._faults(Place.RESTART_OVERLOOKED):
         self._debtor.on_restarted(sender)
       self._outbox.introduce(sender, incarnation)

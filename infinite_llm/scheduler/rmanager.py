@@ -98,20 +98,18 @@ class RManager:
     self.instance = instance
     self.pool = pool
     self._lending = lending
-    self._policy = get_policy(lending.policy)
+    policy = self._policy = get_policy(lending.policy)
     self._outbox: Outbox[Account] = Outbox(
       instance, incarnation, clock, lending.resend_after_s
     )
     # One list, in order: an rBlock may concern one half after the other.
     effects = self._effects = list[Effect]()
     self._creditor = Creditor(pool, block_size, lending, clock, effects, faults)
-    self._debtor = Debtor(
+    debtor = self._debtor = Debtor(
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
-    self.swapping = Swapping(self._debtor, pool, host, block_size, self._policy)
-    self.condition = Condition(
-      pool, self._creditor, self._debtor, self.swapping
-    )
+    self.swapping = Swapping(debtor, pool, host, block_size, policy, faults)
+    self.condition = Condition(pool, self._creditor, debtor, self.swapping)
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._group = Group(
       instance=instance,

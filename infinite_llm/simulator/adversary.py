@@ -76,7 +76,7 @@ class Adversary:
   def _request(self) -> None:
     """A short request, or one that needs the memory of several."""
     up = self._cluster.up
-    if not up or self._cluster.num_open > self._scenario.num_instances + 1:
+    if not up or self._cluster.num_open >= self._scenario.most_open:
       return
     rng, size = self._rng, self._scenario.block_size
     own = (self._scenario.num_blocks - 1) * size
@@ -146,7 +146,7 @@ class Adversary:
     jump_s = 0.0
     if self._rng.random() < self._scenario.clock_jump:
       jump_s = self._rng.uniform(0, self._scenario.lending.lease_s)
-      self._cluster.world.has_jumped = True
+      self._cluster.world.jumped_s[whose] = self._network.now_s
     self._network.skew(
       whose, rate=self._rng.uniform(1 - most, 1 + most), jump_s=jump_s
     )
@@ -207,7 +207,10 @@ class Adversary:
     up = self._cluster.up
     if up:
       number = self._rng.choice(up).number
-      tags = self._cluster.world.plane.devices[number].tag
+      plane = self._cluster.world.plane
+      tags = plane.devices[number].tag
+      if plane.hosts[number].tag and self._rng.random() < 0.5:
+        tags = plane.hosts[number].tag
       tags[self._rng.randrange(1, len(tags))] = 0
       self.counts["spoil"] += 1
 

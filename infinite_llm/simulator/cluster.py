@@ -64,7 +64,10 @@ class Cluster:
       rng=rng,
       network=network,
       plane=DataPlane(
-        scenario.num_instances, scenario.num_blocks, scenario.block_size
+        scenario.num_instances,
+        scenario.num_blocks,
+        scenario.block_size,
+        scenario.host_blocks,
       ),
       note=note,
     )
@@ -100,6 +103,7 @@ class Cluster:
       instance.is_quiet
       and instance.manager.counts().free == instance.manager.counts().total
       and not instance.manager.borrowed()
+      and not instance.manager.swapping.counts().used
       for instance in self.instances
     )
 

@@ -40,6 +40,10 @@ class SeedResult:
     num_failed: Requests that failed because their KV was not proved again and
       again.
     num_moved: Payloads that arrived.
+    num_swapped: rBlocks that were copied between tiers.
+    num_takeovers: How often a standby began to lead.
+    longest_takeover_s: Longest time from the end of a silent leader's lease
+      until the standby led, by the standby's clock.
     time_s: Simulated seconds.
   """
 
@@ -59,6 +63,9 @@ class SeedResult:
   num_tokens: int = 0
   num_failed: int = 0
   num_moved: int = 0
+  num_swapped: int = 0
+  num_takeovers: int = 0
+  longest_takeover_s: float = 0.0
   time_s: float = 0.0
 
   @property
@@ -123,6 +130,9 @@ def run_seed(
   result.num_tokens = world.num_tokens
   result.num_failed = world.num_failed
   result.num_moved = world.plane.num_arrived
+  result.num_swapped = world.plane.num_swapped
+  result.num_takeovers = cluster.gmanagers.num_takeovers
+  result.longest_takeover_s = cluster.gmanagers.longest_takeover_s
   result.time_s = world.network.now_s
   return result
 
@@ -187,6 +197,7 @@ def _faults(cluster: Cluster) -> collections.Counter[str]:
   )
   faults["payload lost"] = cluster.world.num_payloads_lost
   faults["payload repeated"] = cluster.world.num_payloads_repeated
+  faults["copy lost"] = cluster.world.num_copies_lost
   return +faults
 
 
