@@ -69,6 +69,12 @@ class BlockPool:
     """Blocks hosted or reserved for other instances."""
     return self._num_lent
 
+  @property
+  def is_conserved(self) -> bool:
+    """Whether every block is counted once, and none less than none."""
+    counts = self._num_in.values()
+    return sum(counts) == self._num_blocks - 1 and min(counts) >= 0
+
   def counts(self) -> PoolCounts:
     """How the blocks are used, without the null block."""
     num_in = self._num_in

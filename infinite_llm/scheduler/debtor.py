@@ -4,7 +4,6 @@ The owner alone switches: books change when a creditor acknowledged, and the old
 copy goes only when the new one was proved (`DESIGN.md` section 5, rule 2).
 """
 
-import collections
 from collections.abc import Callable, Iterable
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -297,11 +296,11 @@ class Debtor:
 
   def borrowed(self) -> dict[InstanceId, int]:
     """rBlocks held at each creditor, also those being given back."""
-    total: collections.Counter[InstanceId] = collections.Counter()
+    total: dict[InstanceId, int] = {}
     for account in (*self._accounts.values(), *self._closed):
       for creditor, held in account.leases.items():
-        total[creditor] += len(held)
-    return dict(total)
+        total[creditor] = total.get(creditor, 0) + len(held)
+    return total
 
   def requests(self) -> tuple[RequestBlocks, ...]:
     """Where the rBlocks of open requests are, of those that have any."""

@@ -127,11 +127,12 @@ def _fault_in_lent(
   sender: InstanceId, said: Heartbeat, num_instances: int
 ) -> str | None:
   # A change names those to whom nothing is lent any more.
-  fault = _fault_in_blocks(said.lent, num_instances, 1 - said.is_change)
-  if fault is not None:
-    return f"lent {fault}"
-  if any(debtor == sender for debtor, _ in said.lent):
-    return f"lent must name others; got {sender} itself."
+  if said.lent:
+    fault = _fault_in_blocks(said.lent, num_instances, 1 - said.is_change)
+    if fault is not None:
+      return f"lent {fault}"
+    if _at(sender, said.lent):
+      return f"lent must name others; got {sender} itself."
   if said.is_change:  # The ledger knows the rest of it.
     return None
   return fault_in_debts(said.counts, (count for _, count in said.lent))
@@ -140,6 +141,8 @@ def _fault_in_lent(
 def _fault_in_requests(
   sender: InstanceId, said: Heartbeat, num_instances: int
 ) -> str | None:
+  if not said.requests:  # Mostly: it is about nothing but the counts.
+    return None
   uids: set[int] = set()
   num_running = num_home = 0
   for blocks in said.requests:

@@ -104,7 +104,9 @@ class Ledger:
         known.line = dataclasses.replace(known.line, heard_s=now_s)
       return Recorded.GAP
     debts = _changed(known.debts, heartbeat.lent)
-    if fault_in_debts(heartbeat.counts, debts.values()) is not None:
+    counts = heartbeat.counts
+    has_debts = debts or counts.hosted
+    if has_debts and fault_in_debts(counts, debts.values()) is not None:
       return Recorded.ABSURD
     self._set(instance, incarnation, seq, heartbeat, debts, now_s)
     return Recorded.CHANGE
@@ -156,4 +158,6 @@ def _changed(
   debts: dict[InstanceId, int], changes: BlocksOf
 ) -> dict[InstanceId, int]:
   """Debts after a change; a 0 says that there is nothing left."""
+  if not changes:
+    return debts
   return {i: count for i, count in {**debts, **dict(changes)}.items() if count}

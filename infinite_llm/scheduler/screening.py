@@ -153,7 +153,7 @@ def fault_in_numbers(envelope: Envelope) -> str | None:
       "incarnation and seq must be at least 1; got"
       f" {envelope.incarnation} and {envelope.seq}."
     )
-  if min(envelope.settled, envelope.meant_for, envelope.responder) < 0:
+  if envelope.settled < 0 or envelope.meant_for < 0 or envelope.responder < 0:
     return (
       "settled, meant_for and responder must not be negative; got"
       f" {envelope.settled}, {envelope.meant_for} and {envelope.responder}."

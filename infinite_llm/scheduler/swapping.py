@@ -26,6 +26,8 @@ from infinite_llm.scheduler.policies import Policy
 from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
 from infinite_llm.types import FaultPoint, PoolCounts, RequestUid, Tier
 
+_NO_COUNTS = PoolCounts(used=0, free=0, hosted=0, reserved=0, total=0)
+
 
 class Stage(enum.Enum):
   """What is under way with a request that has rBlocks in HOST.
@@ -126,9 +128,17 @@ class Swapping:
 
   def counts(self) -> PoolCounts:
     """How the HOST rBlocks are used."""
-    if self._host is None:
-      return PoolCounts(used=0, free=0, hosted=0, reserved=0, total=0)
-    return self._host.pool.counts()
+    return _NO_COUNTS if self._host is None else self._host.pool.counts()
+
+  @property
+  def num_free(self) -> int:
+    """HOST rBlocks that nobody holds."""
+    return 0 if self._host is None else self._host.pool.num_free
+
+  @property
+  def is_conserved(self) -> bool:
+    """Whether every HOST rBlock is counted once."""
+    return self._host is None or self._host.pool.is_conserved
 
   def stage(self, uid: RequestUid) -> Stage | None:
     """What is under way with a request; None if it has nothing in HOST."""

@@ -14,6 +14,10 @@ _SELF: Address = -1
 """Address under which the adversary waits; nobody else has it."""
 
 
+_FEW_INSTANCES = 5
+"""In larger clusters what concerns all happens as often as in one of so many;
+what concerns one or two, as often to each."""
+
 _MOST_POOLS = 5
 """Pools that one request may fill: in a large cluster others run beside it."""
 
@@ -114,7 +118,7 @@ class Adversary:
 
   def _crash_gmanager(self) -> None:
     address = self._rng.choice(ADDRESSES)
-    if self._network.is_crashed(address):
+    if self._network.is_crashed(address) or not self._may_concern_all():
       return
     self._cluster.gmanagers.crash(address)
     self._wait(
@@ -133,10 +137,14 @@ class Adversary:
     self._rng.shuffle(addresses)
     if self._rng.random() < 0.5:  # Two cannot talk to each other.
       self._network.partition(addresses[:1], addresses[1:2])
-    else:
+    elif self._may_concern_all():
       cut = self._rng.randint(1, len(addresses) - 1)
       self._network.partition(addresses[:cut], addresses[cut:])
     self._wait(self._scenario.partition_s / 2, self._network.heal)
+
+  def _may_concern_all(self) -> bool:
+    share = _FEW_INSTANCES / self._scenario.num_instances
+    return self._rng.random() < share
 
   def _skew(self) -> None:
     whose: Address = self._rng.choice(

@@ -263,8 +263,9 @@ class DataPlane:
   ) -> int:
     tags = self.devices[holder].tag
     mixed = self._mixed
-    block_ids: list[int] = entries.block_ids.tolist()
-    logical_ids: list[int] = entries.logical_ids.tolist()
+    read = entries.log.read(entries.begin, entries.end)
+    block_ids: list[int] = read[0].tolist()
+    logical_ids: list[int] = read[1].tolist()
     for block_id, logical_id in zip(block_ids, logical_ids, strict=True):
       key = tags[block_id], logical_id
       if key not in mixed:

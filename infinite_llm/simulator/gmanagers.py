@@ -234,7 +234,7 @@ class GManagers:
 
   def _settle(self, address: GManagerAddress) -> None:
     """Sends what a gManager says; nobody else may lead under its epoch."""
-    gmanager = self.up[address]
+    gmanager = self._lives[address].gmanager
     if gmanager.is_leader:
       leader = address, self._incarnations[address]
       known = self._leader_of.setdefault(gmanager.epoch, leader)

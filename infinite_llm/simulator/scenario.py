@@ -94,7 +94,7 @@ class Scenario:
 _POLICIES = (
   *("borrow",) * 5,
   *("greedy",) * 3,
-  *("swap",) * 3,
+  *("swap",) * 2,
   *("static", "migrate"),
 )
 """Each as often as there is something of it that can go wrong."""

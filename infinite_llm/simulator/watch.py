@@ -5,6 +5,7 @@ all instances are in `invariants.py`.
 """
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -40,6 +41,10 @@ EPOCHS_PER_INCARNATION = 100_000
 """A pool that begins anew begins beyond the epochs of the lost one."""
 
 
+_MOST_SILENT_S = 1.0
+"""Silence of an owner that lives towards a creditor that all messages reach."""
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class World:
   """What the instances of one cluster share.
@@ -51,6 +56,7 @@ class World:
     plane: All devices.
     watches: One for each instance, of its present or last life.
     is_healed: Nothing goes wrong any more.
+    settled_s: Since when nothing of before is on its way either.
     jumped_s: When each clock last jumped, by more than leases allow for.
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
@@ -70,6 +76,7 @@ class World:
   plane: DataPlane
   watches: "list[Watch]" = dataclasses.field(default_factory=list["Watch"])
   is_healed: bool = False
+  settled_s: float = math.inf
   jumped_s: dict[Address, float] = dataclasses.field(
     default_factory=dict[Address, float]
   )
@@ -271,17 +278,17 @@ class Watch:
     """Nothing is lost from count, and leases are those of the history."""
     pool = self.manager.pool
     self.history.check_books(self.manager.lent())
-    counts = pool.counts()
-    if not counts.is_conserved() or not 0 <= counts.free <= counts.total:
-      raise ViolationError(f"Instance {self.number} lost count: {counts}.")
+    # Hundreds of times a second of the simulation, so it builds nothing.
+    if not (pool.is_conserved and self.manager.swapping.is_conserved):
+      raise ViolationError(
+        f"Instance {self.number} lost count: {pool.counts()}, in HOST"
+        f" {self.manager.swapping.counts()}."
+      )
     if pool.num_lent != len(self.history.leases):
       raise ViolationError(
         f"Instance {self.number} keeps {pool.num_lent} rBlocks for others, but"
         f" {len(self.history.leases)} leases live."
       )
-    host = self.manager.counts(Tier.HOST)
-    if not host.is_conserved() or not 0 <= host.free <= host.total:
-      raise ViolationError(f"Instance {self.number} lost count of HOST: {host}")
     cap = self._world.scenario.lending.max_lent_blocks
     if cap is not None and pool.num_lent > cap:
       raise ViolationError(
@@ -372,6 +379,8 @@ class Watch:
     owner, or its own clock jumped, and as long as a lease and a tick last by
     the slowest clock. A successor that is heard ends them at once.
     """
+    if not self.manager.pool.num_lent:
+      return
     jumped_s = self._world.jumped_s.get(self.number, 0.0)
     for owner, count in self.manager.lent().items():
       since_s = max(self._owner_heard_s[owner], jumped_s)
@@ -380,4 +389,11 @@ class Watch:
         raise ViolationError(
           f"{count} rBlocks that instance {self.number} lent to instance"
           f" {owner} outlive its last word, by now {silent_s:.3f} s old."
+        )
+      # By now all of the dead are gone, and who has something here says so.
+      rest_s = self._world.network.now_s - self._world.settled_s
+      if rest_s > self._longest_silence_s and silent_s > _MOST_SILENT_S:
+        raise ViolationError(
+          f"{count} rBlocks that instance {self.number} lent to instance"
+          f" {owner} were never given back; it is silent for {silent_s:.3f} s."
         )

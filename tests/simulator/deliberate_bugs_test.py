@@ -230,11 +230,7 @@ _PLACES = {
   Place.COMMIT_SKIPPED: (_borrowing, 10, "trusts Location"),
   Place.PROOF_SKIPPED: (_with_lost_payloads, 20, "whose copy was not proved"),
   Place.FREED_TWICE: (_borrowing, 20, "cannot free"),
-  Place.RELEASE_FORGOTTEN: (
-    _borrowing,
-    30,
-    "Not ended|is not empty",
-  ),
+  Place.RELEASE_FORGOTTEN: (_borrowing, 20, "were never given back"),
   Place.HOME_EPOCHS_KEPT: (_borrowing, 40, "receives under epoch"),
   Place.HOME_FREED_EARLY: (_swapping, 10, "its HBM rBlock is"),
   Place.DROPPED_EARLY: (_swapping, 20, "its HOST rBlock is"),
