@@ -306,6 +306,53 @@ class TestRefusal:
     assert creditor.lent() == {0: 2}
     assert creditor.drain_messages() == creditor.drain_effects() == []
 
+  @pytest.mark.parametrize(
+    "body",
+    [
+      Release(slot=_SLOT, grants=(_grant(1, epoch=3),)),
+      Commit(
+        uid=7,
+        slot=_SLOT,
+        entries=(HostedEntry(logical_id=0, grant=_grant(8, epoch=2**31)),),
+      ),
+    ],
+  )
+  def test_a_lease_that_was_never_granted_is_refused(self, body):
+    cluster = self._lent()  # Its leases have the epochs 1 and 2.
+    creditor = cluster.managers[1]
+    creditor.on_message(
+      Envelope(
+        sender=0, receiver=1, incarnation=1, seq=99, body=body, meant_for=1
+      )
+    )
+
+    assert creditor.refused == {type(body).__name__: 1}
+    assert creditor.lent() == {0: 2}
+    assert creditor.drain_messages() == creditor.drain_effects() == []
+
+  @pytest.mark.parametrize("epoch", [1, 3])
+  def test_no_lease_is_granted_twice_but_an_rblock_may_be(self, epoch):
+    cluster = self._lent()
+    owner = cluster.managers[0]
+    cluster.open(0, 8, 2 * BLOCK_SIZE)
+    assert owner.move_kvcache(8, 1, 1)
+    (asked,) = owner.drain_messages()
+    owner.on_message(
+      Envelope(
+        sender=1,
+        receiver=0,
+        incarnation=1,
+        seq=asked.seq,
+        body=ReserveReply(grants=(_grant(1, epoch=epoch),)),
+        responder=1,
+      )
+    )
+
+    # Epoch 3 says that the creditor has ended the lease with epoch 1.
+    is_twice = epoch == 1
+    assert owner.refused == ({"ReserveReply": 1} if is_twice else {})
+    assert owner.borrowed() == {1: 2 if is_twice else 3}
+
   def test_a_renewal_of_the_future_is_refused(self):
     cluster = self._lent()
     owner = cluster.managers[0]
