@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import gc
+import math
+import os
 import pathlib
 import random
 import shlex
@@ -28,7 +31,17 @@ _SUMS = (
   "num_unproved",
   "num_tokens",
   "num_moved",
+  "num_swapped",
+  "num_takeovers",
   "time_s",
+)
+
+
+_EVENT = (
+  "A message event is the sending of a message, or what became of one copy of"
+  " it: delivered, lost, cut off by a partition, or unheard at a crashed"
+  " address. Ticks, steps, payloads and copies are none. The rate is per second"
+  " of processor time (time.process_time), for the machine is shared."
 )
 
 
@@ -51,16 +64,27 @@ def run(
   if config.seed >= 0:
     return _replay(config, workdir)
   first, last = config.first_seed, config.first_seed + config.num_seeds
+  # What exists by now is no garbage, and is not to be looked through.
+  gc.collect()
+  gc.freeze()
   started_s, started_cpu_s = time.perf_counter(), time.process_time()
   totals: collections.Counter[str] = collections.Counter()
+  events: collections.Counter[str] = collections.Counter()
+  kinds: collections.Counter[str] = collections.Counter()
   faults: collections.Counter[str] = collections.Counter()
   troubles: collections.Counter[str] = collections.Counter()
-  fewest = {"num_delivered": sys.maxsize, "num_faults": sys.maxsize}
+  longest_takeover_s = 0.0
+  fewest = dict.fromkeys(
+    ("num_events", "num_delivered", "num_faults"), sys.maxsize
+  )
   violations: list[dict[str, Any]] = []
   with tqdm.tqdm(range(first, last), unit="seed", disable=None) as seeds:
     for seed in seeds:
       result = run_seed(seed, scenario=_scenario(seed, config))
       totals.update({name: getattr(result, name) for name in _SUMS})
+      events.update(result.events)
+      kinds.update(result.kinds)
+      longest_takeover_s = max(longest_takeover_s, result.longest_takeover_s)
       faults.update(result.faults)
       troubles.update(result.troubles)
       for name in fewest:
@@ -69,6 +93,7 @@ def run(
         violations.append(_report(result, config))
   wall_s = time.perf_counter() - started_s
   cpu_s = time.process_time() - started_cpu_s
+  gc.unfreeze()
   summary = {
     "correct": not violations,
     "num_seeds": config.num_seeds,
@@ -77,8 +102,13 @@ def run(
     "message_events_per_s": totals["num_events"] / cpu_s,
     "wall_s": wall_s,
     "cpu_s": cpu_s,
+    "load_average": os.getloadavg(),
+    "message_event": _EVENT,
     "totals": dict(totals),
+    "longest_takeover_s": longest_takeover_s,
     "fewest_of_a_seed": fewest,
+    "message_events": dict(events),
+    "messages_sent": dict(sorted(kinds.items())),
     "faults": dict(sorted(faults.items())),
     "troubles": dict(sorted(troubles.items())),
   }
@@ -115,6 +145,7 @@ def _scenario(seed: int, config: ml_collections.ConfigDict) -> Scenario:
     scenario,
     num_instances=config.num_instances,
     request_every_s=scenario.request_every_s * share,
+    most_open=math.ceil(scenario.most_open / share),
     trouble_every_s=scenario.trouble_every_s * share,
     plan_every_s=scenario.plan_every_s * share,
   )

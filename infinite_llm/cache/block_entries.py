@@ -56,11 +56,11 @@ class BlockEntries:
       return
     added = np.asarray((block_ids, logical_ids), np.int32)
     end = self._size + len(block_ids)
-    before = self._pairs[1, max(self._size - 1, 0) : self._size]
-    if bool((np.diff(np.concatenate([before, added[1]])) < 0).any()):
+    before = self._pairs[1, max(self._size - 1, 0) : self._size].tolist()
+    is_low = bool(before) and logical_ids[0] < before[0]
+    if is_low or (added[1, 1:] < added[1, :-1]).any():
       raise InvariantError(
-        f"logical_ids must not fall; got {list(logical_ids)} after"
-        f" {before.tolist()}."
+        f"logical_ids must not fall; got {list(logical_ids)} after {before}."
       )
     if end > self._pairs.shape[1]:
       grown = np.zeros((2, max(end, 2 * self._pairs.shape[1])), np.int32)
@@ -121,5 +121,7 @@ class EntrySpan:
 
   def below(self, logical_id: int) -> "EntrySpan":
     """The entries whose logical number is below one, in O(log n)."""
+    if self.begin == self.end:
+      return self
     count = int(self.logical_ids.searchsorted(logical_id))
-    return dataclasses.replace(self, end=self.begin + count)
+    return EntrySpan(self.log, self.begin, self.begin + count)

@@ -69,6 +69,12 @@ class BlockPool:
     """Blocks hosted or reserved for other instances."""
     return self._num_lent
 
+  @property
+  def is_conserved(self) -> bool:
+    """Whether every block is counted once, and none less than none."""
+    counts = self._num_in.values()
+    return sum(counts) == self._num_blocks - 1 and min(counts) >= 0
+
   def counts(self) -> PoolCounts:
     """How the blocks are used, without the null block."""
     num_in = self._num_in
@@ -79,6 +85,13 @@ class BlockPool:
       reserved=num_in[BlockState.RESERVED],
       total=self._num_blocks - 1,
     )
+
+  def is_from_the_future(self, epoch: Epoch) -> bool:
+    """Whether no block can have been reserved under an epoch yet.
+
+    Epochs begin anew after the last one, so half of them lie ahead.
+    """
+    return 0 < (epoch - self._last_epoch) % 2**32 < 2**31
 
   def block(self, block_id: BlockId) -> RBlock:
     """Metadata of one block, to look at.

@@ -43,7 +43,19 @@ def content_tag(*, uid: int, logical_id: int, epoch: int, filled: int) -> int:
   """
   tag = _SEED
   for word in (uid, logical_id, epoch, filled):
-    tag = _avalanche(tag ^ _avalanche(word + _STEP))
+    # `_avalanche` once inside the other, without the calls: this is asked for
+    # every rBlock that a step writes.
+    x = (word + _STEP) & _MASK
+    x ^= x >> 16
+    x = (x * 0x85EBCA6B) & _MASK
+    x ^= x >> 13
+    x = (x * 0xC2B2AE35) & _MASK
+    x ^= x >> 16 ^ tag
+    x ^= x >> 16
+    x = (x * 0x85EBCA6B) & _MASK
+    x ^= x >> 13
+    x = (x * 0xC2B2AE35) & _MASK
+    tag = x ^ (x >> 16)
   return tag or 1
 
 

@@ -70,7 +70,7 @@ class Condition:
     return Heartbeat(
       counts=self._pool.counts(),
       lendable=self._creditor.lendable,
-      host_free=self._swapping.counts().free,
+      host_free=self._swapping.num_free,
       num_running=self._debtor.num_open,
       num_waiting=demand.num_waiting,
       next_blocks=demand.next_blocks,

@@ -171,15 +171,18 @@ class Creditor:
       if fetching.envelope.sender != owner
     }
 
-  def is_of_another(self, owner: InstanceId, grants: Iterable[Grant]) -> bool:
-    """Whether any of these is a lease of somebody else."""
-    leases = ((self._leases.get(g.block_id), g.epoch) for g in grants)
-    return any(
-      lease is not None
-      and lease.epoch == epoch
-      and lease.owner.instance != owner
-      for lease, epoch in leases
-    )
+  def fault_in_grants(
+    self, owner: InstanceId, grants: Iterable[Grant]
+  ) -> str | None:
+    """Says why an owner cannot have these leases; None if it may have had."""
+    for grant in grants:
+      lease = self._leases.get(grant.block_id)
+      if lease is None or lease.epoch != grant.epoch:
+        if self._pool.is_from_the_future(grant.epoch):
+          return f"{grant} was never granted."
+      elif lease.owner.instance != owner:
+        return f"{grant} is a lease of somebody else."
+    return None
 
   def execute(
     self, sender: InstanceId, envelope: Envelope, request: LeaseRequest

@@ -4,7 +4,6 @@ The owner alone switches: books change when a creditor acknowledged, and the old
 copy goes only when the new one was proved (`DESIGN.md` section 5, rule 2).
 """
 
-import collections
 from collections.abc import Callable, Iterable
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -14,7 +13,7 @@ from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.effects import Effect, Move
 from infinite_llm.scheduler.fault_points import Place
-from infinite_llm.scheduler.lease_messages import Renew, Reserve
+from infinite_llm.scheduler.lease_messages import Grant, Renew, Reserve
 from infinite_llm.scheduler.leases import LeaseTrust
 from infinite_llm.scheduler.mailbox import Outbox, Pending
 from infinite_llm.scheduler.messages import Candidates, Reply, RequestBlocks
@@ -71,6 +70,12 @@ class Debtor:
   def num_free_slots(self) -> int:
     """Spill slots that no request has."""
     return self._slots.num_free
+
+  def has_any(self, creditor: InstanceId, grants: Iterable[Grant]) -> bool:
+    """Whether any of these leases at a creditor is held already."""
+    accounts = (*self._accounts.values(), *self._closed)
+    held = [account.leases.get(creditor, {}) for account in accounts]
+    return any(h.get(g.block_id) == g.epoch for g in grants for h in held)
 
   def is_open(self, uid: RequestUid) -> bool:
     """Whether a request is open."""
@@ -250,10 +255,9 @@ class Debtor:
       return False
     num_there = len(account.table.hosted_entries(src))
     wanted = min(num_blocks, num_there, self._pool.num_free)
-    if wanted <= 0:
-      return False
-    self._transfers.recalling.begin(account, src, wanted)
-    return True
+    if wanted > 0:
+      self._transfers.recalling.begin(account, src, wanted)
+    return wanted > 0
 
   def on_status(self, has_room: bool) -> None:
     """Notes whether any other instance would lend."""
@@ -292,11 +296,11 @@ class Debtor:
 
   def borrowed(self) -> dict[InstanceId, int]:
     """rBlocks held at each creditor, also those being given back."""
-    total: collections.Counter[InstanceId] = collections.Counter()
+    total: dict[InstanceId, int] = {}
     for account in (*self._accounts.values(), *self._closed):
       for creditor, held in account.leases.items():
-        total[creditor] += len(held)
-    return dict(total)
+        total[creditor] = total.get(creditor, 0) + len(held)
+    return total
 
   def requests(self) -> tuple[RequestBlocks, ...]:
     """Where the rBlocks of open requests are, of those that have any."""

@@ -28,6 +28,8 @@ class Place(enum.StrEnum):
       executed.
     RESTART_OVERLOOKED: An owner keeps what it had at a creditor that began
       anew.
+    DEAD_DEBTS_KEPT: A creditor keeps what an owner that began anew had borrowed
+      before.
     TRUST_UNLIMITED: An owner reads what it has elsewhere however long its
       creditor has been silent.
     COMMIT_SKIPPED: An owner switches to copies that its creditor does not serve
@@ -37,6 +39,11 @@ class Place(enum.StrEnum):
     RELEASE_FORGOTTEN: A closed request gives nothing back.
     HOME_EPOCHS_KEPT: An owner's device goes on accepting payloads for a recall
       that has ended.
+    HOME_FREED_EARLY: rBlocks are free in HBM before their copies in HOST are
+      acknowledged.
+    DROPPED_EARLY: What nobody wants any more is free in both tiers before its
+      copies have ended.
+    HOST_KEPT: A request whose copies in HBM were proved keeps those in HOST.
   """
 
   EPOCH_UNCHECKED = "epoch unchecked"
@@ -50,12 +57,16 @@ class Place(enum.StrEnum):
   DEAD_HEARD = "dead heard"
   MISDIRECTED_EXECUTED = "misdirected executed"
   RESTART_OVERLOOKED = "restart overlooked"
+  DEAD_DEBTS_KEPT = "dead debts kept"
   TRUST_UNLIMITED = "trust unlimited"
   COMMIT_SKIPPED = "commit skipped"
   PROOF_SKIPPED = "proof skipped"
   FREED_TWICE = "freed twice"
   RELEASE_FORGOTTEN = "release forgotten"
   HOME_EPOCHS_KEPT = "home epochs kept"
+  HOME_FREED_EARLY = "home freed early"
+  DROPPED_EARLY = "dropped early"
+  HOST_KEPT = "host kept"
 
 
 def no_fault(place: str) -> bool:

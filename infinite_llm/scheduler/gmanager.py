@@ -1,12 +1,16 @@
 """The gManager: keeps the debt ledger, says who might lend, and plans ahead."""
 
+import collections
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from absl import logging
+
 from infinite_llm.config import LendingConfig
-from infinite_llm.errors import ConfigError, MessageError, Refusal
+from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler.allotment import allot
 from infinite_llm.scheduler.cluster_view import ClusterView
+from infinite_llm.scheduler.gmanager_screening import fault_in
 from infinite_llm.scheduler.ledger import Ledger, Recorded
 from infinite_llm.scheduler.link_costs import LinkCosts
 from infinite_llm.scheduler.messages import (
@@ -35,6 +39,8 @@ _GMANAGERS: tuple[GManagerAddress, ...] = (GMANAGER, STANDBY)
 _LIVES = 256
 """Starts of one gManager after which its epochs may repeat."""
 
+_LOG_EVERY_S = 10
+
 
 class GManager:
   """One leads, and another one may stand by. It only proposes.
@@ -54,6 +60,7 @@ class GManager:
     is_leader: Whether it answers and plans.
     epoch: Newest epoch that it has heard of; its own if it leads.
     num_plans: Plans that it made.
+    refused: Messages that no sane sender would send, by the name of their kind.
   """
 
   def __init__(
@@ -67,6 +74,7 @@ class GManager:
     peers: Sequence[GManagerAddress] = (),
     incarnation: int = 1,
     is_leader: bool = True,
+    num_instances: int | None = None,
   ):
     """Makes a gManager that knows nobody yet.
 
@@ -80,6 +88,7 @@ class GManager:
       incarnation: Rises each time this gManager starts anew.
       is_leader: Whether it leads at once; one that starts anew beside others
         stands by.
+      num_instances: I, instances that report to it; None if any may.
 
     Raises:
       ConfigError: If the policy does not exist, lacks what it needs, or nobody
@@ -104,6 +113,8 @@ class GManager:
     self._address: GManagerAddress = address
     self._peers = tuple(peers)
     self._incarnation = incarnation
+    self._num_instances = num_instances
+    self.refused: collections.Counter[str] = collections.Counter()
     self._ledger = Ledger()
     self._placements = PlacementMap()
     self._outgoing: list[Envelope] = []
@@ -130,14 +141,20 @@ class GManager:
     )
 
   def on_message(self, envelope: Envelope) -> None:
-    """Takes a message of an rManager, or of the other gManager.
-
-    Raises:
-      MessageError: If it is none for a gManager; nothing has changed then.
-    """
+    """Takes a message; nonsense is `refused` and counted."""
+    fault = fault_in(
+      envelope,
+      address=self._address,
+      peers=self._peers,
+      num_instances=self._num_instances,
+      leader_epoch=self.epoch,
+    )
+    if fault is not None:
+      self._refuse(envelope, fault)
+      return
     sender = envelope.sender
     match envelope.body:
-      case Leadership() if sender in self._peers:
+      case Leadership():
         self._hear_epoch(envelope.leader_epoch)
         if envelope.leader_epoch == self.epoch and not self.is_leader:
           self._leader_heard_s = self._clock()
@@ -148,16 +165,8 @@ class GManager:
         if self.is_leader:
           instances = self._policy.rank_creditors(self.view(), sender, wanted)
           self._answer(envelope, Candidates(instances=instances))
-      case body if isinstance(sender, int):
-        raise MessageError(
-          Refusal.MISDIRECTED,
-          f"{type(body).__name__} of instance {sender} is not for the"
-          " gManager.",
-        )
       case _:
-        raise MessageError(
-          Refusal.MISDIRECTED, f"sender must be an instance; got {sender!r}."
-        )
+        pass
 
   def tick(self) -> None:
     """Does what is due: takes over, forgets the silent, announces, plans."""
@@ -213,6 +222,9 @@ class GManager:
         if self.is_leader:
           self._tell(sender, FullHeartbeatRequest())
       case Recorded.OLD:
+        return
+      case Recorded.ABSURD:
+        self._refuse(envelope, "its change of lent does not fit its counts.")
         return
     self._to_tell.add(sender)
 
@@ -280,6 +292,19 @@ class GManager:
         )
         self._tell(move.owner, body)
     self.num_plans += 1
+
+  def _refuse(self, envelope: Envelope, fault: str) -> None:
+    kind = type(envelope.body).__name__
+    self.refused[kind] += 1
+    logging.log_every_n_seconds(
+      logging.WARNING,
+      "The gManager at %r refused a %s from %r: %s",
+      _LOG_EVERY_S,
+      self._address,
+      kind,
+      envelope.sender,
+      fault,
+    )
 
   def _answer(self, request: Envelope, body: Candidates) -> None:
     self._send(request.sender, request.incarnation, request.seq, body)

@@ -65,14 +65,14 @@ class LeaseDeadlines:
     self._checked_s = now
     if has_slept:
       self._heard_s = dict.fromkeys(self._heard_s, now)
-    expired = sorted(
+    expired = [
       owner
       for owner, heard_s in self._heard_s.items()
       if now - heard_s >= self._lease_s
-    )
+    ]
     for owner in expired:
       del self._heard_s[owner]
-    return tuple(expired)
+    return tuple(sorted(expired))
 
 
 class LeaseTrust:
@@ -125,6 +125,8 @@ class LeaseTrust:
     Returns:
       Their numbers, each once, rising.
     """
+    if not self._until_s:
+      return ()
     lapsed = sorted(c for c in self._until_s if not self.holds(c))
     for creditor in lapsed:
       self.forget(creditor)

@@ -8,7 +8,8 @@ import dataclasses
 import enum
 
 from infinite_llm.scheduler.cluster_view import LedgerLine
-from infinite_llm.scheduler.messages import Heartbeat
+from infinite_llm.scheduler.gmanager_screening import fault_in_debts
+from infinite_llm.scheduler.messages import BlocksOf, Heartbeat
 from infinite_llm.types import InstanceId
 
 
@@ -19,6 +20,7 @@ class Recorded(enum.Enum):
   CHANGE = "it changed what was in force"
   OLD = "a newer one came before it, or it is of an earlier incarnation"
   GAP = "what it changes is not in force; only its own numbers are now"
+  ABSURD = "what it changes would not fit together; nothing was changed"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -93,7 +95,8 @@ class Ledger:
     if known and is_same and seq <= known.seq:
       return Recorded.OLD
     if heartbeat.base is None:
-      self._set(instance, incarnation, seq, heartbeat, {}, now_s)
+      debts = dict(heartbeat.lent)
+      self._set(instance, incarnation, seq, heartbeat, debts, now_s)
       return Recorded.FULL
     if known is None or not is_same or heartbeat.base != known.seq:
       if known and is_same:
@@ -108,7 +111,12 @@ class Ledger:
           has_gap=True,
         )
       return Recorded.GAP
-    self._set(instance, incarnation, seq, heartbeat, known.debts, now_s)
+    debts = _changed(known.debts, heartbeat.lent)
+    counts = heartbeat.counts
+    has_debts = debts or counts.hosted
+    if has_debts and fault_in_debts(counts, debts.values()) is not None:
+      return Recorded.ABSURD
+    self._set(instance, incarnation, seq, heartbeat, debts, now_s)
     return Recorded.CHANGE
 
   def forget(self, instance: InstanceId) -> None:
@@ -137,10 +145,6 @@ class Ledger:
   ) -> None:
     if instance in self._known:
       self.forget(instance)
-    for debtor, count in heartbeat.lent:
-      debts[debtor] = count
-      if not count:
-        del debts[debtor]
     line = LedgerLine(
       instance=instance,
       incarnation=incarnation,
@@ -160,3 +164,12 @@ class Ledger:
       seq=seq, has_gap=has_gap, debts=debts, line=line
     )
     self._lendable += line.lendable
+
+
+def _changed(
+  debts: dict[InstanceId, int], changes: BlocksOf
+) -> dict[InstanceId, int]:
+  """Debts after a change; a 0 says that there is nothing left."""
+  if not changes:
+    return debts
+  return {i: count for i, count in {**debts, **dict(changes)}.items() if count}

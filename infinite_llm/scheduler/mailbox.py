@@ -185,18 +185,18 @@ class Outbox[Context]:
     return self._leader if receiver == GMANAGER else receiver
 
   def _send(self, seq: int, receiver: Address, body: Body) -> None:
-    awaited = (
-      n
-      for n, pending in self._pending.items()
-      if self._route(pending.receiver) == receiver
-    )
+    settled = seq
+    for number, pending in self._pending.items():  # By rising number.
+      if self._route(pending.receiver) == receiver:
+        settled = min(settled, number)
+        break
     envelope = Envelope(
       sender=self._sender,
       receiver=receiver,
       incarnation=self._incarnation,
       seq=seq,
       body=body,
-      settled=min(awaited, default=seq),
+      settled=settled,
       meant_for=self._incarnation_of.get(receiver, 0),
     )
     self._outgoing.append(envelope)

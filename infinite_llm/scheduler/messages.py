@@ -100,6 +100,11 @@ class Heartbeat:
   requests: tuple[RequestBlocks, ...] = ()
   leader_epoch: Epoch = NO_EPOCH
 
+  @property
+  def is_change(self) -> bool:
+    """Whether it says only what changed."""
+    return self.base is not None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullHeartbeatRequest:

@@ -39,7 +39,11 @@ from infinite_llm.scheduler.messages import (
   Reply,
 )
 from infinite_llm.scheduler.reporter import Reporter
-from infinite_llm.scheduler.screening import fault_in, fault_in_answer
+from infinite_llm.scheduler.screening import (
+  Group,
+  fault_in,
+  fault_in_answer,
+)
 from infinite_llm.types import FaultPoint, InstanceId
 
 type Guidance = ClusterStatus | FullHeartbeatRequest | Plan
@@ -60,10 +64,8 @@ class Reception:
 
   def __init__(
     self,
-    instance: InstanceId,
+    group: Group,
     incarnation: int,
-    num_instances: int,
-    spill_slots: int,
     clock: Callable[[], float],
     creditor: Creditor,
     debtor: Debtor,
@@ -74,10 +76,8 @@ class Reception:
     """Makes the reception of one instance.
 
     Args:
-      instance: The instance.
+      group: Who may say what to it.
       incarnation: Its own.
-      num_instances: I, instances of its lending group.
-      spill_slots: S, spill slots of each owner.
       clock: Monotonic seconds.
       creditor: Takes requests for leases.
       debtor: Takes answers.
@@ -87,10 +87,8 @@ class Reception:
     """
     self._faults = faults
     self.refused: collections.Counter[str] = collections.Counter()
-    self._instance = instance
+    self._group = group
     self._incarnation = incarnation
-    self._num_instances = num_instances
-    self._spill_slots = spill_slots
     self._clock = clock
     self._creditor = creditor
     self._debtor = debtor
@@ -105,13 +103,7 @@ class Reception:
     Returns:
       What the leading gManager has to say, if that is what it was.
     """
-    fault = fault_in(
-      envelope,
-      instance=self._instance,
-      num_instances=self._num_instances,
-      spill_slots=self._spill_slots,
-      gmanagers=self._reporter.gmanagers,
-    )
+    fault = fault_in(envelope, self._group, self._reporter.leader_epoch)
     if fault is not None:
       self._refuse(envelope, fault)
     elif not isinstance(envelope.sender, int):
@@ -152,7 +144,8 @@ class Reception:
       return self._faults(Place.DEAD_HEARD)
     if incarnation > known:
       self._incarnation_of[sender] = incarnation
-      self._creditor.end_leases_of(sender)
+      if not self._faults(Place.DEAD_DEBTS_KEPT):
+        self._creditor.end_leases_of(sender)
       if not self._faults(Place.RESTART_OVERLOOKED):
         self._debtor.on_restarted(sender)
       self._outbox.introduce(sender, incarnation)
@@ -190,8 +183,9 @@ class Reception:
   def _on_lease_request(
     self, owner: InstanceId, envelope: Envelope, request: LeaseRequest
   ) -> None:
-    if self._creditor.is_of_another(owner, _grants_named_by(request)):
-      self._refuse(envelope, "it names a lease of somebody else.")
+    fault = self._creditor.fault_in_grants(owner, _grants_named_by(request))
+    if fault is not None:
+      self._refuse(envelope, fault)
       return
     reply = self._inbox.answer(
       envelope, lambda: self._creditor.execute(owner, envelope, request)
@@ -204,6 +198,11 @@ class Reception:
     if pending is None:
       return  # Answered before, or not awaited any more.
     fault = fault_in_answer(pending.body, reply)
+    creditor = envelope.sender
+    if isinstance(reply, ReserveReply) and isinstance(creditor, int):
+      # It may grant an rBlock once more, but under another epoch.
+      is_repeated = self._debtor.has_any(creditor, reply.grants)
+      fault = "it grants a lease twice." if is_repeated else fault
     if fault is not None:
       self._refuse(envelope, fault)
       return
@@ -228,7 +227,7 @@ class Reception:
       logging.WARNING,
       "Instance %s refused a %s from %s: %s",
       _LOG_EVERY_S,
-      self._instance,
+      self._group.instance,
       kind,
       envelope.sender,
       fault,

@@ -106,6 +106,8 @@ def _changes[Key](
   old: Iterable[tuple[Key, int]], new: Iterable[tuple[Key, int]]
 ) -> Iterable[tuple[Key, int]]:
   """Pairs that differ; those that are gone have a 0."""
+  if old == new:  # Nearly always, and it is asked each heartbeat.
+    return
   before = dict(old)
   for key, count in new:
     if before.pop(key, None) != count:
@@ -118,6 +120,8 @@ def _request_changes(
   old: Iterable[RequestBlocks], new: Iterable[RequestBlocks]
 ) -> tuple[RequestBlocks, ...]:
   """Requests that differ; those that have ended have no holders."""
+  if old == new:
+    return ()
   before = {blocks.uid: blocks for blocks in old}
   changed = [blocks for blocks in new if before.pop(blocks.uid, None) != blocks]
   ended = [RequestBlocks(uid=uid, holders=()) for uid in before]

@@ -27,6 +27,7 @@ from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.reception import Reception
 from infinite_llm.scheduler.reporter import Reporter
+from infinite_llm.scheduler.screening import Group
 from infinite_llm.scheduler.swapping import HostTier, Swapping
 from infinite_llm.types import (
   FaultPoint,
@@ -77,7 +78,7 @@ class RManager:
     Args:
       instance: The instance.
       num_instances: I, instances of its lending group.
-      pool: Its rBlocks in HBM, all free.
+      pool: Its rBlocks in HBM, all free; as many as each of the group has.
       block_size: P, tokens per rBlock.
       lending: How the group shares its pools.
       clock: Monotonic seconds.
@@ -90,10 +91,6 @@ class RManager:
       ConfigError: If `instance` is not one of the group, it may lend more than
         it has, or `host` is somebody else's.
     """
-    if not 0 <= instance < num_instances:
-      raise ConfigError(
-        f"instance must be in [0, {num_instances}); got {instance}."
-      )
     most, total = lending.max_lent_blocks, pool.counts().total
     if most is not None and most > total:
       raise ConfigError(
@@ -102,7 +99,6 @@ class RManager:
       )
     self.instance = instance
     self.pool = pool
-    self._num_instances = num_instances
     self._lending = lending
     self._policy = get_policy(lending.policy)
     self._outbox: Outbox[Account] = Outbox(
@@ -111,19 +107,22 @@ class RManager:
     # One list, in order: an rBlock may concern one half after the other.
     effects = self._effects = list[Effect]()
     self._creditor = Creditor(pool, block_size, lending, clock, effects, faults)
-    self._debtor = Debtor(
+    debtor = self._debtor = Debtor(
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
-    self.swapping = Swapping(self._debtor, pool, host, block_size)
-    self.condition = Condition(
-      pool, self._creditor, self._debtor, self.swapping
-    )
+    self.swapping = Swapping(debtor, pool, host, block_size, faults)
+    self.condition = Condition(pool, self._creditor, debtor, self.swapping)
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
+    self._group = Group(
+      instance=instance,
+      num_instances=num_instances,
+      num_blocks=total + 1,
+      spill_slots=lending.spill_slots,
+      gmanagers=gmanagers,
+    )
     self._reception = Reception(
-      instance,
+      self._group,
       incarnation,
-      num_instances,
-      lending.spill_slots,
       clock,
       self._creditor,
       self._debtor,
@@ -393,8 +392,9 @@ class RManager:
     self._reporter.tell(heartbeat, is_full=is_full)
 
   def _check_peer(self, name: str, peer: InstanceId) -> None:
-    if peer == self.instance or not 0 <= peer < self._num_instances:
+    num_instances = self._group.num_instances
+    if peer == self.instance or not 0 <= peer < num_instances:
       raise InvariantError(
-        f"{name} must be another instance in [0, {self._num_instances}); got"
+        f"{name} must be another instance in [0, {num_instances}); got"
         f" {peer} on instance {self.instance}."
       )

@@ -1,16 +1,23 @@
 """Which messages an rManager refuses: those that no sane sender would send.
 
 Types are the transport's business; here it is who says what to whom, and
-whether the numbers can mean anything. A late or repeated message is no fault.
+whether the numbers can mean anything: what comes through must not be able to
+break a book, a table or an array on a device. A late or repeated message is no
+fault.
 """
 
+import dataclasses
+import math
+import reprlib
 from collections.abc import Sequence
 
+from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
   Fetch,
   FetchReply,
+  Grant,
   Introduction,
   Release,
   ReleaseReply,
@@ -36,8 +43,21 @@ from infinite_llm.scheduler.messages import (
   Reply,
   Request,
 )
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import NO_EPOCH, Epoch, InstanceId, RequestUid
 
+MAX_EPOCHS_MISSED = 2**20
+"""Leader epochs that one may have missed; what is further ahead is nonsense.
+
+Each takeover uses up to 512 of them, so this is some 2,000 takeovers.
+"""
+
+_MAX_FIRST_EPOCH = 2**31
+"""Newest leader epoch that is believed by who has not heard of any."""
+
+_MAX_VERSION = 2**31 - 1
+"""Table versions are int32 on the devices."""
+
+_MAX_CANDIDATES = 3
 _ANSWERS = (
   ReserveReply,
   CommitReply,
@@ -57,57 +77,111 @@ _FROM_GMANAGER = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """A lending group as one of its rManagers knows it.
+
+  Attributes:
+    instance: The rManager's instance.
+    num_instances: I, instances of the group.
+    num_blocks: N, rBlocks of each pool with the null one.
+    spill_slots: S, spill slots of each owner.
+    gmanagers: Those that the rManager reports to.
+  """
+
+  instance: InstanceId
+  num_instances: int
+  num_blocks: int
+  spill_slots: int
+  gmanagers: Sequence[Address] = (GMANAGER,)
+
+  def __post_init__(self):
+    if not 0 <= self.instance < self.num_instances:
+      raise ConfigError(
+        f"instance must be in [0, {self.num_instances}); got {self.instance}."
+      )
+
+
 def fault_in(
-  envelope: Envelope,
-  *,
-  instance: InstanceId,
-  num_instances: int,
-  spill_slots: int,
-  gmanagers: Sequence[Address] = (GMANAGER,),
+  envelope: Envelope, group: Group, leader_epoch: Epoch = NO_EPOCH
 ) -> str | None:
   """Says why an rManager refuses a message.
 
   Args:
     envelope: The message.
-    instance: The rManager's instance.
-    num_instances: I, instances of its lending group.
-    spill_slots: S, spill slots of each owner.
-    gmanagers: Those that it reports to.
+    group: Who may say what.
+    leader_epoch: Newest epoch of a leading gManager that was heard of.
 
   Returns:
     What is wrong with it; None if nothing is.
   """
-  sender = envelope.sender
+  sender, instance = envelope.sender, group.instance
   if envelope.receiver != instance:
     return f"receiver must be {instance}; got {envelope.receiver!r}."
   if not isinstance(sender, int):
-    is_known = sender in gmanagers
+    is_known = sender in group.gmanagers
     if not is_known or not isinstance(envelope.body, _FROM_GMANAGER):
       return _not_from(envelope)
-    return _fault_from_gmanager(envelope.body, instance, num_instances)
-  if sender == instance or not 0 <= sender < num_instances:
     return (
-      f"sender must be another instance in [0, {num_instances}); got {sender}."
+      fault_in_numbers(envelope)
+      or fault_in_leader_epoch(envelope.leader_epoch, leader_epoch)
+      or _fault_from_gmanager(envelope.body, group)
+    )
+  if sender == instance or not 0 <= sender < group.num_instances:
+    return (
+      "sender must be another instance in"
+      f" [0, {group.num_instances}); got {sender}."
     )
   is_answer = isinstance(envelope.body, _ANSWERS)
   if not is_answer and not isinstance(envelope.body, _FROM_DEBTOR):
     return _not_from(envelope)
-  if envelope.incarnation < 1 or envelope.seq < 1:
-    return (
-      "incarnation and seq must be at least 1; got"
-      f" {envelope.incarnation} and {envelope.seq}."
-    )
-  if min(envelope.settled, envelope.meant_for, envelope.responder) < 0:
-    return (
-      "settled, meant_for and responder must not be negative; got"
-      f" {envelope.settled}, {envelope.meant_for} and {envelope.responder}."
-    )
+  fault = fault_in_numbers(envelope)
+  if fault is not None:
+    return fault
   if is_answer != bool(envelope.responder):
     return (
       f"responder must be set in answers alone; got {envelope.responder} in a"
       f" {_kind(envelope.body)}."
     )
-  return _fault_in_body(envelope.body, spill_slots)
+  return _fault_in_body(envelope.body, group)
+
+
+def fault_in_numbers(envelope: Envelope) -> str | None:
+  """Says why an envelope's numbers cannot be a sender's; None if they can."""
+  if envelope.incarnation < 1 or envelope.seq < 1:
+    return (
+      "incarnation and seq must be at least 1; got"
+      f" {envelope.incarnation} and {envelope.seq}."
+    )
+  if envelope.settled < 0 or envelope.meant_for < 0 or envelope.responder < 0:
+    return (
+      "settled, meant_for and responder must not be negative; got"
+      f" {envelope.settled}, {envelope.meant_for} and {envelope.responder}."
+    )
+  if envelope.settled > envelope.seq:
+    return f"settled must be at most {envelope.seq}; got {envelope.settled}."
+  if isinstance(envelope.sender, int) and envelope.leader_epoch != NO_EPOCH:
+    return (
+      "leader_epoch must be 0 in what an instance says; got"
+      f" {envelope.leader_epoch}."
+    )
+  return None
+
+
+def fault_in_leader_epoch(epoch: Epoch, newest: Epoch) -> str | None:
+  """Says why nobody can lead under an epoch.
+
+  Args:
+    epoch: What a message names.
+    newest: Newest epoch that was heard of; 0 if none was.
+
+  Returns:
+    What is wrong with it; None if nothing is.
+  """
+  most = newest + MAX_EPOCHS_MISSED if newest else _MAX_FIRST_EPOCH
+  if not 0 <= epoch <= most:
+    return f"leader_epoch must be in [0, {most}]; got {epoch}."
+  return None
 
 
 def fault_in_answer(request: Request, reply: Reply) -> str | None:
@@ -142,118 +216,152 @@ def fault_in_answer(request: Request, reply: Reply) -> str | None:
   return None
 
 
-def _fault_from_gmanager(
-  body: Body, instance: InstanceId, num_instances: int
-) -> str | None:
+def _fault_from_gmanager(body: Body, group: Group) -> str | None:
   match body:
     case Candidates(instances=instances):
-      others = set(range(num_instances)) - {instance}
+      others = set(range(group.num_instances)) - {group.instance}
       if not others.issuperset(instances):
         return (
-          f"instances must be others in [0, {num_instances}); got {instances}."
+          f"instances must be others in [0, {group.num_instances}); got"
+          f" {reprlib.repr(instances)}."
+        )
+      is_repeated = len(set(instances)) < len(instances)
+      if is_repeated or len(instances) > _MAX_CANDIDATES:
+        return (
+          f"instances must be at most {_MAX_CANDIDATES} different ones; got"
+          f" {reprlib.repr(instances)}."
         )
     case ClusterStatus(lendable=lendable):
-      if lendable < 0:
-        return f"lendable must not be negative; got {lendable}."
-    case MoveKvcache(num_blocks=num_blocks, dst=peer):
-      return _fault_in_plan(num_blocks, peer, instance, num_instances)
-    case RecallKvcache(num_blocks=num_blocks, src=peer, freeze_s=freeze_s):
-      if not freeze_s >= 0:
-        return f"freeze_s must not be negative; got {freeze_s}."
-      return _fault_in_plan(num_blocks, peer, instance, num_instances)
+      return _fault_in_range(
+        "lendable", lendable, 0, _most_blocks(group, group.num_instances - 1)
+      )
+    case MoveKvcache(uid=uid, num_blocks=num_blocks, dst=peer):
+      return _fault_in_plan(uid, num_blocks, peer, group)
+    case RecallKvcache(uid=uid, num_blocks=num_blocks, src=peer) as plan:
+      if not plan.freeze_s >= 0:
+        return f"freeze_s must not be negative; got {plan.freeze_s}."
+      return _fault_in_plan(uid, num_blocks, peer, group)
     case _:
       pass
   return None
 
 
 def _fault_in_plan(
-  num_blocks: int,
-  peer: InstanceId,
-  instance: InstanceId,
-  num_instances: int,
+  uid: RequestUid, num_blocks: int, peer: InstanceId, group: Group
 ) -> str | None:
-  if num_blocks < 1:
-    return f"num_blocks must be at least 1; got {num_blocks}."
-  if peer == instance or not 0 <= peer < num_instances:
+  if peer == group.instance or not 0 <= peer < group.num_instances:
     return (
-      f"a plan must name another instance in [0, {num_instances}); got {peer}."
+      f"a plan must name another instance in [0, {group.num_instances}); got"
+      f" {peer}."
     )
-  return None
+  return _fault_in_count(num_blocks, group) or _fault_in_uid(uid)
 
 
-def _fault_in_body(body: Body, spill_slots: int) -> str | None:
+def _fault_in_body(body: Body, group: Group) -> str | None:
   match body:
     case Reserve(uid=uid, slot=slot, num_blocks=num_blocks):
-      if num_blocks < 1:
-        return f"num_blocks must be at least 1; got {num_blocks}."
-      return _fault_in_names(uid, slot, spill_slots)
+      return (
+        _fault_in_count(num_blocks, group)
+        or _fault_in_uid(uid)
+        or _fault_in_slot(slot, group)
+      )
     case (
       Commit(uid=uid, slot=slot, entries=entries)
       | Sync(uid=uid, slot=slot, entries=entries)
     ):
-      return _fault_in_names(uid, slot, spill_slots) or _fault_in_entries(
-        [entry.logical_id for entry in entries],
-        [entry.grant.block_id for entry in entries],
+      return (
+        _fault_in_uid(uid)
+        or _fault_in_slot(slot, group)
+        or _fault_in_lines([entry.logical_id for entry in entries], group)
+        or _fault_in_grants([entry.grant for entry in entries], group)
       )
     case Fetch(uid=uid, slot=slot, entries=entries):
-      logical_ids = [entry.logical_id for entry in entries]
       return (
-        _fault_in_names(uid, slot, spill_slots)
-        or _fault_in_entries(logical_ids, [e.grant.block_id for e in entries])
-        or _fault_in_entries(logical_ids, [e.home.block_id for e in entries])
+        _fault_in_uid(uid)
+        or _fault_in_slot(slot, group)
+        or _fault_in_lines([entry.logical_id for entry in entries], group)
+        or _fault_in_grants([entry.grant for entry in entries], group)
+        or _fault_in_grants([entry.home for entry in entries], group)
       )
     case Release(slot=slot, grants=grants):
-      return _fault_in_slot(slot, spill_slots) or _fault_in_entries(
-        range(len(grants)), [grant.block_id for grant in grants]
+      return (
+        _fault_in_slot(slot, group)
+        or _fault_in_lines(range(len(grants)), group)
+        or _fault_in_grants(grants, group)
       )
     case ReserveReply(grants=grants):
-      block_ids = [grant.block_id for grant in grants]
-      if len(set(block_ids)) < len(block_ids):
-        return f"grants must name each rBlock once; got {block_ids}."
+      return _fault_in_grants(grants, group)
     case (
       CommitReply(table_version=version)
       | ReleaseReply(table_version=version)
       | SyncReply(table_version=version)
       | FetchReply(table_version=version)
     ):
-      if version is not None and version < 0:
-        return f"table_version must not be negative; got {version}."
+      if version is not None:
+        return _fault_in_range("table_version", version, 0, _MAX_VERSION)
+    case Renew(sent_s=sent_s) | Renewed(sent_s=sent_s):
+      if not math.isfinite(sent_s):
+        return f"sent_s must be finite; got {sent_s}."
     case _:
       pass
   return None
 
 
-def _fault_in_names(
-  uid: RequestUid, slot: SlotName, spill_slots: int
-) -> str | None:
-  if not 0 < uid < 2**32:
-    return f"uid must be in [1, 2**32); got {uid}."
-  return _fault_in_slot(slot, spill_slots)
+def _fault_in_uid(uid: RequestUid) -> str | None:
+  return _fault_in_range("uid", uid, 1, 2**32 - 1)
 
 
-def _fault_in_slot(slot: SlotName, spill_slots: int) -> str | None:
-  if not 0 <= slot.slot < spill_slots or slot.epoch < 1:
-    return (
-      f"slot must be in [0, {spill_slots}) and its epoch at least 1; got"
-      f" {slot}."
-    )
-  return None
+def _fault_in_count(num_blocks: int, group: Group) -> str | None:
+  """Nobody has more rBlocks at home, or with one creditor, than a pool has."""
+  return _fault_in_range("num_blocks", num_blocks, 1, _most_blocks(group, 1))
 
 
-def _fault_in_entries(
-  logical_ids: Sequence[int], block_ids: Sequence[int]
-) -> str | None:
+def _fault_in_slot(slot: SlotName, group: Group) -> str | None:
+  return _fault_in_range(
+    "slot", slot.slot, 0, group.spill_slots - 1
+  ) or _fault_in_range("the slot's epoch", slot.epoch, 1, 2**32 - 1)
+
+
+def _fault_in_lines(logical_ids: Sequence[int], group: Group) -> str | None:
+  """A request has no more rBlocks than all pools together."""
   if not logical_ids:
     return "entries must not be empty; got ()."
-  if min(*logical_ids, *block_ids) < 0:
-    return (
-      "logical_id and block_id must not be negative; got"
-      f" {list(logical_ids)} and {list(block_ids)}."
-    )
-  for name, numbers in (("logical_id", logical_ids), ("block_id", block_ids)):
-    if len(set(numbers)) < len(numbers):
-      return f"each {name} must be named once; got {list(numbers)}."
+  return _fault_in_names(
+    "logical_id", logical_ids, 0, _most_blocks(group, group.num_instances) - 1
+  )
+
+
+def _fault_in_grants(grants: Sequence[Grant], group: Group) -> str | None:
+  if not grants:
+    return None
+  block_ids = [grant.block_id for grant in grants]
+  fault = _fault_in_names("block_id", block_ids, 1, _most_blocks(group, 1))
+  if fault is not None:
+    return fault
+  epochs = [grant.epoch for grant in grants]
+  worst = min(epochs) if min(epochs) < 1 else max(epochs)
+  return _fault_in_range("the epoch of a grant", worst, 1, 2**32 - 1)
+
+
+def _fault_in_names(
+  name: str, numbers: Sequence[int], low: int, high: int
+) -> str | None:
+  """Numbers of a list must be in a range, and differ."""
+  worst = min(numbers) if min(numbers) < low else max(numbers)
+  fault = _fault_in_range(name, worst, low, high)
+  if fault is None and len(set(numbers)) < len(numbers):
+    return f"each {name} must be named once; got {reprlib.repr(numbers)}."
+  return fault
+
+
+def _fault_in_range(name: str, value: int, low: int, high: int) -> str | None:
+  if not low <= value <= high:
+    return f"{name} must be in [{low}, {high}]; got {value}."
   return None
+
+
+def _most_blocks(group: Group, num_pools: int) -> int:
+  return num_pools * (group.num_blocks - 1)
 
 
 def _not_from(envelope: Envelope) -> str:

@@ -26,8 +26,11 @@ from infinite_llm.scheduler.effects import (
   SwapBlocks,
   swap_blocks,
 )
+from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
-from infinite_llm.types import PoolCounts, RequestUid, Tier
+from infinite_llm.types import FaultPoint, PoolCounts, RequestUid, Tier
+
+_NO_COUNTS = PoolCounts(used=0, free=0, hosted=0, reserved=0, total=0)
 
 
 class Stage(enum.Enum):
@@ -86,6 +89,7 @@ class Swapping:
     pool: BlockPool,
     host: HostTier | None,
     block_size: int,
+    faults: FaultPoint,
   ):
     """Makes the books of an instance that has nothing in HOST.
 
@@ -94,6 +98,7 @@ class Swapping:
       pool: The instance's HBM.
       host: Its host memory; None if it has none.
       block_size: P, tokens per rBlock.
+      faults: What goes wrong.
 
     Raises:
       ConfigError: If `host` is of another instance or another tier.
@@ -105,6 +110,7 @@ class Swapping:
         f"host must be the HOST pool of instance {pool.instance}; got the"
         f" {host.pool.tier.name} pool of instance {host.pool.instance}."
       )
+    self._faults = faults
     self._debtor = debtor
     self._pool = pool
     self._host = host
@@ -124,9 +130,17 @@ class Swapping:
 
   def counts(self) -> PoolCounts:
     """How the HOST rBlocks are used."""
-    if self._host is None:
-      return PoolCounts(used=0, free=0, hosted=0, reserved=0, total=0)
-    return self._host.pool.counts()
+    return _NO_COUNTS if self._host is None else self._host.pool.counts()
+
+  @property
+  def num_free(self) -> int:
+    """HOST rBlocks that nobody holds."""
+    return 0 if self._host is None else self._host.pool.num_free
+
+  @property
+  def is_conserved(self) -> bool:
+    """Whether every HOST rBlock is counted once."""
+    return self._host is None or self._host.pool.is_conserved
 
   def stage(self, uid: RequestUid) -> Stage | None:
     """What is under way with a request; None if it has nothing in HOST."""
@@ -190,6 +204,8 @@ class Swapping:
     swapped = _Swapped(uid=uid, stage=Stage.LEAVING, home=home, host=host)
     self._swapped[uid] = swapped
     self._copy(swapped, home, host)
+    if self._faults(Place.HOME_FREED_EARLY):
+      self._free_home(swapped)
     return True
 
   def swap_in(self, uid: RequestUid) -> int | None:
@@ -214,7 +230,7 @@ class Swapping:
     self._debtor.open(uid).append(home)
     self._debtor.account(uid).phase = Phase.SWAPPING_IN
     for location in swapped.host:
-      self._host_pool.begin_move(location.block_id)
+      self.host_pool.begin_move(location.block_id)
     swapped.home = home
     swapped.stage = Stage.ENTERING
     self._copy(swapped, swapped.host, home)
@@ -236,7 +252,7 @@ class Swapping:
       case Stage.LEAVING:
         self._free_home(swapped)
         for location in swapped.host:
-          self._host_pool.mark_live(location.block_id)
+          self.host_pool.mark_live(location.block_id)
         swapped.stage = Stage.WAITING
       case Stage.ENTERING:
         self._debtor.account(swapped.uid).phase = Phase.SWAPPED_IN
@@ -258,7 +274,8 @@ class Swapping:
     swapped = self._swapped.pop(uid, None)
     if swapped is None:
       return
-    self._free_host(swapped)
+    if not self._faults(Place.HOST_KEPT):
+      self._free_host(swapped)
     self._debtor.account(uid).phase = Phase.IDLE
 
   def drop(self, uid: RequestUid) -> int:
@@ -272,9 +289,10 @@ class Swapping:
     if swapped is None:
       return 0
     is_entering = swapped.stage is Stage.ENTERING
-    if swapped.stage in (Stage.WAITING, Stage.UNPROVED):
+    is_early = self._faults(Place.DROPPED_EARLY)
+    if is_early or swapped.stage in (Stage.WAITING, Stage.UNPROVED):
       self._free_host(swapped)
-    else:
+    if swapped.stage not in (Stage.WAITING, Stage.UNPROVED):
       swapped.stage = Stage.DROPPED
     return len(swapped.home) if is_entering else 0
 
@@ -284,7 +302,12 @@ class Swapping:
     return effects
 
   @property
-  def _host_pool(self) -> BlockPool:
+  def host_pool(self) -> BlockPool:
+    """Books of the HOST rBlocks.
+
+    Raises:
+      InvariantError: If the instance has none.
+    """
     if self._host is None:
       raise InvariantError(f"Instance {self._pool.instance} has no HOST pool.")
     return self._host.pool
@@ -315,7 +338,7 @@ class Swapping:
 
   def _await_room(self, swapped: _Swapped) -> None:
     for location in swapped.host:
-      self._host_pool.cancel_move(location.block_id)
+      self.host_pool.cancel_move(location.block_id)
     swapped.home = ()
     swapped.stage = Stage.WAITING
 
@@ -336,4 +359,5 @@ class Swapping:
 
   def _free_host(self, swapped: _Swapped) -> None:
     for location in swapped.host:
-      self._host_pool.free(location.block_id, swapped.uid)
+      self.host_pool.free(location.block_id, swapped.uid)
+    swapped.host = ()

@@ -14,6 +14,10 @@ _SELF: Address = -1
 """Address under which the adversary waits; nobody else has it."""
 
 
+_FEW_INSTANCES = 5
+"""In larger clusters what concerns all happens as often as in one of so many;
+what concerns one or two, as often to each."""
+
 _MOST_POOLS = 5
 """Pools that one request may fill: in a large cluster others run beside it."""
 
@@ -76,7 +80,7 @@ class Adversary:
   def _request(self) -> None:
     """A short request, or one that needs the memory of several."""
     up = self._cluster.up
-    if not up or self._cluster.num_open > self._scenario.num_instances + 1:
+    if not up or self._cluster.num_open >= self._scenario.most_open:
       return
     rng, size = self._rng, self._scenario.block_size
     own = (self._scenario.num_blocks - 1) * size
@@ -114,7 +118,7 @@ class Adversary:
 
   def _crash_gmanager(self) -> None:
     address = self._rng.choice(ADDRESSES)
-    if self._network.is_crashed(address):
+    if self._network.is_crashed(address) or not self._may_concern_all():
       return
     self._cluster.gmanagers.crash(address)
     self._wait(
@@ -133,10 +137,14 @@ class Adversary:
     self._rng.shuffle(addresses)
     if self._rng.random() < 0.5:  # Two cannot talk to each other.
       self._network.partition(addresses[:1], addresses[1:2])
-    else:
+    elif self._may_concern_all():
       cut = self._rng.randint(1, len(addresses) - 1)
       self._network.partition(addresses[:cut], addresses[cut:])
     self._wait(self._scenario.partition_s / 2, self._network.heal)
+
+  def _may_concern_all(self) -> bool:
+    share = _FEW_INSTANCES / self._scenario.num_instances
+    return self._rng.random() < share
 
   def _skew(self) -> None:
     whose: Address = self._rng.choice(
@@ -146,7 +154,7 @@ class Adversary:
     jump_s = 0.0
     if self._rng.random() < self._scenario.clock_jump:
       jump_s = self._rng.uniform(0, self._scenario.lending.lease_s)
-      self._cluster.world.has_jumped = True
+      self._cluster.world.jumped_s[whose] = self._network.now_s
     self._network.skew(
       whose, rate=self._rng.uniform(1 - most, 1 + most), jump_s=jump_s
     )
@@ -207,7 +215,10 @@ class Adversary:
     up = self._cluster.up
     if up:
       number = self._rng.choice(up).number
-      tags = self._cluster.world.plane.devices[number].tag
+      plane = self._cluster.world.plane
+      tags = plane.devices[number].tag
+      if plane.hosts[number].tag and self._rng.random() < 0.5:
+        tags = plane.hosts[number].tag
       tags[self._rng.randrange(1, len(tags))] = 0
       self.counts["spoil"] += 1
 

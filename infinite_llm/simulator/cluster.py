@@ -37,7 +37,9 @@ class Cluster:
     world: What the instances share.
     instances: Those that are up, and the last life of those that are not.
     gmanagers: The leading one and the standby.
-    accepted: Requests that were accepted, by name; the last life of each.
+    accepted: Requests that were accepted and had not ended when they were last
+      counted, by name; the last life of each.
+    num_accepted: Requests that were ever accepted.
   """
 
   def __init__(
@@ -64,12 +66,16 @@ class Cluster:
       rng=rng,
       network=network,
       plane=DataPlane(
-        scenario.num_instances, scenario.num_blocks, scenario.block_size
+        scenario.num_instances,
+        scenario.num_blocks,
+        scenario.block_size,
+        scenario.host_blocks,
       ),
       note=note,
     )
     self.instances: list[Instance] = []
     self.accepted: dict[str, Request] = {}
+    self.num_accepted = 0
     self._faults = faults
     self._uids = itertools.count(1)
     self._incarnations = [1] * scenario.num_instances
@@ -91,7 +97,12 @@ class Cluster:
   @property
   def num_open(self) -> int:
     """Requests that were accepted and have not ended."""
-    return sum(not r.status.is_finished for r in self.accepted.values())
+    self.accepted = {
+      name: request
+      for name, request in self.accepted.items()
+      if not request.status.is_finished
+    }
+    return len(self.accepted)
 
   @property
   def is_empty(self) -> bool:
@@ -100,6 +111,7 @@ class Cluster:
       instance.is_quiet
       and instance.manager.counts().free == instance.manager.counts().total
       and not instance.manager.borrowed()
+      and not instance.manager.swapping.counts().used
       for instance in self.instances
     )
 
@@ -126,6 +138,7 @@ class Cluster:
       f"request {uid} with {prompt}+{output} tokens to {instance.number}"
     )
     self.accepted[request.request_id] = request
+    self.num_accepted += 1
     instance.add(request)
 
   def abort(self, instance: Instance, request: Request) -> None:
@@ -167,6 +180,8 @@ class Cluster:
     """Everybody is up from now on, and every message arrives."""
     network = self.world.network
     self.world.is_healed = True
+    delays = network.faults
+    self.world.settled_s = network.now_s + delays.max_delay_s + delays.late_s
     network.heal()
     network.faults = NetworkFaults()
     for instance in self.instances:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import add_coverage, mix_tag
-from infinite_llm.scheduler.effects import GrantEpochs, Move
+from infinite_llm.scheduler.effects import GrantEpochs, Move, SwapBlocks
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import SlotName
 from infinite_llm.scheduler.rmanager import SpillInfo
@@ -23,6 +23,7 @@ from infinite_llm.types import (
   Epoch,
   InstanceId,
   RequestUid,
+  Tier,
 )
 
 type Content = tuple[RequestUid, int, int]
@@ -33,11 +34,11 @@ type Piece = tuple[InstanceId, BlockId, int]
 
 
 class Device:
-  """The pool of one instance.
+  """The pool of one tier of an instance.
 
   Attributes:
     tag: Content tag of each rBlock, as programs wrote it.
-    epoch: Epoch under which each rBlock may be received.
+    epoch: Epoch under which each rBlock may be received; none may in HOST.
     content: What each rBlock really holds; None if that is nobody's KV.
   """
 
@@ -45,7 +46,7 @@ class Device:
     """Makes a pool that holds nothing.
 
     Args:
-      num_blocks: N, rBlocks with the null one.
+      num_blocks: rBlocks with the null one.
     """
     self.tag = [0] * num_blocks
     self.epoch: list[Epoch] = [NO_EPOCH] * num_blocks
@@ -69,29 +70,43 @@ class DataPlane:
   """All devices, and the programs that run on them.
 
   Attributes:
-    devices: One per instance.
+    devices: HBM of each instance.
+    hosts: HOST of each instance.
+    num_swapped: rBlocks that were copied between the two.
     num_arrived: Payloads that were written.
     num_refused: Payloads that were not accepted.
   """
 
-  def __init__(self, num_instances: int, num_blocks: int, block_size: int):
+  def __init__(
+    self,
+    num_instances: int,
+    num_blocks: int,
+    block_size: int,
+    host_blocks: int = 0,
+  ):
     """Makes devices that hold nothing.
 
     Args:
       num_instances: I.
       num_blocks: N, rBlocks of each pool with the null one.
       block_size: P, tokens per rBlock.
+      host_blocks: rBlocks of each HOST pool with the null one; 0 if there is
+        none.
     """
     self.devices = [Device(num_blocks) for _ in range(num_instances)]
+    self.hosts = [Device(host_blocks) for _ in range(num_instances)]
     self.num_arrived = 0
     self.num_refused = 0
+    self.num_swapped = 0
     self._num_blocks = num_blocks
+    self._host_blocks = host_blocks
     self._block_size = block_size
     self._mixed: dict[tuple[int, int], int] = {}
 
   def reset(self, instance: InstanceId) -> None:
     """Loses all that an instance had."""
     self.devices[instance] = Device(self._num_blocks)
+    self.hosts[instance] = Device(self._host_blocks)
 
   def grant(self, instance: InstanceId, effect: GrantEpochs) -> None:
     """Accepts payloads under new epochs; as `movement.grant_epochs`."""
@@ -118,6 +133,26 @@ class DataPlane:
     target.content[move.dst_block] = source.content[move.src_block]
     self.num_arrived += 1
     return True
+
+  def swap(
+    self, instance: InstanceId, effect: SwapBlocks, *, is_lost: bool
+  ) -> None:
+    """Copies rBlocks between the tiers of an instance.
+
+    Args:
+      instance: Whose they are.
+      effect: Which ones.
+      is_lost: Nothing that could be proved arrives.
+    """
+    source, target = self.devices[instance], self.hosts[instance]
+    if effect.to_tier is Tier.HBM:
+      source, target = target, source
+    for one in effect.swaps:
+      is_right = source.tag[one.src_block] == one.src_tag and not is_lost
+      target.tag[one.dst_block] = one.dst_tag if is_right else 0
+      content = source.content[one.src_block] if is_right else None
+      target.content[one.dst_block] = content
+      self.num_swapped += is_right
 
   def accepts(self, target: Device, move: Move) -> bool:
     """Whether a receiver takes a payload."""
@@ -228,8 +263,9 @@ class DataPlane:
   ) -> int:
     tags = self.devices[holder].tag
     mixed = self._mixed
-    block_ids: list[int] = entries.block_ids.tolist()
-    logical_ids: list[int] = entries.logical_ids.tolist()
+    read = entries.log.read(entries.begin, entries.end)
+    block_ids: list[int] = read[0].tolist()
+    logical_ids: list[int] = read[1].tolist()
     for block_id, logical_id in zip(block_ids, logical_ids, strict=True):
       key = tags[block_id], logical_id
       if key not in mixed:

@@ -30,6 +30,7 @@ class SeedResult:
     violation: What must never happen and did; None if all was right.
     num_sent: Messages that were sent.
     num_delivered: Messages that were handed over.
+    kinds: Messages that were sent, by kind.
     faults: How often each fault happened.
     troubles: How often the adversary did what else.
     num_requests: Requests that were accepted.
@@ -40,6 +41,10 @@ class SeedResult:
     num_failed: Requests that failed because their KV was not proved again and
       again.
     num_moved: Payloads that arrived.
+    num_swapped: rBlocks that were copied between tiers.
+    num_takeovers: How often a standby began to lead.
+    longest_takeover_s: Longest time from the end of a silent leader's lease
+      until the standby led, by the standby's clock.
     time_s: Simulated seconds.
   """
 
@@ -47,6 +52,9 @@ class SeedResult:
   violation: str | None = None
   num_sent: int = 0
   num_delivered: int = 0
+  kinds: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter[str]
+  )
   faults: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter[str]
   )
@@ -59,6 +67,9 @@ class SeedResult:
   num_tokens: int = 0
   num_failed: int = 0
   num_moved: int = 0
+  num_swapped: int = 0
+  num_takeovers: int = 0
+  longest_takeover_s: float = 0.0
   time_s: float = 0.0
 
   @property
@@ -67,17 +78,23 @@ class SeedResult:
     return self.faults.total()
 
   @property
-  def num_events(self) -> int:
-    """Message events: sendings, and what became of them.
+  def events(self) -> dict[str, int]:
+    """Message events by kind: sendings, and what became of them.
 
-    A message is delivered, lost, cut off or unheard, perhaps twice.
+    A message is delivered, lost, cut off or unheard, perhaps twice. What else
+    happens in a simulation (ticks, steps, payloads, copies) is none.
     """
     fates = (Fault.LOST, Fault.CUT_OFF, Fault.UNHEARD)
-    return (
-      self.num_sent
-      + self.num_delivered
-      + sum(self.faults[fate.value] for fate in fates)
-    )
+    return {
+      "sent": self.num_sent,
+      "delivered": self.num_delivered,
+      **{fate.value: self.faults[fate.value] for fate in fates},
+    }
+
+  @property
+  def num_events(self) -> int:
+    """Message events of all kinds."""
+    return sum(self.events.values())
 
 
 def run_seed(
@@ -115,14 +132,18 @@ def run_seed(
   world = cluster.world
   result.num_sent = world.network.num_sent
   result.num_delivered = world.network.num_delivered
+  result.kinds.update(world.network.kinds_sent())
   result.faults.update(_faults(cluster))
   result.troubles.update(adversary.counts)
-  result.num_requests = len(cluster.accepted)
+  result.num_requests = cluster.num_accepted
   result.num_rows = world.num_steps
   result.num_unproved = world.num_unproved
   result.num_tokens = world.num_tokens
   result.num_failed = world.num_failed
   result.num_moved = world.plane.num_arrived
+  result.num_swapped = world.plane.num_swapped
+  result.num_takeovers = cluster.gmanagers.num_takeovers
+  result.longest_takeover_s = cluster.gmanagers.longest_takeover_s
   result.time_s = world.network.now_s
   return result
 
@@ -187,6 +208,7 @@ def _faults(cluster: Cluster) -> collections.Counter[str]:
   )
   faults["payload lost"] = cluster.world.num_payloads_lost
   faults["payload repeated"] = cluster.world.num_payloads_repeated
+  faults["copy lost"] = cluster.world.num_copies_lost
   return +faults
 
 

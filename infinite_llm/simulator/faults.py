@@ -6,7 +6,7 @@ import enum
 from infinite_llm.errors import ConfigError
 
 
-class Fault(enum.Enum):
+class Fault(enum.StrEnum):
   """What can go wrong; each is counted when it has happened to somebody.
 
   Attributes:

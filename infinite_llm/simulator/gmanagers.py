@@ -1,6 +1,7 @@
 """The gManagers of a simulated cluster: one leads, another one stands by."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 from infinite_llm.distributed.transport.base import Handler
 from infinite_llm.scheduler.gmanager import GManager
@@ -9,13 +10,15 @@ from infinite_llm.scheduler.messages import (
   STANDBY,
   Envelope,
   GManagerAddress,
+  Heartbeat,
+  Leadership,
 )
 from infinite_llm.scheduler.performance_model import PerformanceModel, Profile
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import World
-from infinite_llm.types import Epoch
+from infinite_llm.types import Epoch, InstanceId
 
 ADDRESSES: Sequence[GManagerAddress] = (GMANAGER, STANDBY)
 
@@ -29,11 +32,54 @@ _PERFORMANCE = PerformanceModel(
 )
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Life:
+  """One life of a gManager, and what it must have noticed of the leader.
+
+  Times are those of its own clock.
+
+  Attributes:
+    gmanager: The gManager.
+    clock: Its clock.
+    leader_heard_s: When it last heard of whoever leads, or began to listen.
+    ticked_s: When it was last called to do what is due.
+    told: Instances that have told it everything: incarnation and number of
+      the newest such heartbeat, and when it came.
+  """
+
+  gmanager: GManager
+  clock: Callable[[], float]
+  leader_heard_s: float
+  ticked_s: float
+  told: dict[InstanceId, tuple[int, int, float]] = dataclasses.field(
+    default_factory=dict[InstanceId, tuple[int, int, float]]
+  )
+
+  def hear(self, envelope: Envelope) -> None:
+    """Notes a heartbeat that says everything, if it is a newer one."""
+    sender, body = envelope.sender, envelope.body
+    told = envelope.incarnation, envelope.seq, self.clock()
+    if (
+      isinstance(sender, int)
+      and isinstance(body, Heartbeat)
+      and not body.is_change
+      and told > self.told.get(sender, (0, 0, 0.0))
+    ):
+      self.told[sender] = told
+
+
 class GManagers:
   """Both gManagers, with their ticks, crashes and starts.
 
+  A standby must lead within one heartbeat period of the moment when the lease
+  of the silent leader ended: that is `leader_lease_s` after the last word that
+  it heard of a leader, and it is called once a period.
+
   Attributes:
     up: Those that live, by address.
+    num_takeovers: How often a standby began to lead.
+    longest_takeover_s: Longest time from the end of a leader's lease until a
+      standby led, by the standby's clock.
   """
 
   def __init__(self, world: World):
@@ -42,7 +88,9 @@ class GManagers:
     Args:
       world: What it shares with the instances.
     """
-    self.up: dict[GManagerAddress, GManager] = {}
+    self.num_takeovers = 0
+    self.longest_takeover_s = 0.0
+    self._lives: dict[GManagerAddress, _Life] = {}
     self._world = world
     self._incarnations = dict.fromkeys(ADDRESSES, 1)
     self._leader_of: dict[Epoch, tuple[GManagerAddress, int]] = {}
@@ -51,9 +99,14 @@ class GManagers:
       world.network.register(address, self._handler(address))
       self._wake(address)
 
+  @property
+  def up(self) -> dict[GManagerAddress, GManager]:
+    """Those that live, by address."""
+    return {a: life.gmanager for a, life in self._lives.items()}
+
   def crash(self, address: GManagerAddress) -> None:
     """Takes a gManager down, with all that it knows."""
-    del self.up[address]
+    del self._lives[address]
     self._world.network.crash(address)
 
   def restart(self, address: GManagerAddress) -> None:
@@ -72,6 +125,12 @@ class GManagers:
     leaders = [gmanager for gmanager in self.up.values() if gmanager.is_leader]
     if len(leaders) != 1:
       raise ViolationError(f"One gManager must lead; {len(leaders)} do.")
+    for address, gmanager in self.up.items():
+      if sum(gmanager.refused.values()):
+        raise ViolationError(
+          f"The {address} refused messages of sane senders:"
+          f" {dict(gmanager.refused)}."
+        )
     lines = {line.instance: line for line in leaders[0].view().lines}
     for instance in instances:
       line = lines.get(instance.number)
@@ -89,9 +148,10 @@ class GManagers:
 
   def _start(self, address: GManagerAddress, *, is_leader: bool) -> None:
     scenario = self._world.scenario
-    self.up[address] = GManager(
+    clock = self._world.network.clock(address)
+    gmanager = GManager(
       scenario.lending,
-      self._world.network.clock(address),
+      clock,
       planning=PlanningConfig(
         block_size=scenario.block_size, performance=_PERFORMANCE
       ),
@@ -99,27 +159,82 @@ class GManagers:
       peers=[other for other in ADDRESSES if other != address],
       incarnation=self._incarnations[address],
       is_leader=is_leader,
+      num_instances=scenario.num_instances,
+    )
+    now_s = clock()
+    self._lives[address] = _Life(
+      gmanager=gmanager, clock=clock, leader_heard_s=now_s, ticked_s=now_s
     )
 
   def _handler(self, address: GManagerAddress) -> Handler:
     def on_message(envelope: Envelope) -> None:
-      self.up[address].on_message(envelope)
+      life = self._lives[address]
+      before = life.gmanager.epoch
+      life.gmanager.on_message(envelope)
+      is_word = isinstance(envelope.body, Leadership)
+      if life.gmanager.epoch > before or (
+        is_word and envelope.leader_epoch == before
+      ):
+        life.leader_heard_s = life.clock()
+      life.hear(envelope)
       self._settle(address)
 
     return on_message
 
   def _wake(self, address: GManagerAddress) -> None:
     def tick() -> None:
-      self.up[address].tick()
+      life = self._lives[address]
+      was_leader = life.gmanager.is_leader
+      life.gmanager.tick()
+      self._check_takeover(address, life, was_leader=was_leader)
       self._settle(address)
       self._wake(address)
 
     tick_s = self._world.scenario.tick_s
     self._world.network.call_later(address, tick_s, tick)
 
+  def _check_takeover(
+    self, address: GManagerAddress, life: _Life, *, was_leader: bool
+  ) -> None:
+    """A standby leads as soon as the leader's lease is over, and not before.
+
+    It is called once a heartbeat period, so that is within one period. Whoever
+    was not called for half a lease has slept, and cannot tell.
+    """
+    lending = self._world.scenario.lending
+    now_s, gmanager = life.clock(), life.gmanager
+    since_s, life.ticked_s = now_s - life.ticked_s, now_s
+    if since_s > lending.leader_lease_s / 2:
+      life.leader_heard_s = now_s
+    if was_leader:
+      return
+    over_s = now_s - life.leader_heard_s - lending.leader_lease_s
+    if gmanager.is_leader != (over_s >= 0):
+      raise ViolationError(
+        f"The {address} {'leads' if gmanager.is_leader else 'stands by'}"
+        f" {over_s:+.3f} s after the leader's lease."
+      )
+    if not gmanager.is_leader:
+      return
+    self.num_takeovers += 1
+    self.longest_takeover_s = max(self.longest_takeover_s, over_s)
+    if over_s > max(since_s, lending.heartbeat_every_s):
+      raise ViolationError(
+        f"The {address} leads only {over_s:.3f} s after the leader's lease."
+      )
+    known = {line.instance for line in gmanager.view().lines}
+    expired_s = now_s - lending.expire_after_s
+    told = {i for i, (_, _, s) in life.told.items() if s > expired_s}
+    missing = told - known
+    if missing:
+      raise ViolationError(
+        f"The {address} leads without knowing instances {sorted(missing)},"
+        " which told it everything."
+      )
+
   def _settle(self, address: GManagerAddress) -> None:
     """Sends what a gManager says; nobody else may lead under its epoch."""
-    gmanager = self.up[address]
+    gmanager = self._lives[address].gmanager
     if gmanager.is_leader:
       leader = address, self._incarnations[address]
       known = self._leader_of.setdefault(gmanager.epoch, leader)

@@ -6,7 +6,7 @@ What is wrong is raised as a `ViolationError` where it happens.
 from collections.abc import Callable
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.errors import CoverageError, InvariantError
+from infinite_llm.errors import CoverageError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import (
   GrantEpochs,
@@ -18,9 +18,16 @@ from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.scheduler.step_plan import Row
+from infinite_llm.scheduler.swap_costs import SwapCosts
+from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import EPOCHS_PER_INCARNATION, Watch, World
-from infinite_llm.types import FaultPoint, InstanceId, RequestUid
+from infinite_llm.types import FaultPoint, InstanceId, RequestUid, Tier
+
+_SWAP_COSTS = SwapCosts(
+  block_bytes=1, link_bytes_per_s=1e9, recompute_tokens_per_s=1.0
+)
+"""Copies always pay, so that whatever fits is swapped."""
 
 
 class Instance:
@@ -55,21 +62,24 @@ class Instance:
     self.incarnation = incarnation
     self.requests: dict[RequestUid, Request] = {}
     self._world = world
-    pool = BlockPool(
-      number,
-      scenario.num_blocks,
-      (incarnation - 1) * EPOCHS_PER_INCARNATION,
-    )
+    last_epoch = (incarnation - 1) * EPOCHS_PER_INCARNATION
+    host = None
+    if scenario.host_blocks:
+      host = HostTier(
+        pool=BlockPool(number, scenario.host_blocks, last_epoch, Tier.HOST),
+        costs=_SWAP_COSTS,
+      )
     self.manager = RManager(
       instance=number,
       num_instances=scenario.num_instances,
-      pool=pool,
+      pool=BlockPool(number, scenario.num_blocks, last_epoch),
       block_size=scenario.block_size,
       lending=scenario.lending,
       clock=world.network.clock(number),
       incarnation=incarnation,
       gmanagers=(GMANAGER, STANDBY),
       faults=faults,
+      host=host,
     )
     self.batcher = Batcher(
       self.manager,
@@ -80,6 +90,7 @@ class Instance:
     self.watch = Watch(self.manager, incarnation, world)
     self._moves: list[Move] = []
     self._ghosts: list[Move] = []
+    self._copies: list[SwapBlocks] = []
     self._is_exchange_due = False
     self._flight: tuple[tuple[Row, bool], ...] = ()
 
@@ -100,8 +111,13 @@ class Instance:
 
   @property
   def is_quiet(self) -> bool:
-    """Whether no step and no payload is under way."""
-    return not (self._flight or self._moves or self._ghosts)
+    """Whether no step, no payload and no copy is under way."""
+    return not (self._flight or self._moves or self._ghosts or self._copies)
+
+  @property
+  def copied(self) -> frozenset[RequestUid]:
+    """Requests with copies between tiers under way."""
+    return frozenset(copy.swaps[0].uid for copy in self._copies)
 
   def start(self) -> None:
     """Begins to tick, some time soon."""
@@ -131,7 +147,7 @@ class Instance:
         case GrantEpochs():
           world.plane.grant(self.number, effect)
         case SwapBlocks():
-          raise InvariantError(f"No HOST tier is simulated; got {effect}.")
+          self._begin_copy(effect)
     self.watch.check_books()
 
   def add(self, request: Request) -> None:
@@ -153,6 +169,7 @@ class Instance:
     self.watch.is_up = False
     self._moves.clear()
     self._ghosts.clear()
+    self._copies.clear()
     self._flight = ()
     return self.batcher.running + self.batcher.waiting
 
@@ -249,6 +266,25 @@ class Instance:
       self._world.num_failed += error is not None
       if error is not None and not isinstance(error, CoverageError):
         raise ViolationError(f"Request {request.uid} failed: {error}")
+
+  def _begin_copy(self, copy: SwapBlocks) -> None:
+    """Copies between tiers some time soon, in any order."""
+    self._copies.append(copy)
+    delay_s = self._world.scenario.copy_s * self._world.rng.random()
+    self._wake(delay_s, lambda: self._end_copy(copy))
+
+  def _end_copy(self, copy: SwapBlocks) -> None:
+    world = self._world
+    self._copies.remove(copy)
+    self.watch.check_copy(copy)
+    is_lost = not world.is_healed and (
+      world.rng.random() < world.scenario.copy_lost
+    )
+    world.num_copies_lost += is_lost
+    world.plane.swap(self.number, copy, is_lost=is_lost)
+    world.progress_s = world.network.now_s
+    self.manager.swapping.on_swapped(copy)
+    self.settle()
 
   def _schedule_exchange(self) -> None:
     if not self._is_exchange_due:

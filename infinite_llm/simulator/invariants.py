@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 
 from infinite_llm.cache.rblock import BlockState
+from infinite_llm.scheduler.swapping import Stage
 from infinite_llm.simulator.data_plane import DataPlane
 from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.violation import ViolationError
-from infinite_llm.types import NO_EPOCH, BlockId, InstanceId, RequestUid
+from infinite_llm.types import (
+  NO_EPOCH,
+  BlockId,
+  InstanceId,
+  RequestUid,
+  Tier,
+)
 
 
 def check_ownership(instances: Sequence[Instance], plane: DataPlane) -> None:
@@ -21,6 +28,7 @@ def check_ownership(instances: Sequence[Instance], plane: DataPlane) -> None:
     if instance.is_up:
       _check_tables(instance, named)
       _check_pool(instance, plane)
+      _check_host(instance, plane)
 
 
 def check_agreement(instances: Sequence[Instance]) -> None:
@@ -49,18 +57,20 @@ def check_empty(instances: Sequence[Instance], plane: DataPlane) -> None:
   for instance in instances:
     manager = instance.manager
     counts = manager.counts()
+    host = manager.swapping.counts()
     slots = manager.num_free_slots
     epochs = plane.devices[instance.number].epoch
     hosted = [v for v in manager.hosted.versions() if len(v.entries)]
     if (
       counts.free != counts.total
+      or host.free != host.total
       or manager.lent()
       or manager.borrowed()
       or any(epoch != NO_EPOCH for epoch in epochs)
       or hosted
     ):
       raise ViolationError(
-        f"Instance {instance.number} is not empty: {counts}, lent"
+        f"Instance {instance.number} is not empty: {counts}, HOST {host}, lent"
         f" {manager.lent()}, borrowed {manager.borrowed()}, epochs {epochs},"
         f" hosted {hosted}."
       )
@@ -134,4 +144,36 @@ def _check_pool(instance: Instance, plane: DataPlane) -> None:
   if num_free != counts.free:
     raise ViolationError(
       f"Instance {instance.number} counts {counts}, but {num_free} are free."
+    )
+
+
+def _check_host(instance: Instance, plane: DataPlane) -> None:
+  """What lies in HOST is that of requests that wait there, or of copies."""
+  swapping = instance.manager.swapping
+  counts = instance.manager.counts(Tier.HOST)
+  num_free = 0
+  for block_id in range(1, counts.total + 1):
+    block = swapping.host_pool.block(block_id)
+    if block.uid is None:
+      num_free += 1
+      continue
+    is_known = swapping.stage(block.uid) or block.uid in instance.copied
+    if block.owner != instance.number or not is_known:
+      raise ViolationError(
+        f"Instance {instance.number} keeps {block} in HOST for nobody."
+      )
+    content = plane.hosts[instance.number].content[block_id]
+    tag = plane.hosts[instance.number].tag[block_id]
+    if (
+      tag
+      and swapping.stage(block.uid) is Stage.WAITING
+      and (content is None or content[0] != block.uid)
+    ):
+      raise ViolationError(
+        f"Instance {instance.number} keeps {content} in HOST as {block}."
+      )
+  if num_free != counts.free:
+    raise ViolationError(
+      f"Instance {instance.number} counts {counts} in HOST, but {num_free} are"
+      " free."
     )

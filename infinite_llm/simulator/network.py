@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from infinite_llm.distributed.transport.base import Handler
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.messages import Address, Envelope
+from infinite_llm.scheduler.messages import Address, Body, Envelope
 from infinite_llm.simulator.faults import Fault, NetworkFaults
 from infinite_llm.simulator.trace import Observer
 
@@ -61,6 +61,7 @@ class SimulatedNetwork:
     ] = []
     self._order = itertools.count()
     self._num_sent = 0
+    self._num_of_kind: collections.Counter[type[Body]] = collections.Counter()
     self._num_delivered = 0
     self._handlers: dict[Address, Handler] = {}
     self._crashed: set[Address] = set()
@@ -84,6 +85,10 @@ class SimulatedNetwork:
   def num_delivered(self) -> int:
     """Messages that were handed over, repetitions included."""
     return self._num_delivered
+
+  def kinds_sent(self) -> dict[str, int]:
+    """How many messages of each kind were sent."""
+    return {kind.__name__: count for kind, count in self._num_of_kind.items()}
 
   def counts(self) -> dict[Fault, int]:
     """How often each fault has happened."""
@@ -114,6 +119,7 @@ class SimulatedNetwork:
     if sender in self._crashed:
       raise InvariantError(f"sender must not be crashed; got {envelope}.")
     self._num_sent += 1
+    self._num_of_kind[type(envelope.body)] += 1
     if self._observer is not None:
       self._observer(self._now_s, "sent", envelope)
     if self._partitions and self._is_cut(sender, receiver):
@@ -191,7 +197,11 @@ class SimulatedNetwork:
   def clock(self, address: Address) -> Callable[[], float]:
     """What an address takes for the time: monotonic, in seconds."""
     own = self._clock(address)
-    return lambda: own.read(self._now_s)
+
+    def read() -> float:  # As `_Clock.read`, which everybody does all the time.
+      return own.local_s + (self._now_s - own.anchor_s) * own.rate
+
+    return read
 
   def skew(
     self, address: Address, *, rate: float = 1.0, jump_s: float = 0.0
@@ -305,7 +315,10 @@ class SimulatedNetwork:
     )
 
   def _clock(self, address: Address) -> _Clock:
-    return self._clocks.setdefault(address, _Clock())
+    clock = self._clocks.get(address)
+    if clock is None:
+      clock = self._clocks[address] = _Clock()
+    return clock
 
   def _note(self, fault: Fault, subject: Envelope | Address) -> None:
     self._counts[fault] += 1

@@ -5,6 +5,7 @@ import random
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.simulator.faults import NetworkFaults
 
 
@@ -15,6 +16,8 @@ class Scenario:
   Attributes:
     num_instances: I.
     num_blocks: N, rBlocks of each pool with the null one.
+    host_blocks: rBlocks of each HOST pool with the null one; 0 if there is
+      none.
     block_size: P, tokens per rBlock.
     lending: How pools are shared.
     scheduler: Sizes of steps.
@@ -22,7 +25,9 @@ class Scenario:
     tick_s: Seconds between two ticks of a manager.
     step_s: Seconds that a step is under way.
     exchange_s: Seconds within which waiting payloads are exchanged.
+    copy_s: Seconds within which rBlocks are copied between tiers.
     request_every_s: Mean seconds between two requests.
+    most_open: Requests that have not ended beyond which no more are made.
     long_answers: Probability that a request is to have up to 40 tokens beside
       its prompt, rather than up to 6.
     trouble_every_s: Mean seconds between two faults that the adversary makes.
@@ -34,6 +39,7 @@ class Scenario:
       to a lease.
     payload_lost: Probability that a payload of the exchange never arrives.
     payload_repeated: Probability that a payload is sent once more, later.
+    copy_lost: Probability that a copy between tiers brings nothing.
     min_s: Seconds for which there is trouble, at least.
     min_messages: Messages that are delivered while there is trouble, at least.
     min_faults: Faults that happen, at least.
@@ -41,6 +47,7 @@ class Scenario:
 
   num_instances: int
   num_blocks: int
+  host_blocks: int = 0
   block_size: int = 8
   lending: LendingConfig
   scheduler: SchedulerConfig
@@ -48,7 +55,9 @@ class Scenario:
   tick_s: float = 0.1
   step_s: float = 0.03
   exchange_s: float = 0.1
+  copy_s: float = 0.1
   request_every_s: float = 0.5
+  most_open: int = 8
   long_answers: float = 0.15
   trouble_every_s: float = 0.4
   plan_every_s: float = 0.3
@@ -58,6 +67,7 @@ class Scenario:
   clock_jump: float = 0.0
   payload_lost: float = 0.0
   payload_repeated: float = 0.0
+  copy_lost: float = 0.0
   min_s: float = 3.0
   min_messages: int = 300
   min_faults: int = 5
@@ -73,12 +83,21 @@ class Scenario:
   def reachable_blocks(self) -> int:
     """rBlocks that one request can have, if nobody else has any."""
     own = self.num_blocks - 1
-    if self.lending.policy == "static":
+    if not get_policy(self.lending.policy).BORROWS:
       return own
     lent = max(own - (self.lending.headroom_blocks or 0), 0)
     if self.lending.max_lent_blocks is not None:
       lent = min(lent, self.lending.max_lent_blocks)
     return own + (self.num_instances - 1) * lent
+
+
+_POLICIES = (
+  *("borrow",) * 5,
+  *("greedy",) * 3,
+  *("swap",) * 2,
+  *("static", "migrate"),
+)
+"""Each as often as there is something of it that can go wrong."""
 
 
 def draw_scenario(rng: random.Random) -> Scenario:
@@ -89,8 +108,11 @@ def draw_scenario(rng: random.Random) -> Scenario:
   """
   num_instances = rng.randint(2, 5)
   num_blocks = rng.choice((7, 10, 14))
+  policy = rng.choice(_POLICIES)
+  swaps = get_policy(policy).SWAPS_TO_HOST
+  host_blocks = rng.choice((num_blocks // 2, 2 * num_blocks)) if swaps else 0
   lending = LendingConfig(
-    policy=rng.choice(("borrow", "borrow", "greedy")),
+    policy=policy,
     spill_slots=rng.choice((1, 2, 4)),
     max_lent_blocks=rng.choice((None, None, num_blocks // 2)),
     headroom_blocks=rng.choice((0, 0, 1)),
@@ -121,10 +143,14 @@ def draw_scenario(rng: random.Random) -> Scenario:
   return Scenario(
     num_instances=num_instances,
     num_blocks=num_blocks,
+    host_blocks=host_blocks,
     lending=lending,
     scheduler=scheduler,
     network=network,
-    request_every_s=rng.choice((0.2, 0.5)),
+    # Several with answers that grow are what makes running ones give way.
+    request_every_s=rng.choice((0.2, 0.5)) / (3 if swaps else 1),
+    most_open=(3 if swaps else 1) * num_instances + 2,
+    long_answers=rng.choice((0.6, 0.9)) if swaps else 0.15,
     trouble_every_s=rng.choice((0.15, 0.4)),
     plan_every_s=rng.choice((0.05, 0.2)),
     crash_s=rng.choice((0.5, 2.0, 2 * lease_s)),
@@ -132,4 +158,6 @@ def draw_scenario(rng: random.Random) -> Scenario:
     clock_jump=rng.choice((0.0, 0.3)),
     payload_lost=rng.choice((0.0, 0.0, 0.1)),
     payload_repeated=rng.choice((0.0, 0.3)),
+    copy_s=rng.choice((0.05, 0.5)),
+    copy_lost=rng.choice((0.0, 0.3)),
   )

@@ -5,14 +5,19 @@ all instances are in `invariants.py`.
 """
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Sequence
 
 from infinite_llm.cache.rblock import BlockState
-from infinite_llm.scheduler.effects import Move
+from infinite_llm.scheduler.effects import Move, SwapBlocks
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import Reserve
-from infinite_llm.scheduler.messages import CandidatesRequest, Envelope
+from infinite_llm.scheduler.messages import (
+  Address,
+  CandidatesRequest,
+  Envelope,
+)
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane, Piece
 from infinite_llm.simulator.lease_history import (
@@ -29,10 +34,15 @@ from infinite_llm.types import (
   Epoch,
   InstanceId,
   RequestUid,
+  Tier,
 )
 
 EPOCHS_PER_INCARNATION = 100_000
 """A pool that begins anew begins beyond the epochs of the lost one."""
+
+
+_MOST_SILENT_S = 1.0
+"""Silence of an owner that lives towards a creditor that all messages reach."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -46,9 +56,11 @@ class World:
     plane: All devices.
     watches: One for each instance, of its present or last life.
     is_healed: Nothing goes wrong any more.
-    has_jumped: A clock has jumped, by more than leases allow for.
+    settled_s: Since when nothing of before is on its way either.
+    jumped_s: When each clock last jumped, by more than leases allow for.
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
+    num_copies_lost: Copies between tiers that brought nothing.
     num_steps: Rows that were computed.
     num_unproved: Rows of them whose KV was not proved.
     num_tokens: Tokens that were emitted.
@@ -64,9 +76,13 @@ class World:
   plane: DataPlane
   watches: "list[Watch]" = dataclasses.field(default_factory=list["Watch"])
   is_healed: bool = False
-  has_jumped: bool = False
+  settled_s: float = math.inf
+  jumped_s: dict[Address, float] = dataclasses.field(
+    default_factory=dict[Address, float]
+  )
   num_payloads_lost: int = 0
   num_payloads_repeated: int = 0
+  num_copies_lost: int = 0
   num_steps: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
@@ -121,6 +137,10 @@ class Watch:
     self._newest_seq = 0
     self._leader_epoch: Epoch = NO_EPOCH
     self._incarnation_of: dict[InstanceId, int] = {}
+    self._owner_heard_s: dict[InstanceId, float] = {}
+    self._longest_silence_s = (lending.lease_s + world.scenario.tick_s) / (
+      1 - world.scenario.clock_rate
+    )
 
   def hand_over(self, envelope: Envelope) -> None:
     """Gives the manager a message; what it says and does comes after."""
@@ -129,8 +149,15 @@ class Watch:
       self.history.on_heard(envelope, self._clock())
       if isinstance(envelope.body, LEASE_REQUESTS):
         self._heard[sender, envelope.incarnation, envelope.seq] = envelope
+      incarnation = envelope.responder or envelope.incarnation
+      known = self._incarnation_of.get(sender, 0)
+      if incarnation >= known:
+        self._owner_heard_s[sender] = self._world.network.now_s
+      lent = self._lent_to(sender) if incarnation > known else ()
       self.manager.on_message(envelope)
-      self._check_restart(sender, envelope)
+      if incarnation > known:
+        self._incarnation_of[sender] = incarnation
+        self._check_restart(sender, incarnation, lent)
     elif envelope.leader_epoch < self._leader_epoch:
       self._hand_over_fenced(envelope)
     else:
@@ -140,6 +167,7 @@ class Watch:
   def tick(self) -> None:
     """Has the manager do what is due."""
     self.manager.tick()
+    self._check_dead_debts()
     self.history.on_ticked(self._clock())
 
   def refute(self, uid: RequestUid) -> None:
@@ -193,7 +221,7 @@ class Watch:
   def check_trust(self, uid: RequestUid) -> None:
     """An owner trusts only leases that live, as far as it can know."""
     world = self._world
-    if world.has_jumped or not self.manager.is_readable(uid):
+    if world.jumped_s or not self.manager.is_readable(uid):
       return
     table = self.manager.table(uid)
     for creditor in table.creditors():
@@ -250,9 +278,12 @@ class Watch:
     """Nothing is lost from count, and leases are those of the history."""
     pool = self.manager.pool
     self.history.check_books(self.manager.lent())
-    counts = pool.counts()
-    if not counts.is_conserved() or not 0 <= counts.free <= counts.total:
-      raise ViolationError(f"Instance {self.number} lost count: {counts}.")
+    # Hundreds of times a second of the simulation, so it builds nothing.
+    if not (pool.is_conserved and self.manager.swapping.is_conserved):
+      raise ViolationError(
+        f"Instance {self.number} lost count: {pool.counts()}, in HOST"
+        f" {self.manager.swapping.counts()}."
+      )
     if pool.num_lent != len(self.history.leases):
       raise ViolationError(
         f"Instance {self.number} keeps {pool.num_lent} rBlocks for others, but"
@@ -264,6 +295,24 @@ class Watch:
         f"Instance {self.number} lent {pool.num_lent} rBlocks; its cap is"
         f" {cap}."
       )
+
+  def check_copy(self, copy: SwapBlocks) -> None:
+    """Until a copy is acknowledged, neither end is given to anybody else."""
+    swapping = self.manager.swapping
+    pools = [self.manager.pool, swapping.host_pool]
+    if copy.to_tier is Tier.HBM:
+      pools.reverse()
+    for one in copy.swaps:
+      for pool, block_id in zip(
+        pools, (one.src_block, one.dst_block), strict=True
+      ):
+        block = pool.block(block_id)
+        if (block.owner, block.uid) != (self.number, one.uid):
+          raise ViolationError(
+            f"A copy of request {one.uid} to {copy.to_tier.name} is under way"
+            f" on instance {self.number}, but its {pool.tier.name} rBlock is"
+            f" {block}."
+          )
 
   def check_payload(self, move: Move) -> None:
     """A payload that was accepted must be what its rBlock was granted for."""
@@ -292,14 +341,60 @@ class Watch:
       manager.is_borrowing(),
     )
 
-  def _check_restart(self, sender: InstanceId, envelope: Envelope) -> None:
-    """What lay at a creditor that began anew is in nobody's books."""
-    incarnation = envelope.responder or envelope.incarnation
-    if incarnation > self._incarnation_of.get(sender, 0):
-      self._incarnation_of[sender] = incarnation
-      borrowed = self.manager.borrowed().get(sender, 0)
-      if borrowed:
+  def _lent_to(self, owner: InstanceId) -> Sequence[tuple[BlockId, Epoch]]:
+    """What is kept for an instance, in whatever incarnation."""
+    pool = self.manager.pool
+    blocks = map(pool.block, range(1, pool.counts().total + 1))
+    return [(b.block_id, b.epoch) for b in blocks if b.owner == owner]
+
+  def _check_restart(
+    self,
+    sender: InstanceId,
+    incarnation: int,
+    lent: Sequence[tuple[BlockId, Epoch]],
+  ) -> None:
+    """With an incarnation end its debts, here and there, once that is heard.
+
+    Args:
+      sender: An instance that began anew.
+      incarnation: Its new incarnation.
+      lent: What was kept for it before that was heard.
+    """
+    borrowed = self.manager.borrowed().get(sender, 0)
+    if borrowed:
+      raise ViolationError(
+        f"Instance {self.number} has heard of life {incarnation} of instance"
+        f" {sender}, and still counts {borrowed} rBlocks there."
+      )
+    kept = set(lent).intersection(self._lent_to(sender))
+    if kept:
+      raise ViolationError(
+        f"Instance {self.number} has heard of life {incarnation} of instance"
+        f" {sender}, and still keeps {sorted(kept)} for the one before."
+      )
+
+  def _check_dead_debts(self) -> None:
+    """Debts of an incarnation vanish within the lease time of its last word.
+
+    That is counted by the true time from when this creditor last heard the
+    owner, or its own clock jumped, and as long as a lease and a tick last by
+    the slowest clock. A successor that is heard ends them at once.
+    """
+    if not self.manager.pool.num_lent:
+      return
+    jumped_s = self._world.jumped_s.get(self.number, 0.0)
+    for owner, count in self.manager.lent().items():
+      since_s = max(self._owner_heard_s[owner], jumped_s)
+      silent_s = self._world.network.now_s - since_s
+      if silent_s > self._longest_silence_s:
         raise ViolationError(
-          f"Instance {self.number} has heard of life {incarnation} of instance"
-          f" {sender}, and still counts {borrowed} rBlocks there."
+          f"{count} rBlocks that instance {self.number} lent to instance"
+          f" {owner} outlive its last word, by now {silent_s:.3f} s old."
+        )
+      # By now all of the dead are gone, and who has something here says so.
+      rest_s = self._world.network.now_s - self._world.settled_s
+      if rest_s > self._longest_silence_s and silent_s > _MOST_SILENT_S:
+        raise ViolationError(
+          f"{count} rBlocks that instance {self.number} lent to instance"
+          f" {owner} were never given back; it is silent for {silent_s:.3f} s."
         )

@@ -47,6 +47,7 @@ def test_every_state_is_counted_once():
   counts = pool.counts()
 
   assert counts == PoolCounts(used=3, free=3, hosted=1, reserved=3, total=10)
+  assert pool.is_conserved
   assert counts.is_conserved()
   assert pool.num_lent == 3
 
@@ -258,3 +259,24 @@ def test_a_pool_of_host_memory_says_so():
     InvariantError, match="cannot begin to move HOST rBlock 1"
   ):
     pool.begin_move(1)
+
+
+def test_epochs_later_than_the_last_are_from_the_future():
+  pool = BlockPool(0, 4)
+  pool.allocate(2, uid=7)
+
+  assert [pool.is_from_the_future(epoch) for epoch in (1, 2, 3, 2**31)] == [
+    False,
+    False,
+    True,
+    True,
+  ]
+
+
+def test_the_future_goes_on_where_epochs_begin_anew():
+  pool = BlockPool(0, 4, last_epoch=2**32 - 2)
+  pool.allocate(2, uid=7)  # Under the last epoch and the first one.
+
+  assert not pool.is_from_the_future(2**32 - 1)
+  assert not pool.is_from_the_future(1)
+  assert pool.is_from_the_future(2)

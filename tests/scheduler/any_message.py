@@ -1,6 +1,7 @@
-"""Strategies for any message that the types of its fields allow."""
+"""Any message that the types of its fields allow, and absurd ones."""
 
 import dataclasses
+import math
 import types
 from typing import (
   Annotated,
@@ -64,3 +65,55 @@ def kinds(annotation):
 
 
 ENVELOPES = st.deferred(lambda: values(Envelope))
+
+_INTEGERS = (
+  *(-(2**63), -1, 0, 1, 2, 3, 7, 8, 9),
+  *(2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1),
+)
+_NUMBERS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e300)
+
+
+def places(message, start=()):
+  """`(path, value)` of all fields and items of a message from a field on."""
+  value = message
+  for step in start:
+    value = getattr(value, step)
+  return list(_places(value, tuple(start)))
+
+
+def _places(value, path):
+  is_pair = isinstance(value, tuple) and path and isinstance(path[-1], int)
+  if not is_pair:  # Types are kept: a pair stays one.
+    yield path, value
+  if dataclasses.is_dataclass(value):
+    for field in dataclasses.fields(value):
+      yield from _places(getattr(value, field.name), (*path, field.name))
+  elif isinstance(value, tuple):
+    for index, item in enumerate(value):
+      yield from _places(item, (*path, index))
+
+
+def replaced(value, path, new):
+  """A message with something else in one place."""
+  if not path:
+    return new
+  step, *rest = path
+  if isinstance(step, int):
+    items = list(value)
+    items[step] = replaced(items[step], rest, new)
+    return tuple(items)
+  changed = replaced(getattr(value, step), rest, new)
+  return dataclasses.replace(value, **{step: changed})
+
+
+def absurd(value):
+  """What may stand in a value's place, if nobody minds."""
+  if isinstance(value, bool):
+    return (not value,)
+  if isinstance(value, int):
+    return (value - 1, value + 1, -value, *_INTEGERS)
+  if isinstance(value, float):
+    return _NUMBERS
+  if isinstance(value, tuple):
+    return ((), value * 2, value * 1000, value[::-1])
+  return (value,)

@@ -18,6 +18,7 @@ from infinite_llm.scheduler.lease_messages import (
   Reserve,
   ReserveReply,
 )
+from infinite_llm.types import Tier
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
 
 _UID = 7
@@ -52,6 +53,7 @@ def _cluster(faults):
     faults=faults,
     lease_s=11.0,
     max_lent_blocks=_CAP,
+    host_blocks=7,
   )
   cluster.introduce()
   cluster.heartbeat()
@@ -84,7 +86,7 @@ def _a_release_of_an_earlier_lease_ends_nothing(cluster, wire):
   creditor = cluster.managers[1]
   reserve = wire.last(Reserve)
   release = Release(
-    slot=reserve.body.slot, grants=(Grant(block_id=1, epoch=9),)
+    slot=reserve.body.slot, grants=(Grant(block_id=1, epoch=2),)
   )
   creditor.on_message(dataclasses.replace(reserve, seq=99, body=release))
   assert creditor.lent() == {0: 2}
@@ -106,7 +108,7 @@ def _nothing_is_hosted_that_was_not_reserved(cluster, wire):
   _lend(cluster)
   creditor = cluster.managers[1]
   commit = wire.last(Commit)
-  entry = HostedEntry(logical_id=5, grant=Grant(block_id=8, epoch=8))
+  entry = HostedEntry(logical_id=5, grant=Grant(block_id=8, epoch=1))
   body = dataclasses.replace(commit.body, entries=(entry,))
   creditor.on_message(dataclasses.replace(commit, seq=99, body=body))
   hosted = {
@@ -207,6 +209,36 @@ def _after_a_recall_home_accepts_no_payload(cluster, wire):
   assert not any(cluster.devices[0].epoch)
 
 
+def _what_the_dead_had_borrowed_is_free_once_it_is_back(cluster, wire):
+  _lend(cluster)
+  cluster.restart(0)
+  cluster.introduce()
+  assert cluster.managers[1].lent() == {}
+
+
+def _what_is_being_copied_belongs_to_nobody_else(cluster, wire):
+  manager = cluster.managers[0]
+  cluster.is_copying = False
+  assert manager.swapping.swap_out(_UID)
+  cluster.settle()
+  assert manager.counts().used == 6
+  manager.swapping.drop(_UID)
+  assert manager.counts().used == manager.counts(Tier.HOST).reserved == 6
+  cluster.swap()
+  cluster.check_empty()
+
+
+def _nothing_stays_in_host_memory(cluster, wire):
+  manager = cluster.managers[0]
+  assert manager.swapping.swap_out(_UID)
+  cluster.settle()
+  assert manager.swapping.swap_in(_UID) == 6 * BLOCK_SIZE
+  cluster.settle()
+  manager.confirm(_UID, 6 * BLOCK_SIZE)
+  manager.close(_UID)
+  cluster.check_empty()
+
+
 _SCENARIOS = {
   Place.EPOCH_UNCHECKED: _a_release_of_an_earlier_lease_ends_nothing,
   Place.CAP_IGNORED: _the_cap_holds,
@@ -225,6 +257,10 @@ _SCENARIOS = {
   Place.FREED_TWICE: _a_request_may_end_while_its_blocks_move,
   Place.RELEASE_FORGOTTEN: _a_closed_request_leaves_nothing_behind,
   Place.HOME_EPOCHS_KEPT: _after_a_recall_home_accepts_no_payload,
+  Place.DEAD_DEBTS_KEPT: _what_the_dead_had_borrowed_is_free_once_it_is_back,
+  Place.HOME_FREED_EARLY: _what_is_being_copied_belongs_to_nobody_else,
+  Place.DROPPED_EARLY: _what_is_being_copied_belongs_to_nobody_else,
+  Place.HOST_KEPT: _nothing_stays_in_host_memory,
 }
 
 

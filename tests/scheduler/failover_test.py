@@ -120,7 +120,7 @@ def test_no_word_of_the_dead_leader_counts_once_another_leads(cluster, network):
   plans = (
     MoveKvcache(uid=UID, num_blocks=1, dst=1),
     RecallKvcache(uid=UID, num_blocks=1, src=1, freeze_s=1.0),
-    ClusterStatus(lendable=99),
+    ClusterStatus(lendable=9),
     FullHeartbeatRequest(),
   )
   for body in (late.body, *plans):
@@ -137,7 +137,7 @@ def test_no_word_of_the_dead_leader_counts_once_another_leads(cluster, network):
   new = dataclasses.replace(late, sender=STANDBY, leader_epoch=3)
   for body in plans:
     manager.on_message(dataclasses.replace(new, body=body))
-  assert manager.lendable_elsewhere() == 99
+  assert manager.lendable_elsewhere() == 9
   assert manager.plans.num_declined == 1  # The move is under way by then.
   assert {type(m.body) for m in manager.drain_messages()} == {
     Reserve,

@@ -109,6 +109,7 @@ class FakeCluster:
         address=address,
         peers=[other for other in self.addresses if other != address],
         is_leader=address == GMANAGER,
+        num_instances=num_instances,
       )
       for address in self.addresses
     }

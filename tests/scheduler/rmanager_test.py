@@ -553,16 +553,16 @@ class TestMessages:
         slot=SlotName(slot=0, epoch=1),
         entries=(
           HostedEntry(logical_id=0, grant=Grant(block_id=1, epoch=1)),
-          HostedEntry(logical_id=1, grant=Grant(block_id=2, epoch=9)),
+          HostedEntry(logical_id=1, grant=Grant(block_id=2, epoch=1)),
         ),
       ),
       Release(
-        slot=SlotName(slot=0, epoch=1), grants=(Grant(block_id=1, epoch=9),)
+        slot=SlotName(slot=0, epoch=1), grants=(Grant(block_id=1, epoch=2),)
       ),
       Sync(
         uid=UID,
         slot=SlotName(slot=0, epoch=1),
-        entries=(HostedEntry(logical_id=3, grant=Grant(block_id=9, epoch=1)),),
+        entries=(HostedEntry(logical_id=3, grant=Grant(block_id=8, epoch=1)),),
       ),
     ],
   )

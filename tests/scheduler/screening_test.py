@@ -30,11 +30,17 @@ from infinite_llm.scheduler.messages import (
   MoveKvcache,
   RecallKvcache,
 )
-from infinite_llm.scheduler.screening import fault_in, fault_in_answer
+from infinite_llm.scheduler.screening import (
+  MAX_EPOCHS_MISSED,
+  Group,
+  fault_in,
+  fault_in_answer,
+)
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 
 _SLOT = SlotName(slot=0, epoch=1)
 _RESERVE = Reserve(uid=1, slot=_SLOT, num_blocks=1)
+_GROUP = Group(instance=1, num_instances=3, num_blocks=9, spill_slots=2)
 
 
 def _grant(block_id, epoch=1):
@@ -60,11 +66,9 @@ def _recall(freeze_s):
 
 
 def _fault(body, **change):
-  """What instance 1 of three, with two spill slots each, says to a message."""
+  """What instance 1 of three, with eight rBlocks each, says to a message."""
   fields = {"sender": 0, "receiver": 1, "incarnation": 1, "seq": 1, **change}
-  return fault_in(
-    Envelope(body=body, **fields), instance=1, num_instances=3, spill_slots=2
-  )
+  return fault_in(Envelope(body=body, **fields), _GROUP, leader_epoch=7)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,25 @@ def test_messages_that_make_sense_pass(body, change):
       {"sender": STANDBY},
       "a ClusterStatus must",
     ),
-    (_move(0), {"sender": GMANAGER}, "num_blocks must be at least 1; got 0."),
+    (_move(0), {"sender": GMANAGER}, "num_blocks must be in [1, 8]; got 0."),
+    (_move(9), {"sender": GMANAGER}, "num_blocks must be in [1, 8]; got 9."),
+    (
+      ClusterStatus(lendable=1),
+      {"sender": GMANAGER, "leader_epoch": 7 + MAX_EPOCHS_MISSED + 1},
+      f"leader_epoch must be in [0, {7 + MAX_EPOCHS_MISSED}]; got ",
+    ),
+    (_RESERVE, {"leader_epoch": 7}, "leader_epoch must be 0 in what an inst"),
+    (_RESERVE, {"settled": 2}, "settled must be at most 1; got 2."),
+    (
+      ClusterStatus(lendable=17),
+      {"sender": GMANAGER},
+      "lendable must be in [0",
+    ),
+    (
+      Candidates(instances=(0, 0)),
+      {"sender": GMANAGER},
+      "instances must be at",
+    ),
     (_move(1, dst=1), {"sender": GMANAGER}, "a plan must name another instanc"),
     (_move(1, dst=3), {"sender": GMANAGER}, "a plan must name another instanc"),
     (_recall(-1.0), {"sender": GMANAGER}, "freeze_s must not be negative; go"),
@@ -120,19 +142,43 @@ def test_who_says_what_to_whom_is_checked(body, change, fault):
   [
     (
       Reserve(uid=1, slot=_SLOT, num_blocks=-3),
-      "num_blocks must be at least 1; got -3.",
+      "num_blocks must be in [1, 8]; got -3.",
+    ),
+    (
+      Reserve(uid=1, slot=_SLOT, num_blocks=2**62),
+      "num_blocks must be in [1, 8]; got 4611686018427387904.",
     ),
     (
       Reserve(uid=0, slot=_SLOT, num_blocks=1),
-      "uid must be in [1, 2**32); got 0.",
+      "uid must be in [1, 4294967295]; got 0.",
     ),
     (
       Commit(uid=1, slot=SlotName(slot=2, epoch=1), entries=(_entry(0, 1),)),
-      "slot must be in [0, 2) and its epoch at least 1; got",
+      "slot must be in [0, 1]; got 2.",
+    ),
+    (
+      Commit(uid=1, slot=_SLOT, entries=(_entry(24, 1),)),
+      "logical_id must be in [0, 23]; got 24.",
+    ),
+    (
+      Sync(uid=1, slot=_SLOT, entries=(_entry(0, 9),)),
+      "block_id must be in [1, 8]; got 9.",
+    ),
+    (
+      Fetch(uid=1, slot=_SLOT, entries=(_fetched(0, 1, 9),)),
+      "block_id must be in [1, 8]; got 9.",
+    ),
+    (
+      Release(slot=_SLOT, grants=(_grant(1, epoch=2**32),)),
+      "the epoch of a grant must be in [1, 4294967295]; got 4294967296.",
+    ),
+    (
+      Renew(sent_s=math.nan),
+      "sent_s must be finite; got nan.",
     ),
     (
       Release(slot=SlotName(slot=0, epoch=0), grants=(_grant(1),)),
-      "slot must be in [0, 2) and its epoch at least 1; got",
+      "the slot's epoch must be in [1, 4294967295]; got 0.",
     ),
     (Sync(uid=1, slot=_SLOT, entries=()), "entries must not be empty; got ()."),
     (
@@ -145,7 +191,7 @@ def test_who_says_what_to_whom_is_checked(body, change, fault):
     ),
     (
       Commit(uid=1, slot=_SLOT, entries=(_entry(-1, 1),)),
-      "logical_id and block_id must not be negative; got [-1] and [1].",
+      "logical_id must be in [0, 23]; got -1.",
     ),
     (
       Fetch(uid=1, slot=_SLOT, entries=(_fetched(0, 1, 5), _fetched(1, 2, 5))),
@@ -166,11 +212,19 @@ def test_what_a_debtor_asks_is_checked(body, fault):
   [
     (
       ReserveReply(grants=(_grant(4), _grant(4, epoch=2))),
-      "grants must name each rBlock once; got [4, 4].",
+      "each block_id must be named once; got [4, 4].",
+    ),
+    (
+      ReserveReply(grants=(_grant(9),)),
+      "block_id must be in [1, 8]; got 9.",
     ),
     (
       CommitReply(table_version=-1),
-      "table_version must not be negative; got -1.",
+      "table_version must be in [0, 2147483647]; got -1.",
+    ),
+    (
+      CommitReply(table_version=2**31),
+      "table_version must be in [0, 2147483647]; got 2147483648.",
     ),
   ],
 )
@@ -251,6 +305,53 @@ class TestRefusal:
     assert creditor.refused == {type(body).__name__: 1}
     assert creditor.lent() == {0: 2}
     assert creditor.drain_messages() == creditor.drain_effects() == []
+
+  @pytest.mark.parametrize(
+    "body",
+    [
+      Release(slot=_SLOT, grants=(_grant(1, epoch=3),)),
+      Commit(
+        uid=7,
+        slot=_SLOT,
+        entries=(HostedEntry(logical_id=0, grant=_grant(8, epoch=2**31)),),
+      ),
+    ],
+  )
+  def test_a_lease_that_was_never_granted_is_refused(self, body):
+    cluster = self._lent()  # Its leases have the epochs 1 and 2.
+    creditor = cluster.managers[1]
+    creditor.on_message(
+      Envelope(
+        sender=0, receiver=1, incarnation=1, seq=99, body=body, meant_for=1
+      )
+    )
+
+    assert creditor.refused == {type(body).__name__: 1}
+    assert creditor.lent() == {0: 2}
+    assert creditor.drain_messages() == creditor.drain_effects() == []
+
+  @pytest.mark.parametrize("epoch", [1, 3])
+  def test_no_lease_is_granted_twice_but_an_rblock_may_be(self, epoch):
+    cluster = self._lent()
+    owner = cluster.managers[0]
+    cluster.open(0, 8, 2 * BLOCK_SIZE)
+    assert owner.move_kvcache(8, 1, 1)
+    (asked,) = owner.drain_messages()
+    owner.on_message(
+      Envelope(
+        sender=1,
+        receiver=0,
+        incarnation=1,
+        seq=asked.seq,
+        body=ReserveReply(grants=(_grant(1, epoch=epoch),)),
+        responder=1,
+      )
+    )
+
+    # Epoch 3 says that the creditor has ended the lease with epoch 1.
+    is_twice = epoch == 1
+    assert owner.refused == ({"ReserveReply": 1} if is_twice else {})
+    assert owner.borrowed() == {1: 2 if is_twice else 3}
 
   def test_a_renewal_of_the_future_is_refused(self):
     cluster = self._lent()

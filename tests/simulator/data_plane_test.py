@@ -8,10 +8,15 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import content_tag
 from infinite_llm.cache.rblock import Location
 from infinite_llm.scheduler.account import SpillInfo
-from infinite_llm.scheduler.effects import GrantEpochs, full_block_move
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  full_block_move,
+  swap_blocks,
+)
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import SlotName
 from infinite_llm.simulator.data_plane import DataPlane
+from infinite_llm.types import Tier
 
 _UID = 7
 _HOME = Location(instance=0, block_id=3, epoch=11)
@@ -20,7 +25,7 @@ _AWAY = Location(instance=1, block_id=5, epoch=21)
 
 @pytest.fixture
 def plane():
-  return DataPlane(num_instances=2, num_blocks=8, block_size=8)
+  return DataPlane(num_instances=2, num_blocks=8, block_size=8, host_blocks=4)
 
 
 @pytest.fixture
@@ -136,3 +141,31 @@ def test_a_reset_leaves_nothing(plane, table):
 def test_the_null_block_takes_no_payload(plane, table):
   plane.devices[1].epoch[0] = 21
   assert not plane.exchange(dataclasses.replace(_move(), dst_block=0))
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_was_swapped_out_and_in_is_proved_unless_a_copy_was_lost(
+  plane, table, is_lost
+):
+  waiting = Location(instance=0, block_id=2, epoch=31, tier=Tier.HOST)
+  back = Location(instance=0, block_id=6, epoch=13)
+  plane.swap(0, swap_blocks(_UID, [_HOME], [waiting], 8), is_lost=is_lost)
+  plane.swap(0, swap_blocks(_UID, [waiting], [back], 8), is_lost=False)
+  entered = BlockTable(_UID, 0, 8)
+  entered.append([back])
+
+  reading = plane.read(entered, None, (), 8)
+
+  assert (reading.coverage == entered.demand(8)) is not is_lost
+  assert plane.hosts[0].content[2] == (None if is_lost else (_UID, 0, 8))
+  assert plane.num_swapped == (0 if is_lost else 2)
+
+
+def test_a_copy_of_what_is_not_there_any_more_proves_nothing(plane, table):
+  waiting = Location(instance=0, block_id=2, epoch=31, tier=Tier.HOST)
+  copy = swap_blocks(_UID, [_HOME], [waiting], 8)
+  plane.write_tags(table, 0, 3)  # Rewritten, and no full rBlock any more.
+
+  plane.swap(0, copy, is_lost=False)
+
+  assert plane.hosts[0].tag[2] == 0

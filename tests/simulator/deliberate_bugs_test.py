@@ -14,22 +14,53 @@ import pytest
 from infinite_llm.scheduler import gmanager
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import Reserve
+from infinite_llm.scheduler.leases import LeaseDeadlines
+from infinite_llm.scheduler.messages import Leadership
 from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane
 from infinite_llm.simulator.fault_simulation import run_seed
+from infinite_llm.simulator.lease_history import LeaseHistory
 from infinite_llm.simulator.scenario import draw_scenario
 from infinite_llm.simulator.watch import Watch
+from infinite_llm.types import Tier
 
 
 def _drawn(seed):
   return draw_scenario(random.Random(seed))
 
 
+def _borrowing(seed):
+  """Instances that run short ask others."""
+  scenario = _drawn(seed)
+  return dataclasses.replace(
+    scenario,
+    lending=dataclasses.replace(scenario.lending, policy="borrow"),
+    host_blocks=0,
+    most_open=scenario.num_instances + 2,
+    long_answers=0.15,
+  )
+
+
+def _swapping(seed):
+  """Instances that run short use host memory, and copies take their time."""
+  scenario = _drawn(seed)
+  return dataclasses.replace(
+    scenario,
+    lending=dataclasses.replace(scenario.lending, policy="swap"),
+    host_blocks=scenario.num_blocks,
+    request_every_s=0.1,
+    most_open=4 * scenario.num_instances,
+    long_answers=0.9,
+    copy_s=0.5,
+  )
+
+
 def _with_many_crashes(seed):
   """Messages of the dead arrive late."""
-  scenario = _drawn(seed)
+  scenario = _borrowing(seed)
   return dataclasses.replace(
     scenario,
     num_instances=3,
@@ -43,28 +74,32 @@ def _with_many_crashes(seed):
 
 def _with_long_partitions(seed):
   """Two instances that often hear nothing of each other for a lease."""
-  scenario = _drawn(seed)
+  scenario = _borrowing(seed)
   return dataclasses.replace(
     scenario,
+    lending=dataclasses.replace(scenario.lending, lease_s=1.5),
     num_instances=2,
     crash_s=0.3,
-    trouble_every_s=0.3,
+    trouble_every_s=0.8,
     plan_every_s=0.05,
-    partition_s=6 * scenario.lending.lease_s,
+    partition_s=9.0,
     exchange_s=1.5,
-    long_answers=0.6,
+    min_s=20.0,
+    long_answers=0.9,
     network=dataclasses.replace(scenario.network, late=0.02, lost=0.02),
     clock_jump=0.0,
   )
 
 
 def _with_lost_payloads(seed):
-  return dataclasses.replace(_drawn(seed), payload_lost=0.5, plan_every_s=0.05)
+  return dataclasses.replace(
+    _borrowing(seed), payload_lost=0.5, plan_every_s=0.05
+  )
 
 
 def _with_repeated_payloads(seed):
   return dataclasses.replace(
-    _drawn(seed), payload_repeated=0.5, plan_every_s=0.05
+    _borrowing(seed), payload_repeated=0.5, plan_every_s=0.05
   )
 
 
@@ -101,6 +136,71 @@ def _lead_twice_under_one_epoch(monkeypatch):
   monkeypatch.setattr(gmanager, "_LIVES", 1)
 
 
+def _never_take_over(monkeypatch):
+  lead = GManager._lead
+
+  def only_from_the_start(self):
+    if not self._clock():
+      lead(self)
+
+  monkeypatch.setattr(GManager, "_lead", only_from_the_start)
+
+
+def _take_over_a_period_late(monkeypatch):
+  """The standby waits for one more heartbeat of a leader that is dead."""
+  tick = GManager.tick
+
+  def late(self):
+    lending = self._lending
+    patience_s = lending.leader_lease_s + 1.5 * lending.heartbeat_every_s
+    self._lending = dataclasses.replace(lending, leader_lease_s=patience_s)
+    tick(self)
+    self._lending = lending
+
+  monkeypatch.setattr(GManager, "tick", late)
+
+
+def _take_over_from_the_living(monkeypatch):
+  """The standby does not listen to the leader."""
+  on_message = GManager.on_message
+
+  def deaf(self, envelope):
+    if not isinstance(envelope.body, Leadership):
+      on_message(self, envelope)
+
+  monkeypatch.setattr(GManager, "on_message", deaf)
+
+
+def _take_over_knowing_nobody(monkeypatch):
+  """The standby takes no heartbeats in before it leads."""
+  on_heartbeat = GManager._on_heartbeat
+
+  def only_as_leader(self, *heard):
+    if self.is_leader:
+      on_heartbeat(self, *heard)
+
+  monkeypatch.setattr(GManager, "_on_heartbeat", only_as_leader)
+
+
+def _never_end_a_silent_debt(monkeypatch):
+  """And the sequential model, which sees it first, looks away."""
+  monkeypatch.setattr(LeaseDeadlines, "take_expired", lambda self: ())
+  monkeypatch.setattr(LeaseHistory, "on_ticked", lambda self, now_s: None)
+
+
+def _prove_copies_by_belief(monkeypatch):
+  """What comes from HOST has the right tag, whatever was copied."""
+  swap = DataPlane.swap
+
+  def believe(self, instance, effect, *, is_lost):
+    swap(self, instance, effect, is_lost=is_lost)
+    target = self.hosts if effect.to_tier is Tier.HOST else self.devices
+    for one in effect.swaps:
+      target[instance].tag[one.dst_block] = one.dst_tag
+
+  monkeypatch.setattr(DataPlane, "swap", believe)
+
+
 def _accept_any_payload(monkeypatch):
   """The device does not look at reservation epochs."""
   monkeypatch.setattr(DataPlane, "accepts", lambda self, target, move: True)
@@ -119,32 +219,42 @@ def _take_all_for_proved(monkeypatch):
 
 _PLACES = {
   Place.EPOCH_UNCHECKED: (_with_long_partitions, 120, "says that it lent"),
-  Place.CAP_IGNORED: (_drawn, 10, "its cap"),
+  Place.CAP_IGNORED: (_borrowing, 10, "its cap"),
   Place.COMMIT_UNRESERVED: (_with_long_partitions, 120, "never reserved"),
-  Place.EPOCHS_KEPT: (_drawn, 10, "receives under epoch"),
-  Place.TABLE_KEPT: (_drawn, 10, "is not empty|refused to host"),
+  Place.EPOCHS_KEPT: (_borrowing, 10, "receives under epoch"),
+  Place.TABLE_KEPT: (_borrowing, 10, "is not empty|refused to host"),
   Place.EXPIRY_SKIPPED: (_with_long_partitions, 40, "says that it lent"),
-  Place.REPETITION_EXECUTED: (_drawn, 10, "and its repetition with"),
+  Place.REPETITION_EXECUTED: (_borrowing, 10, "and its repetition with"),
   Place.DEAD_HEARD: (_with_many_crashes, 80, "of a dead incarnation"),
-  Place.MISDIRECTED_EXECUTED: (_drawn, 10, "meant for incarnation"),
+  Place.MISDIRECTED_EXECUTED: (_borrowing, 10, "meant for incarnation"),
   Place.RESTART_OVERLOOKED: (_with_many_crashes, 40, "still counts"),
-  Place.TRUST_UNLIMITED: (_with_long_partitions, 120, "trusts Location"),
-  Place.COMMIT_SKIPPED: (_drawn, 10, "trusts Location"),
+  Place.DEAD_DEBTS_KEPT: (_with_many_crashes, 20, "for the one before"),
+  Place.TRUST_UNLIMITED: (_with_long_partitions, 40, "trusts Location"),
+  Place.COMMIT_SKIPPED: (_borrowing, 10, "trusts Location"),
   Place.PROOF_SKIPPED: (_with_lost_payloads, 20, "whose copy was not proved"),
-  Place.FREED_TWICE: (_drawn, 20, "cannot free"),
-  Place.RELEASE_FORGOTTEN: (
-    _drawn,
-    30,
-    "Not ended|is not empty",
-  ),
-  Place.HOME_EPOCHS_KEPT: (_drawn, 40, "receives under epoch"),
+  Place.FREED_TWICE: (_borrowing, 20, "cannot free"),
+  Place.RELEASE_FORGOTTEN: (_borrowing, 20, "were never given back"),
+  Place.HOME_EPOCHS_KEPT: (_borrowing, 40, "receives under epoch"),
+  Place.HOME_FREED_EARLY: (_swapping, 10, "its HBM rBlock is"),
+  Place.DROPPED_EARLY: (_swapping, 20, "its HOST rBlock is"),
+  Place.HOST_KEPT: (_swapping, 10, "in HOST for nobody"),
 }
 
 _REPLACED = {
-  _forward_borrows: (_drawn, 30, "forwards a borrow"),
-  _count_refused_grants: (_drawn, 10, "says that it lent"),
-  _obey_former_leaders: (_drawn, 20, "and obeys"),
+  _forward_borrows: (_borrowing, 30, "forwards a borrow"),
+  _count_refused_grants: (_borrowing, 10, "says that it lent"),
+  _obey_former_leaders: (_borrowing, 20, "and obeys"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
+  _never_take_over: (_drawn, 20, "stands by"),
+  _take_over_a_period_late: (_drawn, 20, "stands by"),
+  _take_over_from_the_living: (_drawn, 20, "leads -"),
+  _take_over_knowing_nobody: (_drawn, 20, "without knowing instances"),
+  _never_end_a_silent_debt: (_with_long_partitions, 40, "outlive its last"),
+  _prove_copies_by_belief: (
+    _swapping,
+    20,
+    "keeps None in HOST|proved its KV, but",
+  ),
   _accept_any_payload: (_with_repeated_payloads, 60, "was written over"),
   _take_all_for_proved: (_with_lost_payloads, 40, "proved its KV, but"),
 }
@@ -181,6 +291,8 @@ def test_a_replaced_function_is_found(bug, monkeypatch):
   "scenario",
   [
     _drawn,
+    _borrowing,
+    _swapping,
     _with_many_crashes,
     _with_long_partitions,
     _with_lost_payloads,

@@ -7,6 +7,7 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from infinite_llm.scheduler.policies import POLICIES
 from infinite_llm.simulator.cluster import Cluster
 from infinite_llm.simulator.fault_simulation import drain
 from infinite_llm.simulator.gmanagers import ADDRESSES
@@ -18,10 +19,16 @@ _INSTANCES = 3
 class FaultMachine(stateful.RuleBasedStateMachine):
   """Each rule is a fault, an order or some time; nothing may go wrong."""
 
-  @stateful.initialize(seed=st.integers(0, 1000))
-  def start(self, seed):
+  @stateful.initialize(
+    seed=st.integers(0, 1000), policy=st.sampled_from(sorted(POLICIES))
+  )
+  def start(self, seed, policy):
+    scenario = draw_scenario(random.Random(seed))
     scenario = dataclasses.replace(
-      draw_scenario(random.Random(seed)), num_instances=_INSTANCES
+      scenario,
+      num_instances=_INSTANCES,
+      lending=dataclasses.replace(scenario.lending, policy=policy),
+      host_blocks=scenario.num_blocks,
     )
     self.cluster = Cluster(scenario, random.Random(seed))
     self.network = self.cluster.world.network
@@ -34,13 +41,13 @@ class FaultMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(
     number=st.integers(0, _INSTANCES - 1),
     prompt=st.integers(1, 120),
-    output=st.integers(1, 12),
+    output=st.integers(1, 40),
   )
   def add_a_request(self, number, prompt, output):
     instance = self._instance(number)
     scenario = self.cluster.world.scenario
     most = scenario.reachable_blocks * scenario.block_size
-    if instance and prompt + output <= most and self.cluster.num_open < 6:
+    if instance and prompt + output <= most and self.cluster.num_open < 9:
       self.cluster.add_request(instance, prompt, output)
 
   @stateful.rule(seconds=st.sampled_from((0.01, 0.1, 0.5, 2.0)))
@@ -106,11 +113,27 @@ class FaultMachine(stateful.RuleBasedStateMachine):
       instance.settle()
 
   @stateful.rule(data=st.data(), number=st.integers(0, _INSTANCES - 1))
+  def preempt_a_request(self, data, number):
+    instance = self._instance(number)
+    if instance and instance.batcher.running and not instance.has_flight:
+      request = data.draw(st.sampled_from(instance.batcher.running))
+      instance.batcher.preempt(request.uid)
+      instance.settle()
+
+  @stateful.rule(
+    data=st.data(), number=st.integers(0, _INSTANCES - 1), is_host=st.booleans()
+  )
+  def spoil_an_rblock(self, data, number, is_host):
+    plane = self.cluster.world.plane
+    tags = (plane.hosts if is_host else plane.devices)[number].tag
+    tags[data.draw(st.integers(1, len(tags) - 1))] = 0
+
+  @stateful.rule(data=st.data(), number=st.integers(0, _INSTANCES - 1))
   def abort_a_request(self, data, number):
     instance = self._instance(number)
-    if instance and instance.batcher.running:
-      request = data.draw(st.sampled_from(instance.batcher.running))
-      self.cluster.abort(instance, request)
+    if instance and instance.batcher.has_work:
+      requests = instance.batcher.running + instance.batcher.waiting
+      self.cluster.abort(instance, data.draw(st.sampled_from(requests)))
 
   def teardown(self):
     self.cluster.heal()
@@ -119,8 +142,8 @@ class FaultMachine(stateful.RuleBasedStateMachine):
 
 TestFaultMachine = FaultMachine.TestCase
 TestFaultMachine.settings = hypothesis.settings(
-  max_examples=40,
-  stateful_step_count=40,
+  max_examples=80,
+  stateful_step_count=60,
   deadline=None,
   derandomize=True,
   suppress_health_check=list(hypothesis.HealthCheck),

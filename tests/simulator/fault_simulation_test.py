@@ -44,6 +44,7 @@ def test_all_kinds_of_faults_and_moves_happen():
   }
   assert happened == {
     "abort",
+    "copy lost",
     "crash",
     "cut off",
     "freeze",
@@ -62,6 +63,8 @@ def test_all_kinds_of_faults_and_moves_happen():
     "unheard",
   }
   assert sum(result.num_moved for result in results) > 0
+  assert sum(result.num_swapped for result in results) > 0
+  assert sum(result.num_takeovers for result in results) > 0
   assert sum(result.num_unproved for result in results) > 0
 
 

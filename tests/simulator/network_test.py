@@ -64,6 +64,7 @@ class TestCarrying:
     assert town.heard == [(1.0, 1, 1)]
     assert town.network.now_s == 3.0
     assert (town.network.num_sent, town.network.num_delivered) == (1, 1)
+    assert town.network.kinds_sent() == {"CandidatesRequest": 1}
     assert town.counts() == {}
 
   def test_step_goes_from_event_to_event(self):
