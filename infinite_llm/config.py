@@ -28,6 +28,9 @@ MAX_PROGRAM_KINDS = 24
 DTYPES = ("float32", "bfloat16")
 """What weights, activations, keys and values can be."""
 
+_WITHOUT_LENDERS = ("static", "swap")
+"""Policies under which no instance lends."""
+
 POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
 """Names of the policies; `scheduler/policies/` has them."""
 
@@ -214,6 +217,11 @@ class LendingConfig:
         getattr(self, name),
       )
 
+  @property
+  def has_lenders(self) -> bool:
+    """Whether the policy has instances lend at all."""
+    return self.policy not in _WITHOUT_LENDERS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -324,7 +332,7 @@ class EngineConfig:
   @property
   def has_group(self) -> bool:
     """Whether instances can lend each other rBlocks at all."""
-    return self.num_instances > 1 and self.lending.policy != "static"
+    return self.num_instances > 1 and self.lending.has_lenders
 
   @property
   def num_program_kinds(self) -> int:

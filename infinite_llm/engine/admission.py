@@ -13,7 +13,7 @@ def reachable_tokens(config: EngineConfig) -> int:
   """Tokens that one request could have if it were alone in its group."""
   own = config.cache.num_blocks - 1
   lending = config.lending
-  if lending.policy == "static":
+  if not lending.has_lenders:
     return own * config.cache.block_size
   lent = max(own - lending.headroom_blocks, 0)
   if lending.max_lent_blocks is not None:

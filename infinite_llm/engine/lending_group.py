@@ -39,7 +39,7 @@ from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.types import InstanceId, RequestUid
 
-_POLICIES = ("borrow", "greedy", "static")
+_POLICIES = ("borrow", "greedy", "static", "swap")
 """Policies that the engine carries out; the others ask for what it cannot."""
 
 _BINDING = (*LeaseReply.__value__.__args__, Fetch)
@@ -88,6 +88,11 @@ class LendingGroup:
       raise ConfigError(
         f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
         f" {config.lending.policy!r}."
+      )
+    if config.lending.policy == "swap" and not config.cache.host_blocks:
+      raise ConfigError(
+        "host_blocks must be at least 2 for policy 'swap', which swaps to them;"
+        f" got {config.cache.host_blocks}."
       )
     self._config = config
     self._runner = runner

@@ -135,7 +135,7 @@ class Creditor:
   @property
   def lendable(self) -> int:
     """rBlocks that it would grant now."""
-    if self._lending.policy == "static" or self.is_frozen:
+    if not self._lending.has_lenders or self.is_frozen:
       return 0
     if self._faults(Place.CAP_IGNORED):
       return self._pool.num_free

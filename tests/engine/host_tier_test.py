@@ -41,7 +41,7 @@ def build(model, **options) -> Engine:
     "num_blocks": 9,
     "host_blocks": 9,
     "verify_moves": True,
-    "policy": "static",
+    "policy": "swap",
     "max_num_seqs": 4,
     "decode_buckets": (4,),
     "prefill_buckets": (32,),

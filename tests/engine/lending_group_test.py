@@ -3,6 +3,7 @@ import time
 import pytest
 
 from infinite_llm.config import engine_config
+from infinite_llm.distributed.step_header import OwnOrder
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.errors import ConfigError
@@ -11,8 +12,11 @@ from infinite_llm.errors import ConfigError
 @pytest.mark.parametrize(
   ("options", "text"),
   [
-    ({"policy": "swap"}, "policy must be one of borrow, greedy, static in an"),
-    ({"policy": "migrate"}, "in an engine; got 'migrate'"),
+    ({"policy": "swap"}, "host_blocks must be at least 2 for policy 'swap'"),
+    (
+      {"policy": "migrate"},
+      "one of borrow, greedy, static, swap in an engine; got 'migrate'",
+    ),
     ({"policy": "greedy"}, "performance_profile.* must be a model"),
     (
       {"policy": "greedy", "performance_profile": "none.json"},
@@ -25,4 +29,6 @@ def test_options_that_it_cannot_carry_out_are_refused(options, text):
 
   # It is refused before the devices are touched.
   with pytest.raises(ConfigError, match=text):
-    LendingGroup(config, None, time.monotonic, InProcessTransport())
+    LendingGroup(
+      config, None, time.monotonic, InProcessTransport(), OwnOrder(1024)
+    )
