@@ -154,6 +154,7 @@ class Ledger:
       next_blocks=heartbeat.next_blocks,
       next_arrival=heartbeat.next_arrival,
       promised=heartbeat.promised,
+      local_blocks=heartbeat.local_blocks,
       debts=tuple(sorted(debts.items())),
     )
     self._known[instance] = _Known(
