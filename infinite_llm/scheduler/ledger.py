@@ -6,6 +6,7 @@ creditor decides from its own books.
 
 import dataclasses
 import enum
+from collections.abc import Iterator
 
 from infinite_llm.scheduler.cluster_view import LedgerLine
 from infinite_llm.scheduler.messages import Heartbeat
@@ -60,6 +61,10 @@ class Ledger:
   def lines(self) -> tuple[LedgerLine, ...]:
     """All lines, by rising instance."""
     return tuple(known.line for _, known in sorted(self._known.items()))
+
+  def lines_unordered(self) -> Iterator[LedgerLine]:
+    """All lines, where their order is nothing to whoever asks."""
+    return (known.line for known in self._known.values())
 
   def lendable_to(self, instance: InstanceId) -> int:
     """rBlocks that all others would lend."""
