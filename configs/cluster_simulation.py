@@ -11,11 +11,13 @@ def get_config() -> ConfigDict:
   config.experiment = "cluster_simulation"
   config.seed = 0  # Draws the delays of messages.
   config.costs = "experiments/anchors/h200_llama3_8b_costs.json"
-  # Any of borrow, greedy, static, swap, migrate; "-dgfm" leaves circles be.
+  # Any of borrow, greedy, static, swap, migrate; beside
+  # borrow and greedy, "-without-dgfm" leaves circles of debts be.
   config.policies = (
     "borrow",
-    "borrow-dgfm",
+    "borrow-without-dgfm",
     "greedy",
+    "greedy-without-dgfm",
     "static",
     "swap",
     "migrate",

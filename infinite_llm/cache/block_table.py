@@ -4,10 +4,18 @@ import collections
 from collections.abc import Iterable
 
 from infinite_llm.cache.block_entries import BlockEntries, EntrySpan
-from infinite_llm.cache.content_tag import add_coverage, content_tag, mix_tag
+from infinite_llm.cache.content_tag import (
+  add_coverage,
+  content_tag,
+  content_tags,
+  mix_tag,
+)
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.types import InstanceId, RequestUid
+
+_MANY = 8
+"""Tags of so many rBlocks are faster computed together."""
 
 
 class BlockTable:
@@ -59,7 +67,7 @@ class BlockTable:
     added = range(first, self.num_blocks)
     for logical_id in added:
       self._num_at[self._locations[logical_id].instance] += 1
-      self._full_coverage.append(self._coverage_of(logical_id, self.block_size))
+    self._full_coverage += self._full_coverages(added)
     if self._local is not None:
       self._log_local(self._local, added)
 
@@ -194,6 +202,18 @@ class BlockTable:
       self._local_begin += 1
     else:
       self._local = None
+
+  def _full_coverages(self, logical_ids: range) -> list[int]:
+    """What each of some rBlocks adds to coverage when it is full."""
+    if len(logical_ids) < _MANY:
+      return [self._coverage_of(i, self.block_size) for i in logical_ids]
+    tags = content_tags(
+      uid=self.uid,
+      logical_ids=logical_ids,
+      epochs=[self._locations[i].epoch for i in logical_ids],
+      filled=self.block_size,
+    )
+    return [mix_tag(tag, i) for tag, i in zip(tags, logical_ids, strict=True)]
 
   def _coverage_of(self, logical_id: int, filled: int) -> int:
     return mix_tag(self.tag(logical_id, filled), logical_id)

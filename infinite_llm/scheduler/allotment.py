@@ -14,9 +14,9 @@ from infinite_llm.types import InstanceId
 def allot(lines: Iterable[LedgerLine]) -> dict[InstanceId, int]:
   """Decides who may come in on the strength of rBlocks to be borrowed.
 
-  Only requests that their own instance could not hold: others wait until room
-  is free there, which comes soon, whereas a request with rBlocks elsewhere has
-  instances wait for each other as long as it runs.
+  Only requests that their own instance cannot hold: others wait until those
+  that run there end, which is soon, whereas a request with rBlocks elsewhere
+  has instances wait for each other as long as it runs.
 
   What running requests are still to get comes first, for they cannot go on
   without. Those that wait follow as they came, whatever instance they wait on,

@@ -106,12 +106,7 @@ class Batcher:
     self._end(uid, status)
 
   def fail(self, uid: RequestUid, error: Exception) -> None:
-    """Ends a request that cannot go on.
-
-    Args:
-      uid: The request.
-      error: Why.
-    """
+    """Ends a request that cannot go on, and says why."""
     self._end(uid, RequestStatus.FAILED, error)
 
   def take_ended(self) -> Request | None:
@@ -272,6 +267,16 @@ class Batcher:
       if request.num_uncomputed > 1
     )
 
+  def _local_blocks(self) -> int:
+    """rBlocks of running requests that are at home to the end."""
+    manager, capacity = self._rmanager, self._rmanager.counts().total
+    return sum(
+      manager.table(uid).num_blocks
+      for uid, request in self._running.items()
+      if manager.spill(uid) is None
+      and self._num_blocks(request.num_tokens) <= capacity
+    )
+
   def _enter(self, request: Request) -> bool:
     """Opens a request that fits; whether it can come now."""
     swapping = self._rmanager.swapping
@@ -292,6 +297,7 @@ class Batcher:
       next_blocks=self._num_blocks(first.num_tokens) if first else 0,
       next_arrival=first.arrival if first else 0,
       promised=self._promised(),
+      local_blocks=self._local_blocks() if first else 0,
     )
     self._rmanager.condition.note_demand(demand)
 
@@ -348,12 +354,8 @@ class Batcher:
   def _make_room(self, request: Request, num_tokens: int) -> int:
     """Allocates rBlocks for a request's next tokens.
 
-    Args:
-      request: A running request.
-      num_tokens: How many tokens it is to compute.
-
     Returns:
-      How many it can compute now: all of them, fewer if only some rBlocks are
+      How many of them it can compute now: all, fewer if only some rBlocks are
       free and no more are to be had, none if room is being made.
     """
     start = request.num_computed_tokens
@@ -381,7 +383,6 @@ class Batcher:
     victim = self._rmanager.choose_victim(self._running)
     if victim is None:
       return False
-    # What prompts are to get anyway may come in larger portions.
     most = _BORROW_CHUNKS * self._num_blocks(self._scheduler.chunk_tokens)
     least = _BORROW_CHUNKS * self._num_blocks(self._joined_chunk_tokens)
     wanted = max(least, min(self._promised(), most), missing)

@@ -25,6 +25,7 @@ class LedgerLine:
     next_blocks: rBlocks that the first of those needs; 0 if none waits.
     next_arrival: When that one came: lower numbers came first.
     promised: rBlocks that running requests are still to get.
+    local_blocks: rBlocks of running requests that are all at home.
     debts: What each debtor has borrowed from it.
   """
 
@@ -40,6 +41,7 @@ class LedgerLine:
   next_blocks: int = 0
   next_arrival: int = 0
   promised: int = 0
+  local_blocks: int = 0
   debts: BlocksOf = ()
 
   @property
@@ -49,8 +51,11 @@ class LedgerLine:
 
   @property
   def own_capacity(self) -> int:
-    """rBlocks that its own requests could have if no other one ran."""
-    return self.capacity - sum(count for _, count in self.debts)
+    """rBlocks that are free there, or soon will be.
+
+    Long requests, its own and those of its debtors, may take minutes to end.
+    """
+    return self.free + self.local_blocks
 
   @property
   def own_room(self) -> int:

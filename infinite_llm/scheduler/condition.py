@@ -20,12 +20,15 @@ class Demand:
     next_arrival: Its arrival number; 0 if there is none.
     promised: rBlocks that running requests are still to get for tokens that
       they have.
+    local_blocks: rBlocks of running requests that have none elsewhere and need
+      none there; only told if a request waits.
   """
 
   num_waiting: int = 0
   next_blocks: int = 0
   next_arrival: int = 0
   promised: int = 0
+  local_blocks: int = 0
 
 
 class Condition:
@@ -76,6 +79,7 @@ class Condition:
       next_blocks=demand.next_blocks,
       next_arrival=demand.next_arrival,
       promised=demand.promised,
+      local_blocks=demand.local_blocks,
       lent=tuple(sorted(self._creditor.lent().items())),
       requests=self._debtor.requests(),
       leader_epoch=leader_epoch,

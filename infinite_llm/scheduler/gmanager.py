@@ -231,7 +231,7 @@ class GManager:
   def _tell_status(self, instances: Iterable[InstanceId]) -> None:
     """Says what instances may count on to borrow."""
     is_borrowing = self._policy.BORROWS
-    allotted = allot(self._ledger.lines()) if is_borrowing else {}
+    allotted = allot(self._ledger.lines_unordered()) if is_borrowing else {}
     for instance in sorted(instances):
       status = ClusterStatus(
         lendable=self._ledger.lendable_to(instance) if is_borrowing else 0,

@@ -6,6 +6,7 @@ creditor decides from its own books.
 
 import dataclasses
 import enum
+from collections.abc import Iterator
 
 from infinite_llm.scheduler.cluster_view import LedgerLine
 from infinite_llm.scheduler.gmanager_screening import fault_in_debts
@@ -62,6 +63,10 @@ class Ledger:
   def lines(self) -> tuple[LedgerLine, ...]:
     """All lines, by rising instance."""
     return tuple(known.line for _, known in sorted(self._known.items()))
+
+  def lines_unordered(self) -> Iterator[LedgerLine]:
+    """All lines, where their order is nothing to whoever asks."""
+    return (known.line for known in self._known.values())
 
   def lendable_to(self, instance: InstanceId) -> int:
     """rBlocks that all others would lend."""
@@ -158,6 +163,7 @@ class Ledger:
       next_blocks=heartbeat.next_blocks,
       next_arrival=heartbeat.next_arrival,
       promised=heartbeat.promised,
+      local_blocks=heartbeat.local_blocks,
       debts=tuple(sorted(debts.items())),
     )
     self._known[instance] = _Known(

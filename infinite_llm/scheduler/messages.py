@@ -81,6 +81,8 @@ class Heartbeat:
     next_arrival: When that one came, by its arrival number; 0 if none waits.
     promised: rBlocks that running requests are still to get for tokens that
       they have.
+    local_blocks: rBlocks of running requests that have none elsewhere and need
+      none there: they become free as those end.
     lent: What it holds for each debtor, promised ones included. Of a change:
       where that is different now, 0 where there is nothing left.
     requests: Running requests with rBlocks; of a change, those that differ.
@@ -96,6 +98,7 @@ class Heartbeat:
   next_blocks: int = 0
   next_arrival: int = 0
   promised: int = 0
+  local_blocks: int = 0
   lent: BlocksOf = ()
   requests: tuple[RequestBlocks, ...] = ()
   leader_epoch: Epoch = NO_EPOCH

@@ -175,4 +175,4 @@ class StepGroups:
 
 def _in_group(work: Work) -> Work:
   """Who takes part without rows runs the layers all the same."""
-  return dataclasses.replace(work, rows=max(work.rows, 1))
+  return work if work.rows else dataclasses.replace(work, rows=1)

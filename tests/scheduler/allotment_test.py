@@ -8,6 +8,7 @@ from tests.scheduler.cluster_views import line
 
 def _waits(instance, free, needed, arrival, capacity=10, **fields):
   """An instance on which a request waits for `needed` rBlocks."""
+  fields = {"local_blocks": capacity - free} | fields
   return line(
     instance,
     free,
@@ -33,11 +34,12 @@ def test_a_request_that_its_own_pool_can_hold_waits_for_it():
   assert allot(lines) == {}
 
 
-def test_what_its_instance_has_lent_is_no_room_to_wait_for():
-  # Instance 0 lends 3 of its 10 rBlocks, so 8 will not become free there.
-  lines = [_waits(0, 2, 8, 7, debts=((2, 3),)), line(1, 10), line(2, 0)]
+def test_what_long_requests_hold_is_no_room_to_wait_for():
+  # Of 10 rBlocks 2 are free, 5 of short requests, 3 lent or of a long one.
+  lines = [_waits(0, 2, 8, 7, local_blocks=5), line(1, 10)]
 
   assert allot(lines) == {0: 7}
+  assert allot([_waits(0, 2, 7, 7, local_blocks=5), line(1, 10)]) == {}
 
 
 def test_one_room_is_allotted_once_and_to_who_came_first():

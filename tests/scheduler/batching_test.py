@@ -226,6 +226,17 @@ class TestAdmission:
     assert engine.requests[2].status is RequestStatus.FINISHED_LENGTH
     assert engine.cluster.managers[1].lent() == {}
 
+  def test_a_short_request_does_not_wait_for_a_long_one_to_end(self):
+    engine = _engine(3)
+    long = engine.add(0, make_request(1, 200, max_tokens=60))
+    short = engine.add(0, make_request(2, 40))
+    for _ in until(lambda: short.status.is_finished):
+      engine.step()
+
+    assert not long.status.is_finished
+    engine.run()
+    engine.cluster.check_empty()
+
   def test_two_requests_do_not_come_in_for_the_same_rblocks(self):
     engine = _engine(3)  # 48 rBlocks in all; each request needs 30.
     for instance in (0, 1):
