@@ -3,6 +3,7 @@ import time
 import pytest
 
 from infinite_llm.config import engine_config
+from infinite_llm.distributed.step_header import OwnOrder
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.errors import ConfigError
@@ -25,4 +26,6 @@ def test_options_that_it_cannot_carry_out_are_refused(options, text):
 
   # It is refused before the devices are touched.
   with pytest.raises(ConfigError, match=text):
-    LendingGroup(config, None, time.monotonic, InProcessTransport())
+    LendingGroup(
+      config, None, time.monotonic, InProcessTransport(), OwnOrder(32)
+    )
