@@ -94,6 +94,12 @@ class LendingGroup:
         "host_blocks must be at least 2 for policy 'swap', which swaps to them;"
         f" got {config.cache.host_blocks}."
       )
+    profile = config.lending.performance_profile
+    planning = PlanningConfig(
+      block_size=config.cache.block_size,
+      performance=profile and load_performance_model(profile),
+    )
+    gmanager = GManager(config.lending, clock, planning=planning)
     self._config = config
     self._runner = runner
     self._order = order
@@ -111,16 +117,10 @@ class LendingGroup:
       )
       for instance in runner.instances
     ]
-    profile = config.lending.performance_profile
-    planning = PlanningConfig(
-      block_size=config.cache.block_size,
-      performance=profile and load_performance_model(profile),
-    )
     for manager in self.managers:
       transport.register(manager.instance, self._noting_turns(manager))
     self._gmanagers = []
     if runner.instances.start == 0:
-      gmanager = GManager(config.lending, clock, planning=planning)
       transport.register(GMANAGER, gmanager.on_message)
       self._gmanagers.append(gmanager)
     self._installed = [manager.hosted.generation for manager in self.managers]
