@@ -8,6 +8,7 @@ from infinite_llm.scheduler.messages import Address, GManagerAddress
 from infinite_llm.simulator.cluster import Cluster
 from infinite_llm.simulator.gmanagers import ADDRESSES
 from infinite_llm.simulator.instance import Instance
+from infinite_llm.simulator.nonsense import draw_nonsense
 from infinite_llm.types import InstanceId
 
 _SELF: Address = -1
@@ -51,6 +52,7 @@ class Adversary:
       self._preempt,
       self._freeze,
       self._spoil,
+      self._talk_nonsense,
     )
     self._request()
     self._wait(self._scenario.request_every_s, self._request_again)
@@ -221,6 +223,23 @@ class Adversary:
         tags = plane.hosts[number].tag
       tags[self._rng.randrange(1, len(tags))] = 0
       self.counts["spoil"] += 1
+
+  def _talk_nonsense(self) -> None:
+    """Somebody says what nobody in his senses would say."""
+    rng, world = self._rng, self._cluster.world
+    up: list[Address] = [instance.number for instance in self._cluster.up]
+    gmanagers: list[Address] = list(self._cluster.gmanagers.up)
+    if len(up) < 2:
+      return
+    sender, receiver = rng.sample(up, 2)
+    if gmanagers and rng.random() < 0.5:
+      receiver = rng.choice(gmanagers)
+      if rng.random() < 0.3:
+        sender, receiver = receiver, sender
+    envelope = draw_nonsense(rng, sender, receiver)
+    world.nonsense[id(envelope)] = envelope
+    self._network.send(envelope)
+    self.counts["nonsense"] += 1
 
   def _busy_instance(self) -> Instance | None:
     busy = [i for i in self._cluster.up if i.batcher.has_work]

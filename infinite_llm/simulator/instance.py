@@ -20,6 +20,7 @@ from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.scheduler.step_plan import Row
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
+from infinite_llm.simulator.nonsense import hand_over_nonsense
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import EPOCHS_PER_INCARNATION, Watch, World
 from infinite_llm.types import FaultPoint, InstanceId, RequestUid, Tier
@@ -40,6 +41,7 @@ class Instance:
     batcher: Its requests.
     watch: Checks what it does.
     requests: Requests that it has taken, by uid.
+    num_nonsense: Messages that it had to refuse.
   """
 
   def __init__(
@@ -61,6 +63,7 @@ class Instance:
     self.number = number
     self.incarnation = incarnation
     self.requests: dict[RequestUid, Request] = {}
+    self.num_nonsense = 0
     self._world = world
     last_epoch = (incarnation - 1) * EPOCHS_PER_INCARNATION
     host = None
@@ -126,6 +129,10 @@ class Instance:
 
   def on_message(self, envelope: Envelope) -> None:
     """Takes a message."""
+    if id(envelope) in self._world.nonsense:
+      self.num_nonsense += 1
+      hand_over_nonsense(self.manager, envelope)
+      return
     self.watch.hand_over(envelope)
     self.settle(envelope)
 

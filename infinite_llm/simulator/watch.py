@@ -58,6 +58,7 @@ class World:
     is_healed: Nothing goes wrong any more.
     settled_s: Since when nothing of before is on its way either.
     jumped_s: When each clock last jumped, by more than leases allow for.
+    nonsense: Messages that must be refused, by `id`.
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
     num_copies_lost: Copies between tiers that brought nothing.
@@ -79,6 +80,9 @@ class World:
   settled_s: float = math.inf
   jumped_s: dict[Address, float] = dataclasses.field(
     default_factory=dict[Address, float]
+  )
+  nonsense: dict[int, Envelope] = dataclasses.field(
+    default_factory=dict[int, Envelope]
   )
   num_payloads_lost: int = 0
   num_payloads_repeated: int = 0
@@ -353,13 +357,7 @@ class Watch:
     incarnation: int,
     lent: Sequence[tuple[BlockId, Epoch]],
   ) -> None:
-    """With an incarnation end its debts, here and there, once that is heard.
-
-    Args:
-      sender: An instance that began anew.
-      incarnation: Its new incarnation.
-      lent: What was kept for it before that was heard.
-    """
+    """With an incarnation end its debts, `lent` by then, and those to it."""
     borrowed = self.manager.borrowed().get(sender, 0)
     if borrowed:
       raise ViolationError(
@@ -395,6 +393,6 @@ class Watch:
       rest_s = self._world.network.now_s - self._world.settled_s
       if rest_s > self._longest_silence_s and silent_s > _MOST_SILENT_S:
         raise ViolationError(
-          f"{count} rBlocks that instance {self.number} lent to instance"
-          f" {owner} were never given back; it is silent for {silent_s:.3f} s."
+          f"{count} rBlocks lent by {self.number} to {owner}, which is silent"
+          f" for {silent_s:.3f} s, were never given back."
         )

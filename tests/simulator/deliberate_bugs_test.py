@@ -11,7 +11,12 @@ import re
 
 import pytest
 
-from infinite_llm.scheduler import gmanager
+from infinite_llm.scheduler import (
+  gmanager,
+  gmanager_screening,
+  reception,
+  screening,
+)
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.gmanager import GManager
@@ -108,8 +113,10 @@ def _forward_borrows(monkeypatch):
   on_message = RManager.on_message
 
   def forward(self, envelope):
+    refused = sum(self.refused.values())
     on_message(self, envelope)
-    if isinstance(envelope.body, Reserve):
+    is_refused = sum(self.refused.values()) > refused
+    if isinstance(envelope.body, Reserve) and not is_refused:
       for uid in self._debtor._accounts:
         self.borrow(uid, 1)
 
@@ -134,6 +141,26 @@ def _obey_former_leaders(monkeypatch):
 
 def _lead_twice_under_one_epoch(monkeypatch):
   monkeypatch.setattr(gmanager, "_LIVES", 1)
+
+
+def _obey_any_instance(monkeypatch):
+  """An rManager looks at no message before it acts on it."""
+  monkeypatch.setattr(reception, "fault_in", lambda *_: None)
+
+
+def _believe_any_number(monkeypatch):
+  """An rManager looks at who says what, but at no rBlock."""
+  monkeypatch.setattr(screening, "_fault_in_names", lambda *_: None)
+
+
+def _believe_any_heartbeat(monkeypatch):
+  """A gManager looks at who says what, but not at whether it fits together."""
+  for check in ("_fault_in_counts", "_fault_in_lent", "_fault_in_requests"):
+    monkeypatch.setattr(gmanager_screening, check, lambda *_: None)
+
+
+def _refuse_in_silence(monkeypatch):
+  monkeypatch.setattr(GManager, "_refuse", lambda self, envelope, fault: None)
 
 
 def _never_take_over(monkeypatch):
@@ -245,6 +272,10 @@ _REPLACED = {
   _count_refused_grants: (_borrowing, 10, "says that it lent"),
   _obey_former_leaders: (_borrowing, 20, "and obeys"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
+  _obey_any_instance: (_drawn, 10, "must be refused and counted|Error"),
+  _believe_any_number: (_drawn, 10, "must be refused and counted"),
+  _believe_any_heartbeat: (_drawn, 10, "must be refused and counted"),
+  _refuse_in_silence: (_drawn, 10, "must be refused and counted"),
   _never_take_over: (_drawn, 20, "stands by"),
   _take_over_a_period_late: (_drawn, 20, "stands by"),
   _take_over_from_the_living: (_drawn, 20, "leads -"),

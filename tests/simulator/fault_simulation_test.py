@@ -51,6 +51,7 @@ def test_all_kinds_of_faults_and_moves_happen():
     "late",
     "lost",
     "move",
+    "nonsense",
     "overtaken",
     "partition",
     "payload lost",
