@@ -15,7 +15,7 @@ from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.step_plan import (
   EVERYTHING,
   NOTHING,
-  GroupCeiling,
+  GroupRows,
   StepPlan,
 )
 from infinite_llm.types import InstanceId
@@ -98,20 +98,18 @@ class StepPlanner:
 
   def _work(self, instance: InstanceId) -> GroupWork:
     """What an instance has for the next turn's steps."""
-    has_decode, tokens = self._batchers[instance].group_work(
-      self._in_flight.rows(instance)
-    )
-    bucket = next(size for size in self._buckets if size >= tokens)
-    return GroupWork(decode=has_decode, prefill_tokens=bucket)
+    rows = self._batchers[instance].group_work(self._in_flight.rows(instance))
+    bucket = next(size for size in self._buckets if size >= rows.prefill_tokens)
+    return GroupWork(decode=rows.decode, prefill_tokens=bucket)
 
   def _ceiling(
     self, instance: InstanceId, turn: StepHeader | None
-  ) -> GroupCeiling:
+  ) -> GroupRows:
     if turn is None or not self._group.may_join(instance, turn):
       return NOTHING
     if not turn.is_shared:
       return EVERYTHING
-    return GroupCeiling(
+    return GroupRows(
       decode=turn.work.decode, prefill_tokens=turn.work.prefill_tokens
     )
 

@@ -12,9 +12,10 @@ from infinite_llm.scheduler.rmanager import Reconcile, RManager
 from infinite_llm.scheduler.step_plan import (
   EVERYTHING,
   Draft,
-  GroupCeiling,
+  GroupRows,
   Row,
   StepPlan,
+  next_group_rows,
 )
 from infinite_llm.types import PoolCounts, RequestUid
 
@@ -130,35 +131,17 @@ class Batcher:
     self._waiting.insert(ahead, request)
     self._note_demand()
 
-  def group_work(self, under_way: Mapping[RequestUid, Row]) -> tuple[bool, int]:
-    """What the requests with rBlocks elsewhere have for the next group steps.
+  def group_work(self, under_way: Mapping[RequestUid, Row]) -> GroupRows:
+    """What requests have for the group steps after those under way."""
+    spilled = [
+      request
+      for uid, request in self._running.items()
+      if self._rmanager.spill(uid) is not None
+      and self._rmanager.is_readable(uid)
+    ]
+    return next_group_rows(spilled, under_way, self._group_chunk_tokens)
 
-    Args:
-      under_way: Rows that are launched and not yet committed; they are taken
-        for done.
-
-    Returns:
-      Whether any has a token for a decode step, and the most prompt tokens that
-      one has for a prefill step.
-    """
-    has_decode, prefill_tokens = False, 0
-    for uid, request in self._running.items():
-      if self._rmanager.spill(uid) is None:
-        continue
-      if not self._rmanager.is_readable(uid):
-        continue
-      row = under_way.get(uid)
-      start = request.num_computed_tokens if row is None else row.end
-      # A row that samples is followed by one for the new token.
-      rest = max(request.num_tokens - start, 1)
-      if rest == 1:
-        has_decode = True
-      else:
-        tokens = min(rest, self._group_chunk_tokens(request))
-        prefill_tokens = max(prefill_tokens, tokens)
-    return has_decode, prefill_tokens
-
-  def plan(self, ceiling: GroupCeiling = EVERYTHING) -> StepPlan:
+  def plan(self, ceiling: GroupRows = EVERYTHING) -> StepPlan:
     """Chooses the rows of the next step and allocates what they write to.
 
     Args:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable, Iterable, Mapping
 
 from infinite_llm.config import SchedulerConfig
+from infinite_llm.scheduler.request import Request
 from infinite_llm.types import RequestUid
 
 
@@ -58,8 +60,8 @@ class StepPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupCeiling:
-  """Which group rows a plan may have.
+class GroupRows:
+  """Which rows of group steps there are, or may be.
 
   Attributes:
     decode: Whether any of one token.
@@ -70,8 +72,8 @@ class GroupCeiling:
   prefill_tokens: int
 
 
-NOTHING = GroupCeiling(decode=False, prefill_tokens=0)
-EVERYTHING = GroupCeiling(decode=True, prefill_tokens=sys.maxsize)
+NOTHING = GroupRows(decode=False, prefill_tokens=0)
+EVERYTHING = GroupRows(decode=True, prefill_tokens=sys.maxsize)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,7 +88,7 @@ class Draft:
     ceiling: Which rows of the latter two there may be.
   """
 
-  ceiling: GroupCeiling = EVERYTHING
+  ceiling: GroupRows = EVERYTHING
   local_decode: list[Row] = dataclasses.field(default_factory=list[Row])
   local_prefill: list[Row] = dataclasses.field(default_factory=list[Row])
   group_decode: list[Row] = dataclasses.field(default_factory=list[Row])
@@ -118,3 +120,30 @@ class Draft:
       group_decode=tuple(self.group_decode),
       group_prefill=tuple(self.group_prefill),
     )
+
+
+def next_group_rows(
+  spilled: Iterable[Request],
+  under_way: Mapping[RequestUid, Row],
+  chunk_tokens: Callable[[Request], int],
+) -> GroupRows:
+  """Foresees what requests have for the group steps after those under way.
+
+  Args:
+    spilled: Running requests with rBlocks elsewhere.
+    under_way: Rows that are launched and not yet committed; they are taken for
+      done.
+    chunk_tokens: Most tokens of a request's next row.
+  """
+  decode, prefill_tokens = False, 0
+  for request in spilled:
+    row = under_way.get(request.uid)
+    start = request.num_computed_tokens if row is None else row.end
+    # A row that samples is followed by one for the new token.
+    rest = max(request.num_tokens - start, 1)
+    if rest == 1:
+      decode = True
+    else:
+      tokens = min(rest, chunk_tokens(request))
+      prefill_tokens = max(prefill_tokens, tokens)
+  return GroupRows(decode=decode, prefill_tokens=prefill_tokens)
