@@ -221,7 +221,7 @@ class Rig:
 
   def forge(self, sender: Address, receiver: InstanceId, body: Body) -> None:
     """Sends a message in the name of somebody who does not know of it."""
-    epoch = self.engine.group._gmanager.epoch if sender == GMANAGER else 0
+    epoch = self.engine.group._gmanagers[0].epoch if sender == GMANAGER else 0
     self.engine.group.transport.send(
       Envelope(
         sender=sender,
