@@ -5,11 +5,9 @@ exchanged, commit, switch the table, wait for the proof, free the old copies.
 Every step waits for the acknowledgement of the last; `Phase` says for which.
 """
 
-from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.rblock import Location
 from infinite_llm.scheduler.account import Account, Borrow, PendingMove, Phase
 from infinite_llm.scheduler.effects import (
-  Effect,
   Move,
   MoveBlocks,
   full_block_move,
@@ -25,16 +23,16 @@ from infinite_llm.scheduler.lease_messages import (
   Reserve,
   ReserveReply,
 )
-from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   Candidates,
   CandidatesRequest,
 )
-from infinite_llm.types import FaultPoint, InstanceId
+from infinite_llm.scheduler.mover import Mover, grant_of
+from infinite_llm.types import InstanceId
 
 
-class Borrowing:
+class Borrowing(Mover):
   """Moves rBlocks of accounts to creditors, one borrow per account at a time.
 
   When a borrow has ended, its account is in `Phase.IDLE` without a `borrow`.
@@ -44,26 +42,7 @@ class Borrowing:
       so, and no borrow that got nothing from anybody has shown otherwise since.
   """
 
-  def __init__(
-    self,
-    pool: BlockPool,
-    outbox: Outbox[Account],
-    effects: list[Effect],
-    faults: FaultPoint,
-  ):
-    """Makes the borrowing side of one instance.
-
-    Args:
-      pool: Its rBlocks.
-      outbox: Takes its messages.
-      effects: Takes what the data plane is to do.
-      faults: What goes wrong.
-    """
-    self._faults = faults
-    self.has_room = False
-    self._pool = pool
-    self._outbox = outbox
-    self._effects = effects
+  has_room = False
 
   def begin(self, account: Account, num_blocks: int) -> None:
     """Starts a borrow for an idle account that has a spill slot."""
@@ -126,7 +105,7 @@ class Borrowing:
       slot=account.current_slot(),
       entries=tuple(
         HostedEntry(
-          logical_id=pending.move.logical_id, grant=_grant(pending.new)
+          logical_id=pending.move.logical_id, grant=grant_of(pending.new)
         )
         for pending in borrow.moves
       ),
@@ -230,12 +209,8 @@ class Borrowing:
     creditor = borrow.moves[0].move.dst_instance
     for pending in borrow.moves:
       self._pool.cancel_move(pending.old.block_id)
-    grants = tuple(_grant(pending.new) for pending in borrow.moves)
+    grants = tuple(grant_of(pending.new) for pending in borrow.moves)
     borrow.moves = []
     account.phase = Phase.RETURNING
     release = Release(slot=account.current_slot(), grants=grants)
     self._outbox.ask(creditor, release, account)
-
-
-def _grant(location: Location) -> Grant:
-  return Grant(block_id=location.block_id, epoch=location.epoch)

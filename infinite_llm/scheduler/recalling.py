@@ -5,49 +5,26 @@ table without them, switch, wait for the proof, give the leases back. Every step
 waits for the acknowledgement of the last; `Phase` says for which.
 """
 
-from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Account, PendingMove, Phase, Recall
-from infinite_llm.scheduler.effects import Effect, GrantEpochs, full_block_move
+from infinite_llm.scheduler.effects import GrantEpochs, full_block_move
 from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.lease_messages import (
   Fetch,
   FetchedEntry,
   FetchReply,
-  Grant,
   Release,
   ReleaseReply,
 )
-from infinite_llm.scheduler.mailbox import Outbox
-from infinite_llm.types import NO_EPOCH, FaultPoint, InstanceId
+from infinite_llm.scheduler.mover import Mover, grant_of
+from infinite_llm.types import NO_EPOCH, InstanceId
 
 
-class Recalling:
+class Recalling(Mover):
   """Moves rBlocks of accounts home, from one creditor per account at a time.
 
   When a recall has ended, its account is in `Phase.IDLE` without a `recall`.
   """
-
-  def __init__(
-    self,
-    pool: BlockPool,
-    outbox: Outbox[Account],
-    effects: list[Effect],
-    faults: FaultPoint,
-  ):
-    """Makes the recalling side of one instance.
-
-    Args:
-      pool: Its rBlocks.
-      outbox: Takes its messages.
-      effects: Takes what the data plane is to do.
-      faults: What goes wrong.
-    """
-    self._faults = faults
-    self._pool = pool
-    self._outbox = outbox
-    self._effects = effects
 
   def begin(
     self, account: Account, creditor: InstanceId, num_blocks: int
@@ -91,8 +68,8 @@ class Recalling:
       entries=tuple(
         FetchedEntry(
           logical_id=pending.move.logical_id,
-          grant=_grant(pending.old),
-          home=_grant(pending.new),
+          grant=grant_of(pending.old),
+          home=grant_of(pending.new),
         )
         for pending in moves
       ),
@@ -122,7 +99,7 @@ class Recalling:
     account.phase = Phase.RETURNING
     release = Release(
       slot=account.current_slot(),
-      grants=tuple(_grant(pending.old) for pending in recall.moves),
+      grants=tuple(grant_of(pending.old) for pending in recall.moves),
     )
     self._outbox.ask(recall.creditor, release, account)
 
@@ -185,7 +162,3 @@ class Recalling:
   def _end(self, account: Account) -> None:
     account.recall = None
     account.phase = Phase.IDLE
-
-
-def _grant(location: Location) -> Grant:
-  return Grant(block_id=location.block_id, epoch=location.epoch)

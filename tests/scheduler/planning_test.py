@@ -65,6 +65,46 @@ def test_circular_debts_come_home_by_themselves():
   assert cluster.gmanager.num_plans >= 1
 
 
+def test_one_free_block_begins_a_rotation_and_none_leaves_it_as_it_is():
+  # A moved rBlock has two copies until the new one is proved, so the first one
+  # of a circle needs a free place at home. Nobody else may take it in: that
+  # would be one more debt.
+  cluster = _cluster(2, plan_every_s=1.0)
+  for owner, uid in ((0, UID), (1, UID + 1)):
+    cluster.open(owner, uid, 5 * BLOCK_SIZE)
+    assert cluster.managers[owner].borrow(uid, 3)
+    cluster.settle()
+  for owner, manager in enumerate(cluster.managers):
+    manager.open(UID + 2 + owner)
+    assert manager.allocate(UID + 2 + owner, 3)
+    assert manager.counts().free == 0
+  declined = [manager.plans.num_declined for manager in cluster.managers]
+
+  _wait(cluster, 12)
+
+  assert [manager.borrowed() for manager in cluster.managers] == [
+    {1: 3},
+    {0: 3},
+  ]
+  assert all(
+    manager.plans.num_declined > before
+    for manager, before in zip(cluster.managers, declined, strict=True)
+  )
+
+  cluster.managers[1].close(UID + 3)
+  assert cluster.managers[1].allocate(UID + 1, 2)
+  assert [manager.counts().free for manager in cluster.managers] == [0, 1]
+
+  for _ in until(lambda: not all(m.borrowed() for m in cluster.managers), 100):
+    _wait(cluster)
+
+  # What is left is no circle.
+  assert [manager.borrowed() for manager in cluster.managers] == [{1: 1}, {}]
+
+  for owner, uid in ((0, UID), (1, UID + 1)):
+    assert cluster.covers(owner, uid, 5 * BLOCK_SIZE)
+
+
 def test_a_chain_of_debts_stays():
   cluster = _cluster(2, plan_every_s=1.0)
   cluster.open(0, UID, 4 * BLOCK_SIZE)
