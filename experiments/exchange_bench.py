@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.decode_steps import DecodeSteps
 from infinite_llm.cache.movement import Payloads
@@ -58,11 +57,13 @@ class _Exchange:
       _payloads(steps, instance, count if instance in senders else 0, count)
       for instance in range(num_instances)
     ]
-    self._args = (
-      place_rows(payloads, mesh, runner.row_meshes),
-      jax.device_put(
-        shifts_of_payloads(payloads), NamedSharding(mesh, PartitionSpec())
-      ),
+    self._args = place_rows(
+      [
+        (sent, shifts_of_payloads(instance, sent))
+        for instance, sent in enumerate(payloads)
+      ],
+      mesh,
+      runner.row_meshes,
     )
     self._program = programs.build_exchange(mesh)
 
