@@ -106,8 +106,12 @@ class Cluster:
 
   @property
   def is_empty(self) -> bool:
-    """Whether nobody holds anything, and nothing is under way."""
-    return all(
+    """Whether nobody holds anything, and nothing is under way.
+
+    A late word of a dead leader makes a standby step down for a lease; that is
+    waited for too.
+    """
+    return self.gmanagers.num_leaders == 1 and all(
       instance.is_quiet
       and instance.manager.counts().free == instance.manager.counts().total
       and not instance.manager.borrowed()

@@ -61,14 +61,14 @@ class _Life:
   def hear(self, envelope: Envelope) -> None:
     """Notes a heartbeat that says everything, if it is a newer one."""
     sender, body = envelope.sender, envelope.body
-    told = envelope.incarnation, envelope.seq, self.clock()
+    name = envelope.incarnation, envelope.seq
     if (
       isinstance(sender, int)
       and isinstance(body, Heartbeat)
       and not body.is_change
-      and told > self.told.get(sender, (0, 0, 0.0))
+      and name > self.told.get(sender, (0, 0, 0.0))[:2]
     ):
-      self.told[sender] = told
+      self.told[sender] = (*name, self.clock())
 
 
 class GManagers:
@@ -106,6 +106,11 @@ class GManagers:
   def up(self) -> dict[GManagerAddress, GManager]:
     """Those that live, by address."""
     return {a: life.gmanager for a, life in self._lives.items()}
+
+  @property
+  def num_leaders(self) -> int:
+    """How many of them lead, for all that they know."""
+    return sum(life.gmanager.is_leader for life in self._lives.values())
 
   def crash(self, address: GManagerAddress) -> None:
     """Takes a gManager down, with all that it knows."""
