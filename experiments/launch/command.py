@@ -38,6 +38,23 @@ class Command:
     return share
 
 
+def cluster_flags() -> flags.FlagValues:
+  """Flags of launchers that ask a scheduler for nodes."""
+  values = flags.FlagValues()
+  for name, default, text in (
+    ("num_processes", None, "Processes."),
+    ("cpus_per_process", 16, "Processor cores of each."),
+    ("port", 12321, "Where process 0 listens; the next one is used too."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
+  for name, default, text in (
+    ("gpus_per_process", 0, "GPUs of each process."),
+    ("max_restarts", 3, "How often a group that broke is started again."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
+  return values
+
+
 def parse_flags(
   argv: Sequence[str], values: flags.FlagValues
 ) -> flags.FlagValues:

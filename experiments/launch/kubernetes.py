@@ -27,7 +27,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments.launch.command import Command, parse_flags, split_command
+from experiments.launch.command import (
+  Command,
+  cluster_flags,
+  parse_flags,
+  split_command,
+)
 from infinite_llm.errors import ConfigError
 
 _MOUNT = "/shared"
@@ -190,18 +195,7 @@ def _object(
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  for name, default, text in (
-    ("num_processes", None, "Processes."),
-    ("cpus_per_process", 16, "Processor cores of each."),
-    ("port", 12321, "Where process 0 listens; the next one is used too."),
-  ):
-    flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
-  for name, default, text in (
-    ("gpus_per_process", 0, "GPUs of each process."),
-    ("max_restarts", 3, "How often a group that broke is started again."),
-  ):
-    flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
+  values = cluster_flags()
   for name, default, text in (
     ("name", "infinite-llm", "Name of everything that is made."),
     ("image", None, "Image with this repository and its environment."),

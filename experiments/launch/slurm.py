@@ -21,7 +21,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.launch.command import Command, parse_flags, split_command
+from experiments.launch.command import (
+  Command,
+  cluster_flags,
+  parse_flags,
+  split_command,
+)
 from infinite_llm.errors import ConfigError
 
 _SCRIPT = """\
@@ -122,19 +127,14 @@ def make_script(values: flags.FlagValues, command: Command) -> str:
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  for name, default, text in (
-    ("num_processes", None, "Processes."),
-    ("processes_per_node", 1, "Processes of each node."),
-    ("cpus_per_process", 16, "Processor cores of each."),
-    ("port", 12321, "Where process 0 listens; the next one is used too."),
-  ):
-    flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
-  for name, default, text in (
-    ("gpus_per_process", 0, "GPUs of each process."),
-    ("max_restarts", 3, "How often a group that broke is started again."),
-  ):
-    flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
+  values = cluster_flags()
+  flags.DEFINE_integer(
+    "processes_per_node",
+    1,
+    "Processes of each node.",
+    lower_bound=1,
+    flag_values=values,
+  )
   flags.DEFINE_string(
     "python",
     ".venv/bin/python",
