@@ -151,7 +151,7 @@ class Swapping:
     Args:
       uid: An open request.
     """
-    if self._host is None or not self._policy.SWAPS_TO_HOST:
+    if self._host is None or not self._policy.swaps_to_host:
       return False
     if uid in self._swapped:  # What is still there needs no copy.
       return True
