@@ -30,19 +30,23 @@ def allot(lines: Iterable[LedgerLine]) -> dict[InstanceId, int]:
     The arrival number of the first request that waits, for each instance that
     may let it in although it needs more than is free there.
   """
-  room = 0
-  wishes: list[tuple[int, InstanceId, int]] = []
-  for line in lines:
-    own = line.own_room
-    room += line.lendable + min(own, 0)
-    if line.next_blocks > max(own, line.own_capacity):
-      # It takes what its instance would lend, and the rest from others.
-      claim = line.next_blocks - max(own, 0) + line.lendable
-      wishes.append((line.next_arrival, line.instance, claim))
+  lines = tuple(lines)
+  short = [
+    line
+    for line in lines
+    if line.next_blocks
+    and line.next_blocks > max(line.own_room, line.own_capacity)
+  ]
+  if not short:  # As nearly always.
+    return {}
+  room = sum(line.lendable + min(line.own_room, 0) for line in lines)
   allotted: dict[InstanceId, int] = {}
-  for arrival, instance, claim in sorted(wishes):
-    if claim > room:
+  for line in sorted(
+    short, key=lambda line: (line.next_arrival, line.instance)
+  ):
+    # It takes what its instance would lend, and the rest from others.
+    room -= line.next_blocks - max(line.own_room, 0) + line.lendable
+    if room < 0:
       break
-    room -= claim
-    allotted[instance] = arrival
+    allotted[line.instance] = line.next_arrival
   return allotted

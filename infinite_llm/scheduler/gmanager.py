@@ -230,7 +230,7 @@ class GManager:
 
   def _tell_status(self, instances: Iterable[InstanceId]) -> None:
     """Says what instances may count on to borrow."""
-    is_borrowing = self._policy.BORROWS
+    is_borrowing = self._policy.borrows
     allotted = allot(self._ledger.lines_unordered()) if is_borrowing else {}
     for instance in sorted(instances):
       status = ClusterStatus(

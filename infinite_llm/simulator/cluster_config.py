@@ -61,7 +61,7 @@ class ClusterConfig:
   def reachable_tokens(self) -> int:
     """Tokens that one request could have if it were alone."""
     own = self.num_blocks - 1
-    if not get_policy(self.lending.policy).BORROWS:
+    if not get_policy(self.lending.policy).borrows:
       return own * self.block_size
     lent = max(own - (self.lending.headroom_blocks or 0), 0)
     if self.lending.max_lent_blocks is not None:

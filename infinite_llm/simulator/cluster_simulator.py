@@ -79,7 +79,7 @@ class ClusterSimulator:
       min_delay_s=config.min_delay_s, max_delay_s=config.max_delay_s
     )
     self.network = SimulatedNetwork(random.Random(config.seed), faults)
-    swaps = get_policy(lending.policy).SWAPS_TO_HOST
+    swaps = get_policy(lending.policy).swaps_to_host
     self.instances = [
       SimulatedInstance(
         instance,

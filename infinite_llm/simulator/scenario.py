@@ -83,7 +83,7 @@ class Scenario:
   def reachable_blocks(self) -> int:
     """rBlocks that one request can have, if nobody else has any."""
     own = self.num_blocks - 1
-    if not get_policy(self.lending.policy).BORROWS:
+    if not get_policy(self.lending.policy).borrows:
       return own
     lent = max(own - (self.lending.headroom_blocks or 0), 0)
     if self.lending.max_lent_blocks is not None:
@@ -109,7 +109,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
   num_instances = rng.randint(2, 5)
   num_blocks = rng.choice((7, 10, 14))
   policy = rng.choice(_POLICIES)
-  swaps = get_policy(policy).SWAPS_TO_HOST
+  swaps = get_policy(policy).swaps_to_host
   host_blocks = rng.choice((num_blocks // 2, 2 * num_blocks)) if swaps else 0
   lending = LendingConfig(
     policy=policy,

@@ -1,7 +1,7 @@
 """Policies by name: pure functions from a view of the cluster to decisions."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Sequence
 
 from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler.cluster_view import ClusterView
@@ -12,62 +12,62 @@ from infinite_llm.scheduler.planning import (
 )
 from infinite_llm.scheduler.policies import (
   borrow,
+  dgfm,
   greedy,
   migrate,
   static,
-  swap,
 )
 from infinite_llm.types import InstanceId, RequestUid
 
 
-class Policy(Protocol):
-  """How rBlocks are shared. A module with these names is one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+  """How rBlocks are shared; what is not named is not done.
 
   All of it is pure: equal views give equal decisions, whatever the order of
   their lines.
+
+  Attributes:
+    borrows: Whether instances that run short ask others for rBlocks.
+    swaps_to_host: Whether a simulated instance has host memory for preempted
+      requests.
+    rank_creditors: Proposes whom a debtor may ask for so many rBlocks, best
+      first.
+    choose_victim: Picks the request whose rBlocks make room, from what each
+      could move.
+    plan_moves: Plans, before anybody asks, what is to go elsewhere.
+    plan_recalls: Plans what is to come home.
   """
 
-  @property
-  def BORROWS(self) -> bool:  # noqa: N802
-    """Whether instances that run short ask others for rBlocks."""
-    ...
-
-  @property
-  def SWAPS_TO_HOST(self) -> bool:  # noqa: N802
-    """Whether a simulated instance has host memory for preempted requests."""
-    ...
-
-  def rank_creditors(
-    self, view: ClusterView, debtor: InstanceId, num_blocks: int
-  ) -> tuple[InstanceId, ...]:
-    """Proposes whom a debtor may ask for rBlocks, best first."""
-    ...
-
-  def choose_victim(
-    self, movable: Sequence[tuple[RequestUid, int]]
-  ) -> RequestUid | None:
-    """Picks the request whose rBlocks make room, from what each could move."""
-    ...
-
-  def plan_moves(
-    self, view: ClusterView, config: PlanningConfig
-  ) -> tuple[PlannedMove, ...]:
-    """Plans, before anybody asks, what is to go elsewhere."""
-    ...
-
-  def plan_recalls(
-    self, view: ClusterView, config: PlanningConfig
-  ) -> tuple[PlannedRecall, ...]:
-    """Plans what is to come home."""
-    ...
+  borrows: bool = False
+  swaps_to_host: bool = False
+  rank_creditors: Callable[
+    [ClusterView, InstanceId, int], tuple[InstanceId, ...]
+  ] = static.rank_creditors
+  choose_victim: Callable[
+    [Sequence[tuple[RequestUid, int]]], RequestUid | None
+  ] = static.choose_victim
+  plan_moves: Callable[
+    [ClusterView, PlanningConfig], tuple[PlannedMove, ...]
+  ] = static.plan_moves
+  plan_recalls: Callable[
+    [ClusterView, PlanningConfig], tuple[PlannedRecall, ...]
+  ] = static.plan_recalls
 
 
-POLICIES: dict[str, Policy] = {
-  "borrow": borrow,
-  "greedy": greedy,
-  "migrate": migrate,
-  "static": static,
-  "swap": swap,
+_BORROW = Policy(
+  borrows=True,
+  rank_creditors=borrow.rank_creditors,
+  choose_victim=borrow.choose_victim,
+  plan_recalls=dgfm.plan_recalls,
+)
+
+POLICIES = {
+  "borrow": _BORROW,
+  "greedy": dataclasses.replace(_BORROW, plan_moves=greedy.plan_moves),
+  "migrate": Policy(plan_moves=migrate.plan_moves),
+  "static": Policy(),
+  "swap": Policy(swaps_to_host=True),
 }
 """All policies; the names are those of `LendingConfig.policy`."""
 

@@ -11,21 +11,7 @@ from collections.abc import Sequence
 
 from infinite_llm.scheduler.cluster_view import ClusterView, LedgerLine
 from infinite_llm.scheduler.performance_model import coupled
-from infinite_llm.scheduler.planning import PlannedMove, PlanningConfig
-from infinite_llm.scheduler.policies.dgfm import plan_recalls
 from infinite_llm.types import InstanceId, RequestUid
-
-__all__ = [
-  "BORROWS",
-  "SWAPS_TO_HOST",
-  "choose_victim",
-  "plan_moves",
-  "plan_recalls",
-  "rank_creditors",
-]
-
-BORROWS = True
-SWAPS_TO_HOST = False
 
 MAX_CANDIDATES = 3
 """Creditors proposed at a time."""
@@ -105,10 +91,3 @@ def choose_victim(
   """
   candidates = [(-count, uid) for uid, count in movable if count > 0]
   return min(candidates)[1] if candidates else None
-
-
-def plan_moves(
-  view: ClusterView, config: PlanningConfig
-) -> tuple[PlannedMove, ...]:
-  """Plans nothing: instances borrow when they need to."""
-  return ()

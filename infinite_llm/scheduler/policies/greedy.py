@@ -16,24 +16,7 @@ from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler.cluster_view import ClusterView
 from infinite_llm.scheduler.performance_model import PerformanceModel, coupled
 from infinite_llm.scheduler.planning import PlannedMove, PlanningConfig
-from infinite_llm.scheduler.policies.borrow import (
-  choose_victim,
-  rank_creditors,
-)
-from infinite_llm.scheduler.policies.dgfm import plan_recalls
 from infinite_llm.types import RequestUid
-
-__all__ = [
-  "BORROWS",
-  "SWAPS_TO_HOST",
-  "choose_victim",
-  "plan_moves",
-  "plan_recalls",
-  "rank_creditors",
-]
-
-BORROWS = True
-SWAPS_TO_HOST = False
 
 _MAX_CHOICES = 128
 """Numbers of rBlocks that are tried for a move; more are sampled evenly."""

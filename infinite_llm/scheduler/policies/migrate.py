@@ -12,24 +12,7 @@ from infinite_llm.scheduler.cluster_view import (
   Placement,
 )
 from infinite_llm.scheduler.planning import PlannedMove, PlanningConfig
-from infinite_llm.scheduler.policies.static import (
-  choose_victim,
-  plan_recalls,
-  rank_creditors,
-)
 from infinite_llm.types import InstanceId
-
-__all__ = [
-  "BORROWS",
-  "SWAPS_TO_HOST",
-  "choose_victim",
-  "plan_moves",
-  "plan_recalls",
-  "rank_creditors",
-]
-
-BORROWS = False
-SWAPS_TO_HOST = False
 
 
 def plan_moves(

@@ -10,9 +10,6 @@ from infinite_llm.scheduler.planning import (
 )
 from infinite_llm.types import InstanceId, RequestUid
 
-BORROWS = False
-SWAPS_TO_HOST = False
-
 
 def rank_creditors(
   view: ClusterView, debtor: InstanceId, num_blocks: int
