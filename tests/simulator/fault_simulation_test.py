@@ -21,7 +21,8 @@ print(trace.hexdigest())
 """
 
 
-@pytest.mark.parametrize("seed", range(30))
+# The last two once found faults of the checks themselves.
+@pytest.mark.parametrize("seed", [*range(30), 4603, 8412])
 def test_nothing_goes_wrong_whatever_goes_wrong(seed):
   result = run_seed(seed)
 
