@@ -99,7 +99,12 @@ class LendingGroup:
       block_size=config.cache.block_size,
       performance=profile and load_performance_model(profile),
     )
-    gmanager = GManager(config.lending, clock, planning=planning)
+    gmanager = GManager(
+      config.lending,
+      clock,
+      planning=planning,
+      num_instances=config.num_instances,
+    )
     self._config = config
     self._runner = runner
     self._order = order

@@ -200,6 +200,12 @@ class Account:
     entries = self._movable_entries()
     return tuple(entries.logical_ids[:limit].tolist())
 
+  def resident_blocks(self) -> int:
+    """rBlocks, if all are at home and nothing at all is under way; else 0."""
+    if self.slot is not None or self.phase is not Phase.IDLE:
+      return 0
+    return 0 if self.is_lost or self.must_sync else self.table.num_blocks
+
   def is_settled(self) -> bool:
     """Whether the versions that a step would name are surely installed."""
     if self.is_lost or self.must_sync:

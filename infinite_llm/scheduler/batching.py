@@ -146,9 +146,6 @@ class Batcher:
 
     Args:
       ceiling: Which rows of group steps there may be.
-
-    Returns:
-      The rows. Requests whose rBlocks cannot be read or had now have none.
     """
     self._recompute_lost()
     self._admit()
@@ -285,8 +282,14 @@ class Batcher:
     self._rmanager.condition.note_demand(demand)
 
   def _add_row(self, request: Request, draft: Draft) -> None:
-    # Hundreds of times a step, so nothing is asked for twice.
-    uid = request.uid
+    # Hundreds of times a step, nearly always this: one more token at home.
+    uid, end = request.uid, request.num_tokens
+    if request.num_computed_tokens == end - 1 and (
+      end <= self._rmanager.resident_blocks(uid) * self._block_size
+    ):
+      row = Row(uid=uid, start=end - 1, num_tokens=1, samples=True)
+      draft.local_decode.append(row)
+      return
     if not self._rmanager.is_readable(uid):
       return
     is_group = self._rmanager.spill(uid) is not None
@@ -335,11 +338,9 @@ class Batcher:
     return int(min(max(tokens, buckets[0]), buckets[-1]))
 
   def _make_room(self, request: Request, num_tokens: int) -> int:
-    """Allocates rBlocks for a request's next tokens.
+    """Allocates rBlocks for a request's next tokens; how many it may compute.
 
-    Returns:
-      How many of them it can compute now: all, fewer if only some rBlocks are
-      free and no more are to be had, none if room is being made.
+    Fewer if only some rBlocks are to be had, none if room is being made.
     """
     start = request.num_computed_tokens
     if self._rmanager.is_frozen:  # Preempting others would give it nothing.

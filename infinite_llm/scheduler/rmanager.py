@@ -224,16 +224,16 @@ class RManager:
     """
     return self._debtor.spill(uid)
 
+  def resident_blocks(self, uid: RequestUid) -> int:
+    """rBlocks of a request, if all are at home and at rest; else 0."""
+    return self._debtor.account(uid).resident_blocks()
+
   def slot(self, uid: RequestUid) -> int:
     """Spill slot of a request that has one: also once all of it came home."""
     return self._debtor.account(uid).current_slot().slot
 
   def is_readable(self, uid: RequestUid) -> bool:
-    """Whether a step may read a request's rBlocks now.
-
-    Not while creditors install a table anew, leases of a silent creditor may
-    have ended, or copies from HOST are under way.
-    """
+    """Whether a step may read a request's rBlocks now, wherever they are."""
     return self._debtor.is_readable(uid)
 
   def phase(self, uid: RequestUid) -> Phase:
