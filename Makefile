@@ -37,6 +37,10 @@ quickstart: $(ENVIRONMENT)  ## Answers from a document that fits in no instance.
 test: lint types  ## Lint, types and the CPU tests.
 	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
+.PHONY: test-benches
+test-benches: $(ENVIRONMENT)  ## Benchmarks and their baselines, in small.
+	$(PYTHON) -m pytest -q -m bench tests/experiments $(PYTEST_ARGS)
+
 .PHONY: test-multihost
 test-multihost: $(ENVIRONMENT)  ## The tests that start several processes.
 	$(PYTHON) -m pytest -q -m multihost tests/multihost

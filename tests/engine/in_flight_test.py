@@ -8,7 +8,7 @@ import pytest
 
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
-from infinite_llm.engine import engine as engine_module
+from infinite_llm.engine import step_committer
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.in_flight import Flight, InFlight, LaunchedStep
 from infinite_llm.engine.programs import StepKind
@@ -305,7 +305,7 @@ class TestInterrupts:
   def test_no_token_is_lost_or_wrong(
     self, engine, oracle, monkeypatch, where, is_before, way
   ):
-    owner = engine_module if where == "fetch" else engine.runner
+    owner = step_committer if where == "fetch" else engine.runner
     call = getattr(owner, where)
     interrupts = Interrupts(call, is_before=is_before)
     monkeypatch.setattr(owner, where, interrupts)

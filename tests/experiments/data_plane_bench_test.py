@@ -9,6 +9,8 @@ from configs.data_plane_bench import get_config
 from experiments import data_plane_bench
 from infinite_llm.errors import ConfigError
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture(name="config")
 def _config():

@@ -51,7 +51,7 @@ def test_a_clean_run_says_what_happened(tmp_path, capsys):
 def test_a_violation_is_an_error_with_a_command_that_replays_it(
   tmp_path, capsys, bug
 ):
-  assert _call(tmp_path, "--config.num_seeds=2", "--config.min_faults=6") == 1
+  assert _call(tmp_path, "--config.num_seeds=12", "--config.min_faults=6") == 1
 
   violation = _result(tmp_path)["violations"][0]
   assert "says that it lent" in violation["violation"]

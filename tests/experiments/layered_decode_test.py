@@ -10,6 +10,8 @@ from infinite_llm.models.hf_loader import load_hf
 from tests.testing import GOLDEN, dense_logits
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.bench
+
 P = 8
 S = 2
 

@@ -5,6 +5,8 @@ from configs.longest_context import get_config
 from experiments import longest_context
 from infinite_llm.errors import ConfigError
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture(name="config")
 def _config():

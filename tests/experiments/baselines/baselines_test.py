@@ -14,6 +14,8 @@ from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 from tests.tolerances import lse_error, relative_error, tolerance
 
+pytestmark = pytest.mark.bench
+
 I, K, P, D, H, M = 4, 4, 8, 16, 8, 5
 SCALE = D**-0.5
 PER_INSTANCE = PartitionSpec("instance")
