@@ -28,7 +28,7 @@ class LeaderOrder:
     self._link = link
     self._asked: dict[int, GroupWork] = {}
     self._header: StepHeader | None = None
-    self._newest = GroupWork()
+    self._newest = StepHeader(number=0, work=GroupWork(), is_shared=True)
     self.next_number = 1
 
   def ask(self, work: GroupWork) -> None:
@@ -53,9 +53,9 @@ class LeaderOrder:
     return self._link.has_mail()
 
   def _note(self, process: int, number: int, work: GroupWork) -> None:
-    is_late = self._header is not None and number <= self._header.number
-    if is_late and self._newest | work == self._newest:
-      # What it wants comes with the turn that was agreed meanwhile.
+    newest = self._newest
+    if number <= newest.number and newest.work | work == newest.work:
+      # What it wants came with the turn that was agreed meanwhile.
       self._asked.pop(process, None)
     else:
       self._asked[process] = work
@@ -69,8 +69,7 @@ class LeaderOrder:
     if not work:
       return
     self._asked.clear()
-    self._newest = work
-    self._header = StepHeader(
+    self._header = self._newest = StepHeader(
       number=self.next_number, work=work, is_shared=True
     )
     self._link.broadcast(Turn(number=self.next_number, work=work))

@@ -73,6 +73,16 @@ class TestLeader:
     order.ask(NOTHING)
     assert order.next() is None
 
+  def test_that_holds_for_a_turn_that_the_leader_has_taken(self):
+    order = LeaderOrder(LeaderEnd(), 1.0)
+    order.ask(DECODE)
+    order.take(order.next())
+    order.ask(NOTHING)
+    order.on_ask(1, Ask(number=1, work=DECODE))
+    assert order.next() is None
+    order.on_ask(1, Ask(number=2, work=DECODE))
+    assert order.next() == header(2, DECODE)
+
   def test_a_member_may_want_nothing_any_more(self):
     order = LeaderOrder(LeaderEnd(), 1.0)
     order.ask(DECODE)
