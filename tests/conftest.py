@@ -3,13 +3,28 @@
 Tests marked `gpu` need `JAX_PLATFORMS=cuda`; without it nobody looks for a GPU.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import jax
 
 # Threads of XLA's pool. An interpreted kernel's warpgroups wait for each other
 # in one thread each; with fewer threads than those they wait for ever.
 os.environ.setdefault("NPROC", "8")
+
+# Many tests compile the same programs: all processes of a run share them, and
+# the next run begins anew.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  folder = tempfile.mkdtemp(prefix="jax-cache-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+jax.config.update(
+  "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
