@@ -240,10 +240,9 @@ class GroupEngine:
       return
     self._looked_s = now_s
     use = self.use()
-    uid = who_gives_up(use.running, use.stalled_rounds)
-    if uid is None or not (use.running or use.waiting):
+    uid = who_gives_up(use.running, use.waiting, use.stalled_rounds)
+    if uid is None:
       return
-    uid = uid or use.waiting[0]
     is_alone = len(use.running) <= 1
     # Every process counts anew; until they say so, their reports are old.
     for process, each in self._uses.items():

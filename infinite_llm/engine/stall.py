@@ -76,13 +76,13 @@ class StallBreaker:
     # Time in which nobody called `step` is no stall: messages waited as well.
     self._stalled_s += min(now_s - self._last_step_s, self._round_s)
     self._last_step_s = now_s
-    running = self._book.running()
-    chosen = who_gives_up([entry.request.uid for entry in running], self.rounds)
+    running = [entry.request.uid for entry in self._book.running()]
+    waiting = [entry.request.uid for entry in self._book]
+    chosen = who_gives_up(running, waiting, self.rounds)
     if self._is_shared or chosen is None:
       time.sleep(_IDLE_S)
       return
-    stuck = running or list(self._book)
-    self.give_up(chosen or stuck[0].request.uid, is_alone=len(running) <= 1)
+    self.give_up(chosen, is_alone=len(running) <= 1)
 
   def give_up(self, uid: RequestUid, *, is_alone: bool) -> None:
     """Has a request give its rBlocks up.
@@ -118,18 +118,19 @@ class StallBreaker:
 
 
 def who_gives_up(
-  running: Sequence[RequestUid], rounds: int
+  running: Sequence[RequestUid], waiting: Sequence[RequestUid], rounds: int
 ) -> RequestUid | None:
-  """Chooses the request that makes room for the others.
+  """Chooses the request that makes room for the others, or that fails.
 
   Args:
     running: Requests with rBlocks, by arrival.
+    waiting: Requests that come in if none runs, by arrival.
     rounds: Rounds of messages in which nothing went on.
 
   Returns:
-    The youngest; None if it is too early to say. 0 is whoever waits first, if
-    nobody runs.
+    The youngest that runs, or the first to wait; None if there is none, or it
+    is too early to say.
   """
   if rounds < (_ROUNDS_TOGETHER if len(running) > 1 else _ROUNDS_ALONE):
     return None
-  return running[-1] if running else 0
+  return running[-1] if running else next(iter(waiting), None)

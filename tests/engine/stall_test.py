@@ -6,17 +6,18 @@ from infinite_llm.engine.stall import who_gives_up
 
 
 @pytest.mark.parametrize(
-  ("running", "rounds", "chosen"),
+  ("running", "waiting", "rounds", "chosen"),
   [
-    ((4, 7, 9), 2, None),
-    ((4, 7, 9), 3, 9),  # The youngest: the oldest always gets through.
-    ((4,), 29, None),
-    ((4,), 30, 4),
-    ((), 29, None),
-    ((), 30, 0),  # Whoever waits first.
+    ((4, 7, 9), (3,), 2, None),
+    ((4, 7, 9), (3,), 3, 9),  # The youngest: the oldest always gets through.
+    ((4,), (5,), 29, None),
+    ((4,), (5,), 30, 4),
+    ((), (5, 6), 29, None),
+    ((), (5, 6), 30, 5),
+    ((), (), 30, None),
   ],
 )
 def test_the_youngest_makes_room_and_one_that_is_alone_much_later(
-  running, rounds, chosen
+  running, waiting, rounds, chosen
 ):
-  assert who_gives_up(running, rounds) == chosen
+  assert who_gives_up(running, waiting, rounds) == chosen
