@@ -111,7 +111,8 @@ class _Batch:
   checks: Checks | None = None
 
   def is_over(self) -> bool:
-    return all(array.is_ready() for array in self.arrays)
+    # JAX declares `is_ready` only for its own arrays.
+    return all(array.is_ready() for array in self.arrays)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class HostPool:

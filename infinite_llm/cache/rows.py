@@ -26,7 +26,12 @@ def split_rows(
   Returns:
     One array per row, made of the same buffers. A dimension sharded over
     "instance" is divided by the number of instances.
+
+  Raises:
+    TypeError: If the array is not sharded over a mesh.
   """
+  if not isinstance(array.sharding, NamedSharding):
+    raise TypeError(f"array must be sharded over a mesh; got {array.sharding}.")
   num_instances = array.sharding.mesh.shape[INSTANCE_AXIS]
   shape = tuple(
     size // num_instances if INSTANCE_AXIS in _axes(spec, dim) else size

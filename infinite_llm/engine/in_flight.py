@@ -20,7 +20,8 @@ _POLL_S = 0.0001
 
 def is_computed(array: jax.Array) -> bool:
   """Whether an array is computed; never waits."""
-  return array.is_ready()
+  # JAX declares `is_ready` only for its own arrays.
+  return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

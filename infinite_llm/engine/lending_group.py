@@ -21,6 +21,7 @@ from infinite_llm.distributed.step_header import (
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.host_tier import HostTiers
+from infinite_llm.engine.in_flight import is_computed
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.pending_check import Asked, PendingCheck, names_of
 from infinite_llm.engine.step_batch import CheckRow
@@ -163,7 +164,7 @@ class LendingGroup:
   def has_answer(self) -> bool:
     """Whether a coverage check is over that nobody was told of; no wait."""
     return self._check is not None and all(
-      proved.is_ready() for proved in self._check.proved
+      is_computed(proved) for proved in self._check.proved
     )
 
   def work(self) -> GroupWork:

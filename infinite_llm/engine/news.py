@@ -84,12 +84,12 @@ class RemoteRequest:
     record.token_ids.extend(news.token_ids)
     record.pieces.extend(news.pieces)
     if record.logprobs is not None:
-      record.logprobs += [
+      record.logprobs.extend(
         TokenLogprob(
           token_id=each.token_id, logprob=each.logprob, top=dict(each.top)
         )
         for each in news.logprobs
-      ]
+      )
     return self._output(news.finish_reason, _error(news.error), seen)
 
   def ended(self, reason: str) -> RequestOutput:

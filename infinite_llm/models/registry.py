@@ -127,7 +127,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 def _architecture(config: Mapping[str, Any]) -> str:
   names = config.get("architectures") or []
   if not names:
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     names = [_BY_MODEL_TYPE.get(model_type, f"model_type {model_type!r}")]
   if len(names) != 1 or names[0] not in _ARCHITECTURES:
     raise CheckpointError(

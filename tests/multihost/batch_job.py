@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,7 @@ class BatchJob:
       text=True,
     )
 
-  def result(self) -> Mapping[str, object]:
+  def result(self) -> Mapping[str, Any]:
     """What `result.json` holds."""
     return json.loads((self.workdir / "result.json").read_text())
 

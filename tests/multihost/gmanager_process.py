@@ -4,7 +4,9 @@ python -m tests.multihost.gmanager_process LISTEN INSTANCE=TARGET...
 """
 
 import sys
+import time
 
+from infinite_llm.config import LendingConfig
 from infinite_llm.distributed.transport.grpc_options import GrpcOptions
 from infinite_llm.distributed.transport.grpc_transport import GrpcTransport
 from infinite_llm.scheduler.gmanager import GManager
@@ -17,7 +19,7 @@ def main(listen: str, *peers: str) -> None:
   for peer in peers:
     instance, target = peer.split("=")
     transport.connect(int(instance), target)
-  gmanager = GManager("borrow")
+  gmanager = GManager(LendingConfig(policy="borrow"), time.monotonic)
   transport.register(GMANAGER, gmanager.on_message)
   print("ready", flush=True)
   while True:

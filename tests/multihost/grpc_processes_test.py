@@ -114,7 +114,7 @@ def test_a_killed_gmanager_is_missed_and_its_successor_used(instances):
   assert manager.borrow(2, 2)
   for _ in range(50):
     _pass_time(cluster)
-  assert manager.is_busy(2)
+  assert manager.is_borrowing()
   assert manager.borrowed() == {}
 
   instances.start_gmanager()

@@ -269,10 +269,11 @@ class _Bug:
 
   def __init__(self, bug):
     self.bug = bug
-    self.cluster = None
+    self.cluster: FakeCluster | None = None
 
   def __call__(self, place):
     if place == self.bug == Place.REFUSAL:
+      assert self.cluster is not None
       assert self.cluster.managers[1].borrow(8, 1)
     return place == self.bug
 

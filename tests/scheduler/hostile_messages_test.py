@@ -109,10 +109,11 @@ def test_no_number_in_any_message_makes_a_manager_raise(kind):
         envelope = replaced(waiting.held, path, other)
       except ValueError:  # A grant of nothing cannot even be made.
         continue
+      receiver = waiting.held.receiver
       manager = (
-        cluster.gmanagers[waiting.held.receiver]
-        if waiting.held.receiver in cluster.gmanagers
-        else cluster.managers[waiting.held.receiver]
+        cluster.managers[receiver]
+        if isinstance(receiver, int)
+        else cluster.gmanagers[receiver]
       )
       before = sum(manager.refused.values())
       manager.on_message(envelope)
