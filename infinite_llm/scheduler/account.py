@@ -12,7 +12,7 @@ from infinite_llm.scheduler.lease_messages import (
   Grant,
   SlotName,
 )
-from infinite_llm.types import BlockId, Epoch, InstanceId
+from infinite_llm.types import BlockId, Epoch, InstanceId, value_type
 
 
 class Phase(enum.Enum):
@@ -45,7 +45,7 @@ class Reconcile(enum.Enum):
   RECOMPUTE = "recompute"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class SpillInfo:
   """How a group program names a request with rBlocks elsewhere.
 
@@ -60,7 +60,7 @@ class SpillInfo:
   versions: dict[InstanceId, int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class PendingMove:
   """An rBlock with two copies, until one of them is given up.
 
@@ -103,7 +103,7 @@ class Borrow:
   num_moved: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Recall:
   """One recall.
 

@@ -6,10 +6,9 @@ that the creditor has answered, and shortened by what their clocks may differ.
 So an owner always stops reading before its creditor gives an rBlock away.
 """
 
-import dataclasses
 from collections.abc import Callable
 
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, value_type
 
 MAX_CLOCK_SKEW = 0.1
 """How much faster one clock may run than another: 1.1 s while that shows 1 s.
@@ -19,7 +18,7 @@ trusts; coverage then fails and the owner computes anew, but no token is wrong.
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Owner:
   """Whose a lease is.
 

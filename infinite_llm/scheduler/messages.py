@@ -7,7 +7,6 @@ sent once. A heartbeat says what changed since the last one; if that was lost,
 the gManager asks for all.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -34,6 +33,7 @@ from infinite_llm.types import (
   InstanceId,
   PoolCounts,
   RequestUid,
+  value_type,
 )
 
 GMANAGER: Final = "gmanager"
@@ -49,7 +49,7 @@ type BlocksOf = tuple[tuple[InstanceId, int], ...]
 """`(instance, number of rBlocks)`, by rising instance."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class RequestBlocks:
   """Where the rBlocks of one running request are.
 
@@ -65,7 +65,7 @@ class RequestBlocks:
   movable: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Heartbeat:
   """An rManager's report to the gManager.
 
@@ -109,12 +109,12 @@ class Heartbeat:
     return self.base is not None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class FullHeartbeatRequest:
   """The gManager missed a heartbeat and asks for everything."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class ClusterStatus:
   """The leading gManager's view, sent back for a heartbeat.
 
@@ -129,12 +129,12 @@ class ClusterStatus:
   allotted_to: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Leadership:
   """The leading gManager tells the other one that it lives."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class MoveKvcache:
   """A plan of the gManager: an owner is to move rBlocks to a creditor.
 
@@ -153,7 +153,7 @@ class MoveKvcache:
   with_request: bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class RecallKvcache:
   """A plan of the gManager: an owner is to take rBlocks home.
 
@@ -173,7 +173,7 @@ class RecallKvcache:
   freeze_s: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class CandidatesRequest:
   """A debtor asks the gManager who might lend.
 
@@ -184,7 +184,7 @@ class CandidatesRequest:
   num_blocks: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Candidates:
   """Whom to ask, in this order.
 
@@ -222,7 +222,7 @@ ANSWER_TO: Final[Mapping[type[Request], type[Reply]]] = {
 """Which kind of answer each kind of request gets."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Envelope:
   """A message on its way.
 

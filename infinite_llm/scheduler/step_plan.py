@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.scheduler.request import Request
-from infinite_llm.types import RequestUid
+from infinite_llm.types import RequestUid, value_type
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Row:
   """Tokens of one request that a step computes.
 
@@ -32,7 +32,7 @@ class Row:
     return self.start + self.num_tokens
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class StepPlan:
   """Rows of one instance's next step, by the program that computes them.
 
@@ -59,7 +59,7 @@ class StepPlan:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class GroupRows:
   """Which rows of group steps there are, or may be.
 
