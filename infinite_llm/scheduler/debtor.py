@@ -307,7 +307,7 @@ class Debtor:
     found: list[RequestBlocks] = []
     for uid, account in self._accounts.items():
       holders = {c: len(held) for c, held in account.leases.items() if held}
-      num_local = len(account.table.local_entries())
+      num_local = account.table.num_at(self._pool.instance)
       if num_local:
         holders[self._pool.instance] = num_local
       if holders:
