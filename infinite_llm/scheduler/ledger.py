@@ -24,7 +24,7 @@ class Recorded(enum.Enum):
   ABSURD = "what it changes would not fit together; nothing was changed"
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class _Known:
   """The newest of one instance.
 
@@ -110,7 +110,7 @@ class Ledger:
           instance,
           incarnation,
           known.seq,
-          dataclasses.replace(heartbeat, lent=()),
+          heartbeat,
           known.debts,
           now_s,
           has_gap=True,

@@ -108,6 +108,33 @@ class Heartbeat:
     """Whether it says only what changed."""
     return self.base is not None
 
+  def since(
+    self, base: int, lent: BlocksOf, requests: tuple[RequestBlocks, ...]
+  ) -> "Heartbeat":
+    """The same as a change.
+
+    Args:
+      base: Number of the heartbeat before.
+      lent: What it holds for debtors, where that is different now.
+      requests: Requests that differ.
+    """
+    # `dataclasses.replace` takes ten times as long, for each heartbeat.
+    return Heartbeat(
+      base=base,
+      counts=self.counts,
+      lendable=self.lendable,
+      host_free=self.host_free,
+      num_running=self.num_running,
+      num_waiting=self.num_waiting,
+      next_blocks=self.next_blocks,
+      next_arrival=self.next_arrival,
+      promised=self.promised,
+      local_blocks=self.local_blocks,
+      lent=lent,
+      requests=requests,
+      leader_epoch=self.leader_epoch,
+    )
+
 
 @value_type
 class FullHeartbeatRequest:

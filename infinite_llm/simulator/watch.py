@@ -265,13 +265,13 @@ class Watch:
         raise ViolationError(f"Nobody asked for the answer {envelope}.")
       self.history.on_answered(request, envelope, self._clock())
       return
-    is_new = envelope.seq > self._newest_seq
-    self._newest_seq = max(self._newest_seq, envelope.seq)
+    if envelope.seq <= self._newest_seq:
+      return  # Said before.
+    self._newest_seq = envelope.seq
     if (
-      is_new
-      and isinstance(body, Reserve | CandidatesRequest)
-      and cause is not None
+      cause is not None
       and isinstance(cause.body, Reserve)
+      and isinstance(body, (Reserve, CandidatesRequest))
     ):
       raise ViolationError(
         f"Instance {self.number} forwards a borrow: {cause.body} made it ask"
