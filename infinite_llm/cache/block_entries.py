@@ -5,13 +5,13 @@ written to a log is never written again, so a span of it can be kept, compared
 and mirrored on a device by what came after it was last looked at.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infinite_llm.errors import InvariantError
+from infinite_llm.types import value_type
 
 _FIRST_CAPACITY = 16
 
@@ -93,7 +93,7 @@ class BlockEntries:
     return pairs
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@value_type
 class EntrySpan:
   """Entries of one table: a part of a log.
 
@@ -112,7 +112,8 @@ class EntrySpan:
     cls, block_ids: Sequence[int] = (), logical_ids: Sequence[int] = ()
   ) -> "EntrySpan":
     """All of a new log."""
-    return cls(BlockEntries(block_ids, logical_ids), 0, len(block_ids))
+    log = BlockEntries(block_ids, logical_ids)
+    return cls(log=log, begin=0, end=len(log))
 
   def __len__(self) -> int:
     return self.end - self.begin
@@ -135,4 +136,4 @@ class EntrySpan:
     if is_all or self.begin == self.end:
       return self
     count = int(self.logical_ids.searchsorted(logical_id))
-    return EntrySpan(self.log, self.begin, self.begin + count)
+    return EntrySpan(log=log, begin=self.begin, end=self.begin + count)

@@ -125,7 +125,8 @@ class BlockTable:
       self._local = BlockEntries()
       self._local_begin = 0
       self._log_local(self._local, range(self.num_blocks))
-    return EntrySpan(self._local, self._local_begin, len(self._local))
+    local = self._local
+    return EntrySpan(log=local, begin=self._local_begin, end=len(local))
 
   def hosted_entries(
     self, instance: InstanceId

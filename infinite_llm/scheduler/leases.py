@@ -45,6 +45,9 @@ class LeaseDeadlines:
     self._clock = clock
     self._heard_s: dict[InstanceId, float] = {}
     self._checked_s = clock()
+    # No later than when any of them was heard: nobody needs to be looked at
+    # until that is a lease ago.
+    self._oldest_s = self._checked_s
 
   def renew(self, owner: InstanceId) -> None:
     """Notes a message of an owner: its leases begin anew."""
@@ -64,6 +67,8 @@ class LeaseDeadlines:
     self._checked_s = now
     if has_slept:
       self._heard_s = dict.fromkeys(self._heard_s, now)
+    if now - self._oldest_s < self._lease_s:
+      return ()
     expired = [
       owner
       for owner, heard_s in self._heard_s.items()
@@ -71,6 +76,7 @@ class LeaseDeadlines:
     ]
     for owner in expired:
       del self._heard_s[owner]
+    self._oldest_s = min(self._heard_s.values(), default=now)
     return tuple(sorted(expired))
 
 
@@ -126,10 +132,11 @@ class LeaseTrust:
     """
     if not self._until_s:
       return ()
-    lapsed = sorted(c for c in self._until_s if not self.holds(c))
+    now = self._clock()
+    lapsed = [c for c, until_s in self._until_s.items() if now >= until_s]
     for creditor in lapsed:
       self.forget(creditor)
-    return tuple(lapsed)
+    return tuple(sorted(lapsed))
 
   def forget(self, creditor: InstanceId) -> None:
     """Stops to trust a creditor."""

@@ -6,7 +6,6 @@ it really holds. Programs decide by tags and epochs alone, as those of
 find a proof that proved something wrong.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 from infinite_llm.cache.block_entries import EntrySpan
@@ -24,6 +23,7 @@ from infinite_llm.types import (
   InstanceId,
   RequestUid,
   Tier,
+  value_type,
 )
 
 type Content = tuple[RequestUid, int, int]
@@ -53,7 +53,7 @@ class Device:
     self.content: list[Content | None] = [None] * num_blocks
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@value_type
 class Reading:
   """What a program found through the tables of one request.
 
@@ -219,7 +219,7 @@ class DataPlane:
         answer = _answer(hosted[holder], home, slot, version)
         if answer is not None:
           coverage = self._add(holder, answer, coverage, pieces)
-    return Reading(coverage, tuple(pieces))
+    return Reading(coverage=coverage, pieces=tuple(pieces))
 
   def wrong_piece(
     self, uid: RequestUid, pieces: Iterable[Piece], num_tokens: int
