@@ -5,13 +5,13 @@ written to a log is never written again, so a span of it can be kept, compared
 and mirrored on a device by what came after it was last looked at.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infinite_llm.errors import InvariantError
+from infinite_llm.types import value_type
 
 _FIRST_CAPACITY = 16
 
@@ -35,10 +35,16 @@ class BlockEntries:
     capacity = max(_FIRST_CAPACITY, len(block_ids))
     self._pairs = np.zeros((2, capacity), np.int32)
     self._size = 0
+    self._last_id = 0
     self.append(block_ids, logical_ids)
 
   def __len__(self) -> int:
     return self._size
+
+  @property
+  def last_id(self) -> int:
+    """Highest logical number; 0 while there is none."""
+    return self._last_id
 
   def append(
     self, block_ids: Sequence[int], logical_ids: Sequence[int]
@@ -54,20 +60,22 @@ class BlockEntries:
     """
     if not block_ids:
       return
-    added = np.asarray((block_ids, logical_ids), np.int32)
+    last_id = self._last_id
+    for logical_id in logical_ids:
+      if logical_id < last_id:
+        raise InvariantError(
+          f"logical_ids must not fall; got {list(logical_ids)} after"
+          f" {self._last_id}."
+        )
+      last_id = logical_id
     end = self._size + len(block_ids)
-    before = self._pairs[1, max(self._size - 1, 0) : self._size].tolist()
-    is_low = bool(before) and logical_ids[0] < before[0]
-    if is_low or (added[1, 1:] < added[1, :-1]).any():
-      raise InvariantError(
-        f"logical_ids must not fall; got {list(logical_ids)} after {before}."
-      )
     if end > self._pairs.shape[1]:
       grown = np.zeros((2, max(end, 2 * self._pairs.shape[1])), np.int32)
       grown[:, : self._size] = self._pairs[:, : self._size]
       self._pairs = grown
-    self._pairs[:, self._size : end] = added
+    self._pairs[:, self._size : end] = block_ids, logical_ids
     self._size = end
+    self._last_id = last_id
 
   def read(self, begin: int, end: int) -> NDArray[np.int32]:
     """The entries `[begin, end)`.
@@ -85,7 +93,7 @@ class BlockEntries:
     return pairs
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@value_type
 class EntrySpan:
   """Entries of one table: a part of a log.
 
@@ -104,7 +112,8 @@ class EntrySpan:
     cls, block_ids: Sequence[int] = (), logical_ids: Sequence[int] = ()
   ) -> "EntrySpan":
     """All of a new log."""
-    return cls(BlockEntries(block_ids, logical_ids), 0, len(block_ids))
+    log = BlockEntries(block_ids, logical_ids)
+    return cls(log=log, begin=0, end=len(log))
 
   def __len__(self) -> int:
     return self.end - self.begin
@@ -121,7 +130,10 @@ class EntrySpan:
 
   def below(self, logical_id: int) -> "EntrySpan":
     """The entries whose logical number is below one, in O(log n)."""
-    if self.begin == self.end:
+    log = self.log
+    # Mostly all of them, which needs no look into the array.
+    is_all = self.end == len(log) and log.last_id < logical_id
+    if is_all or self.begin == self.end:
       return self
     count = int(self.logical_ids.searchsorted(logical_id))
-    return EntrySpan(self.log, self.begin, self.begin + count)
+    return EntrySpan(log=log, begin=self.begin, end=self.begin + count)

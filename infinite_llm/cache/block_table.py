@@ -1,18 +1,18 @@
 """Where the rBlocks of one request lie, in the order of its tokens."""
 
-import collections
 from collections.abc import Iterable
 
 from infinite_llm.cache.block_entries import BlockEntries, EntrySpan
 from infinite_llm.cache.content_tag import (
   add_coverage,
-  content_tag,
   content_tags,
   mix_tag,
+  name_content,
+  tag_content,
 )
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import Epoch, InstanceId, RequestUid
 
 _MANY = 8
 """Tags of so many rBlocks are faster computed together."""
@@ -42,7 +42,7 @@ class BlockTable:
     self.home = home
     self.block_size = block_size
     self._locations: list[Location] = []
-    self._num_at: collections.Counter[InstanceId] = collections.Counter()
+    self._num_at: dict[InstanceId, int] = {home: 0}
     # What each rBlock adds to coverage when full, and the sum over the first
     # `_num_summed` of them. The sum follows the demand, which moves by a block
     # at a time, so that a step over a million tokens does not add it all again.
@@ -54,11 +54,19 @@ class BlockTable:
     # it is None until somebody asks.
     self._local: BlockEntries | None = BlockEntries()
     self._local_begin = 0
+    # The rBlock whose tag was last asked for, for it fills step by step.
+    self._named: tuple[int, Epoch] | None = None
+    self._name = 0
 
   @property
   def num_blocks(self) -> int:
     """How many rBlocks the request has."""
     return len(self._locations)
+
+  @property
+  def is_home(self) -> bool:
+    """Whether no other instance holds any of them."""
+    return self._num_at[self.home] == len(self._locations)
 
   def append(self, locations: Iterable[Location]) -> None:
     """Adds rBlocks after the last one."""
@@ -66,7 +74,7 @@ class BlockTable:
     self._locations += locations
     added = range(first, self.num_blocks)
     for logical_id in added:
-      self._num_at[self._locations[logical_id].instance] += 1
+      self._count(self._locations[logical_id].instance, 1)
     self._full_coverage += self._full_coverages(added)
     if self._local is not None:
       self._log_local(self._local, added)
@@ -96,8 +104,8 @@ class BlockTable:
     """
     old = self.location(logical_id)
     self._locations[logical_id] = new
-    self._num_at[old.instance] -= 1
-    self._num_at[new.instance] += 1
+    self._count(old.instance, -1)
+    self._count(new.instance, 1)
     before = self._full_coverage[logical_id]
     after = self._coverage_of(logical_id, self.block_size)
     self._full_coverage[logical_id] = after
@@ -117,7 +125,8 @@ class BlockTable:
       self._local = BlockEntries()
       self._local_begin = 0
       self._log_local(self._local, range(self.num_blocks))
-    return EntrySpan(self._local, self._local_begin, len(self._local))
+    local = self._local
+    return EntrySpan(log=local, begin=self._local_begin, end=len(local))
 
   def hosted_entries(
     self, instance: InstanceId
@@ -131,6 +140,8 @@ class BlockTable:
 
   def creditors(self) -> tuple[InstanceId, ...]:
     """Other instances that hold rBlocks of the request, by rising number."""
+    if self.is_home:  # As nearly always.
+      return ()
     return tuple(
       sorted(
         instance
@@ -141,7 +152,13 @@ class BlockTable:
 
   def num_at(self, instance: InstanceId) -> int:
     """How many rBlocks of the request lie on an instance."""
-    return self._num_at[instance]
+    return self._num_at.get(instance, 0)
+
+  def num_home_below(self, logical_id: int) -> int:
+    """How many rBlocks at home have a logical number below one."""
+    if self.is_home:
+      return min(logical_id, self.num_blocks)
+    return len(self.local_entries().below(logical_id))
 
   def tag(self, logical_id: int, filled: int) -> int:
     """Content tag of an rBlock.
@@ -153,12 +170,11 @@ class BlockTable:
     Returns:
       A uint32, never 0.
     """
-    return content_tag(
-      uid=self.uid,
-      logical_id=logical_id,
-      epoch=self.location(logical_id).epoch,
-      filled=filled,
-    )
+    place = logical_id, self.location(logical_id).epoch
+    if place != self._named:
+      self._named = place
+      self._name = name_content(self.uid, *place)
+    return tag_content(self._name, filled)
 
   def demand(self, num_tokens: int) -> int:
     """Coverage that a step must reach, over all holders.
@@ -187,6 +203,9 @@ class BlockTable:
     if not rest:
       return self._sum
     return add_coverage(self._sum, self._coverage_of(num_full, rest))
+
+  def _count(self, instance: InstanceId, change: int) -> None:
+    self._num_at[instance] = self._num_at.get(instance, 0) + change
 
   def _log_local(self, log: BlockEntries, logical_ids: Iterable[int]) -> None:
     """Appends those of some rBlocks that are at home."""

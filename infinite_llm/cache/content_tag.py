@@ -41,22 +41,28 @@ def content_tag(*, uid: int, logical_id: int, epoch: int, filled: int) -> int:
   Returns:
     A uint32 that is never 0: 0 marks an rBlock with no proven content.
   """
-  tag = _SEED
-  for word in (uid, logical_id, epoch, filled):
-    # `_avalanche` once inside the other, without the calls: this is asked for
-    # every rBlock that a step writes.
-    x = (word + _STEP) & _MASK
-    x ^= x >> 16
-    x = (x * 0x85EBCA6B) & _MASK
-    x ^= x >> 13
-    x = (x * 0xC2B2AE35) & _MASK
-    x ^= x >> 16 ^ tag
-    x ^= x >> 16
-    x = (x * 0x85EBCA6B) & _MASK
-    x ^= x >> 13
-    x = (x * 0xC2B2AE35) & _MASK
-    tag = x ^ (x >> 16)
-  return tag or 1
+  return tag_content(name_content(uid, logical_id, epoch), filled)
+
+
+def name_content(uid: int, logical_id: int, epoch: int) -> int:
+  """The part of `content_tag` that stays as it is while an rBlock fills."""
+  name = _SEED
+  for word in (uid, logical_id, epoch):
+    name = _avalanche(name ^ _avalanche(word + _STEP))
+  return name
+
+
+def tag_content(name: int, filled: int) -> int:
+  """The rest of it.
+
+  Args:
+    name: Of `name_content`.
+    filled: How many tokens of the rBlock are written.
+
+  Returns:
+    Its content tag.
+  """
+  return _avalanche(name ^ _avalanche(filled + _STEP)) or 1
 
 
 def content_tags(

@@ -11,6 +11,7 @@ from infinite_llm.types import (
   InstanceId,
   RequestUid,
   Tier,
+  value_type,
 )
 
 _HISTORY_LENGTH = 6
@@ -31,7 +32,7 @@ class BlockState(enum.StrEnum):
   HOSTED = "hosted"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Location:
   """Where an rBlock lies, and under which reservation.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 
-from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
@@ -12,7 +11,7 @@ from infinite_llm.scheduler.lease_messages import (
   Grant,
   SlotName,
 )
-from infinite_llm.types import BlockId, Epoch, InstanceId
+from infinite_llm.types import BlockId, Epoch, InstanceId, value_type
 
 
 class Phase(enum.Enum):
@@ -45,7 +44,7 @@ class Reconcile(enum.Enum):
   RECOMPUTE = "recompute"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class SpillInfo:
   """How a group program names a request with rBlocks elsewhere.
 
@@ -60,7 +59,7 @@ class SpillInfo:
   versions: dict[InstanceId, int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class PendingMove:
   """An rBlock with two copies, until one of them is given up.
 
@@ -103,7 +102,7 @@ class Borrow:
   num_moved: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Recall:
   """One recall.
 
@@ -189,7 +188,7 @@ class Account:
 
   def num_movable(self) -> int:
     """How many rBlocks may move away: those full, proved and at home."""
-    return len(self._movable_entries())
+    return self.table.num_home_below(self._num_full_proved())
 
   def movable(self, limit: int) -> tuple[int, ...]:
     """Logical numbers of rBlocks that may move away, oldest first.
@@ -197,7 +196,7 @@ class Account:
     Args:
       limit: How many at most.
     """
-    entries = self._movable_entries()
+    entries = self.table.local_entries().below(self._num_full_proved())
     return tuple(entries.logical_ids[:limit].tolist())
 
   def resident_blocks(self) -> int:
@@ -242,6 +241,5 @@ class Account:
       for block_id, epoch in self.leases.get(creditor, {}).items()
     )
 
-  def _movable_entries(self) -> EntrySpan:
-    num_full = self.num_proved_tokens // self.table.block_size
-    return self.table.local_entries().below(num_full)
+  def _num_full_proved(self) -> int:
+    return self.num_proved_tokens // self.table.block_size

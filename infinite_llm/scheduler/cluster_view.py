@@ -5,10 +5,10 @@ import dataclasses
 
 from infinite_llm.scheduler.link_costs import LinkCosts
 from infinite_llm.scheduler.messages import BlocksOf, RequestBlocks
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, value_type
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class LedgerLine:
   """One instance, as of its last heartbeat.
 
@@ -63,7 +63,7 @@ class LedgerLine:
     return self.free - self.promised
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Placement:
   """Where the rBlocks of one request are.
 
@@ -76,7 +76,7 @@ class Placement:
   blocks: RequestBlocks
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class ClusterView:
   """The ledger and the placement map at one moment.
 

@@ -1,16 +1,14 @@
 """What an rManager's heartbeats say of its instance."""
 
-import dataclasses
-
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.messages import Heartbeat
 from infinite_llm.scheduler.swapping import Swapping
-from infinite_llm.types import Epoch
+from infinite_llm.types import Epoch, value_type
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Demand:
   """What an instance's own requests are to get.
 

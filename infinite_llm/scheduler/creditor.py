@@ -45,10 +45,11 @@ from infinite_llm.types import (
   FaultPoint,
   InstanceId,
   RequestUid,
+  value_type,
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class _Lease:
   """An rBlock that this instance keeps for another one's request.
 

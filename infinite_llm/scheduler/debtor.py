@@ -217,7 +217,7 @@ class Debtor:
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone."""
     return tuple(
-      uid for uid, account in self._accounts.items() if account.is_lost
+      [uid for uid, account in self._accounts.items() if account.is_lost]
     )
 
   def is_borrowing(self) -> bool:
@@ -273,9 +273,11 @@ class Debtor:
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
     return tuple(
-      uid
-      for uid, account in self._accounts.items()
-      if account.phase is Phase.SWITCHED
+      [
+        uid
+        for uid, account in self._accounts.items()
+        if account.phase is Phase.SWITCHED
+      ]
     )
 
   def on_verified(self, uid: RequestUid, is_proved: bool) -> None:
@@ -307,7 +309,7 @@ class Debtor:
     found: list[RequestBlocks] = []
     for uid, account in self._accounts.items():
       holders = {c: len(held) for c, held in account.leases.items() if held}
-      num_local = len(account.table.local_entries())
+      num_local = account.table.num_at(self._pool.instance)
       if num_local:
         holders[self._pool.instance] = num_local
       if holders:

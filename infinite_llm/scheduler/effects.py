@@ -3,15 +3,21 @@
 The data plane carries effects out in the order in which a manager emits them.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from infinite_llm.cache.content_tag import content_tag, content_tags
 from infinite_llm.cache.rblock import Location
-from infinite_llm.types import BlockId, Epoch, InstanceId, RequestUid, Tier
+from infinite_llm.types import (
+  BlockId,
+  Epoch,
+  InstanceId,
+  RequestUid,
+  Tier,
+  value_type,
+)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class GrantEpochs:
   """A receiver's device is to accept payloads only under these epochs.
 
@@ -24,7 +30,7 @@ class GrantEpochs:
   epochs: tuple[Epoch, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Move:
   """One full rBlock to send to another instance.
 
@@ -51,7 +57,7 @@ class Move:
   dst_tag: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class MoveBlocks:
   """rBlocks to send, as soon as the exchange has room.
 
@@ -96,7 +102,7 @@ def full_block_move(
   )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Swap:
   """One full rBlock to copy between the tiers of an instance.
 
@@ -120,7 +126,7 @@ class Swap:
   dst_tag: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class SwapBlocks:
   """rBlocks to copy between tiers, to be acknowledged once all are copied.
 

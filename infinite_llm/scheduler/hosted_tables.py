@@ -7,10 +7,10 @@ from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.scheduler.lease_messages import (
   SlotName,
 )
-from infinite_llm.types import BlockId, Epoch, InstanceId
+from infinite_llm.types import BlockId, Epoch, InstanceId, value_type
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class HostedTable:
   """Two versions of the table of one spill slot of one owner.
 
@@ -30,7 +30,7 @@ class HostedTable:
   logical_ids: dict[BlockId, int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class HostedVersion:
   """One version of a hosted table, as the devices are to answer with it.
 

@@ -3,18 +3,17 @@
 `messages.py` says how each kind travels.
 """
 
-import dataclasses
-
 from infinite_llm.types import (
   NO_EPOCH,
   NULL_BLOCK_ID,
   BlockId,
   Epoch,
   RequestUid,
+  value_type,
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class SlotName:
   """A spill slot of an owner while one request has it.
 
@@ -27,7 +26,7 @@ class SlotName:
   epoch: Epoch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Grant:
   """An rBlock that a creditor keeps for the debtor who asked.
 
@@ -46,7 +45,7 @@ class Grant:
       )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class HostedEntry:
   """A line of a hosted table: which rBlock of a request a lease holds.
 
@@ -59,7 +58,7 @@ class HostedEntry:
   grant: Grant
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Reserve:
   """A debtor asks a creditor to keep rBlocks for it.
 
@@ -74,7 +73,7 @@ class Reserve:
   num_blocks: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class ReserveReply:
   """What the creditor keeps.
 
@@ -85,7 +84,7 @@ class ReserveReply:
   grants: tuple[Grant, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Commit:
   """The payloads are sent: the creditor is to serve them.
 
@@ -100,7 +99,7 @@ class Commit:
   entries: tuple[HostedEntry, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class CommitReply:
   """How a commit ended.
 
@@ -112,7 +111,7 @@ class CommitReply:
   table_version: int | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Release:
   """A debtor gives rBlocks back. Unknown leases are given back already.
 
@@ -125,7 +124,7 @@ class Release:
   grants: tuple[Grant, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class ReleaseReply:
   """The leases have ended.
 
@@ -137,7 +136,7 @@ class ReleaseReply:
   table_version: int | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Sync:
   """A debtor says what the creditor should be hosting for a request.
 
@@ -152,7 +151,7 @@ class Sync:
   entries: tuple[HostedEntry, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class SyncReply:
   """Whether the creditor hosts all that.
 
@@ -166,7 +165,7 @@ class SyncReply:
   missing: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class FetchedEntry:
   """An rBlock that is to come home.
 
@@ -181,7 +180,7 @@ class FetchedEntry:
   home: Grant
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Fetch:
   """A debtor asks its creditor to send rBlocks back. The leases stay.
 
@@ -196,7 +195,7 @@ class Fetch:
   entries: tuple[FetchedEntry, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class FetchReply:
   """How a fetch ended; given once the payloads are exchanged.
 
@@ -209,7 +208,7 @@ class FetchReply:
   table_version: int | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Renew:
   """A debtor lives; so do all its leases at the receiver.
 
@@ -220,7 +219,7 @@ class Renew:
   sent_s: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Renewed:
   """A creditor has heard a renewal.
 
@@ -231,7 +230,7 @@ class Renewed:
   sent_s: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@value_type
 class Introduction:
   """A request was not meant for this incarnation, and was not executed.
 

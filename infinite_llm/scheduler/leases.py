@@ -6,10 +6,9 @@ that the creditor has answered, and shortened by what their clocks may differ.
 So an owner always stops reading before its creditor gives an rBlock away.
 """
 
-import dataclasses
 from collections.abc import Callable
 
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, value_type
 
 MAX_CLOCK_SKEW = 0.1
 """How much faster one clock may run than another: 1.1 s while that shows 1 s.
@@ -19,7 +18,7 @@ trusts; coverage then fails and the owner computes anew, but no token is wrong.
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@value_type
 class Owner:
   """Whose a lease is.
 
@@ -46,6 +45,9 @@ class LeaseDeadlines:
     self._clock = clock
     self._heard_s: dict[InstanceId, float] = {}
     self._checked_s = clock()
+    # No later than when any of them was heard: nobody needs to be looked at
+    # until that is a lease ago.
+    self._oldest_s = self._checked_s
 
   def renew(self, owner: InstanceId) -> None:
     """Notes a message of an owner: its leases begin anew."""
@@ -65,6 +67,8 @@ class LeaseDeadlines:
     self._checked_s = now
     if has_slept:
       self._heard_s = dict.fromkeys(self._heard_s, now)
+    if now - self._oldest_s < self._lease_s:
+      return ()
     expired = [
       owner
       for owner, heard_s in self._heard_s.items()
@@ -72,6 +76,7 @@ class LeaseDeadlines:
     ]
     for owner in expired:
       del self._heard_s[owner]
+    self._oldest_s = min(self._heard_s.values(), default=now)
     return tuple(sorted(expired))
 
 
@@ -127,10 +132,11 @@ class LeaseTrust:
     """
     if not self._until_s:
       return ()
-    lapsed = sorted(c for c in self._until_s if not self.holds(c))
+    now = self._clock()
+    lapsed = [c for c, until_s in self._until_s.items() if now >= until_s]
     for creditor in lapsed:
       self.forget(creditor)
-    return tuple(lapsed)
+    return tuple(sorted(lapsed))
 
   def forget(self, creditor: InstanceId) -> None:
     """Stops to trust a creditor."""

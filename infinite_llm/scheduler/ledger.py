@@ -24,7 +24,7 @@ class Recorded(enum.Enum):
   ABSURD = "what it changes would not fit together; nothing was changed"
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class _Known:
   """The newest of one instance.
 
@@ -110,7 +110,7 @@ class Ledger:
           instance,
           incarnation,
           known.seq,
-          dataclasses.replace(heartbeat, lent=()),
+          heartbeat,
           known.debts,
           now_s,
           has_gap=True,
@@ -148,14 +148,19 @@ class Ledger:
     *,
     has_gap: bool = False,
   ) -> None:
-    if instance in self._known:
-      self.forget(instance)
+    # Behind all others, as one that was not known.
+    before = self._known.pop(instance, None)
+    if before is None or debts is not before.debts:
+      debts_of = tuple(sorted(debts.items()))
+    else:  # Nearly always.
+      debts_of = before.line.debts
+    counts = heartbeat.counts
     line = LedgerLine(
       instance=instance,
       incarnation=incarnation,
       heard_s=now_s,
-      capacity=heartbeat.counts.total,
-      free=heartbeat.counts.free,
+      capacity=counts.total,
+      free=counts.free,
       lendable=heartbeat.lendable,
       host_free=heartbeat.host_free,
       num_running=heartbeat.num_running,
@@ -164,12 +169,12 @@ class Ledger:
       next_arrival=heartbeat.next_arrival,
       promised=heartbeat.promised,
       local_blocks=heartbeat.local_blocks,
-      debts=tuple(sorted(debts.items())),
+      debts=debts_of,
     )
     self._known[instance] = _Known(
       seq=seq, has_gap=has_gap, debts=debts, line=line
     )
-    self._lendable += line.lendable
+    self._lendable += line.lendable - (before.line.lendable if before else 0)
 
 
 def _changed(

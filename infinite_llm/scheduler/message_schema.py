@@ -1,4 +1,4 @@
-"""Turns frozen dataclasses into JSON documents and back, held to their types.
+"""Turns value types into JSON documents and back, held to their types.
 
 The annotations are the schema: a new kind of message needs no code here. What
 they do not say, a class says in its `__post_init__`.
@@ -68,7 +68,7 @@ def make_schema(annotation: Any) -> Schema:
   """Builds the schema of an annotation.
 
   Args:
-    annotation: A frozen dataclass, `int` (with or without a `Range`), `float`,
+    annotation: A value type, `int` (with or without a `Range`), `float`,
       `bool`, `str`, `Text`, None, an enum, a `Literal`, a tuple, a union or a
       type alias of these.
 

@@ -1,12 +1,12 @@
 """What an rManager tells the gManagers, and which of them it listens to."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.config import LendingConfig
 from infinite_llm.scheduler.account import Account
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
+  BlocksOf,
   Envelope,
   GManagerAddress,
   Heartbeat,
@@ -69,10 +69,9 @@ class Reporter:
       self._num_changes = 0
     else:
       self._num_changes += 1
-      heartbeat = dataclasses.replace(
-        state,
-        base=self._told_seq,
-        lent=tuple(_changes(told.lent, state.lent)),
+      heartbeat = state.since(
+        self._told_seq,
+        lent=_changes(told.lent, state.lent),
         requests=_request_changes(told.requests, state.requests),
       )
     self._told = state
@@ -102,18 +101,17 @@ class Reporter:
     return True
 
 
-def _changes[Key](
-  old: Iterable[tuple[Key, int]], new: Iterable[tuple[Key, int]]
-) -> Iterable[tuple[Key, int]]:
-  """Pairs that differ; those that are gone have a 0."""
+def _changes(old: BlocksOf, new: BlocksOf) -> BlocksOf:
+  """Instances whose number differs; those that are gone have a 0."""
   if old == new:  # Nearly always, and it is asked each heartbeat.
-    return
+    return ()
   before = dict(old)
-  for key, count in new:
-    if before.pop(key, None) != count:
-      yield key, count
-  for key in before:
-    yield key, 0
+  changed = [
+    (instance, count)
+    for instance, count in new
+    if before.pop(instance, None) != count
+  ]
+  return *changed, *((instance, 0) for instance in before)
 
 
 def _request_changes(

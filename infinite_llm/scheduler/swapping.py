@@ -138,6 +138,11 @@ class Swapping:
     return 0 if self._host is None else self._host.pool.num_free
 
   @property
+  def num_changes(self) -> int:
+    """Rises with every change of a HOST rBlock."""
+    return 0 if self._host is None else self._host.pool.num_changes
+
+  @property
   def is_conserved(self) -> bool:
     """Whether every HOST rBlock is counted once."""
     return self._host is None or self._host.pool.is_conserved

@@ -6,7 +6,6 @@ it really holds. Programs decide by tags and epochs alone, as those of
 find a proof that proved something wrong.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 from infinite_llm.cache.block_entries import EntrySpan
@@ -24,6 +23,7 @@ from infinite_llm.types import (
   InstanceId,
   RequestUid,
   Tier,
+  value_type,
 )
 
 type Content = tuple[RequestUid, int, int]
@@ -53,7 +53,7 @@ class Device:
     self.content: list[Content | None] = [None] * num_blocks
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@value_type
 class Reading:
   """What a program found through the tables of one request.
 
@@ -219,7 +219,7 @@ class DataPlane:
         answer = _answer(hosted[holder], home, slot, version)
         if answer is not None:
           coverage = self._add(holder, answer, coverage, pieces)
-    return Reading(coverage, tuple(pieces))
+    return Reading(coverage=coverage, pieces=tuple(pieces))
 
   def wrong_piece(
     self, uid: RequestUid, pieces: Iterable[Piece], num_tokens: int
@@ -244,8 +244,12 @@ class DataPlane:
         return f"logical rBlock {logical_id} was read twice"
       missing.remove(logical_id)
       content = self.devices[holder].content[block_id]
-      is_right = content is not None and content[:2] == (uid, logical_id)
-      if content is None or not is_right or content[2] < needed:
+      if (
+        content is None
+        or content[0] != uid
+        or content[1] != logical_id
+        or content[2] < needed
+      ):
         return (
           f"rBlock {block_id} of instance {holder} was read for logical rBlock"
           f" {logical_id} with {needed} tokens, but holds {content}"
@@ -263,16 +267,18 @@ class DataPlane:
   ) -> int:
     tags = self.devices[holder].tag
     mixed = self._mixed
+    block_ids: list[int]
+    logical_ids: list[int]
     read = entries.log.read(entries.begin, entries.end)
-    block_ids: list[int] = read[0].tolist()
-    logical_ids: list[int] = read[1].tolist()
+    block_ids, logical_ids = read.tolist()
+    added = 0
     for block_id, logical_id in zip(block_ids, logical_ids, strict=True):
       key = tags[block_id], logical_id
       if key not in mixed:
         mixed[key] = mix_tag(*key)
-      coverage = add_coverage(coverage, mixed[key])
+      added += mixed[key]
       pieces.append((holder, block_id, logical_id))
-    return coverage
+    return add_coverage(coverage, added)
 
 
 def _answer(

@@ -214,10 +214,10 @@ class Instance:
     """Plans a step and launches it; what it proved is known later."""
     if not self.batcher.has_work:
       return
-    plan = self.batcher.plan()
+    rows = self.batcher.plan().rows
     self._take_ended()
-    if plan.rows:
-      self._flight = tuple((row, self._compute(row)) for row in plan.rows)
+    if rows:
+      self._flight = tuple([(row, self._compute(row)) for row in rows])
       self._wake(self._world.scenario.step_s, self._land)
     self.settle()
 
@@ -226,7 +226,8 @@ class Instance:
     world = self._world
     table = self.manager.table(row.uid)
     size = world.scenario.block_size
-    for logical_id in range(row.start // size, -(-row.end // size)):
+    start, end = row.start, row.end
+    for logical_id in range(start // size, -(-end // size)):
       location = table.location(logical_id)
       if location.instance != self.number:
         raise ViolationError(
@@ -234,17 +235,15 @@ class Instance:
           f" rBlock {location.block_id} of instance {location.instance}."
         )
       self.watch.check_own(row.uid, location.block_id)
-    world.plane.write_tags(table, row.start, row.end)
-    pieces = self.watch.read(row.uid, row.end)
+    world.plane.write_tags(table, start, end)
+    pieces = self.watch.read(row.uid, end)
     world.num_steps += 1
     world.num_unproved += pieces is None
     if pieces is not None:
-      self.watch.check_proof(row.uid, pieces, row.start)
+      self.watch.check_proof(row.uid, pieces, start)
     else:
       self.watch.check_trust(row.uid)
-    world.plane.write_tokens(
-      table, row.start, row.end, is_right=pieces is not None
-    )
+    world.plane.write_tokens(table, start, end, is_right=pieces is not None)
     return pieces is not None
 
   def _land(self) -> None:

@@ -116,8 +116,7 @@ class LeaseHistory:
     if now_s - self._ticked_s > self._lease_s / 2:  # It slept: all live on.
       self._heard_s = dict.fromkeys(self._heard_s, now_s)
     self._now_s = self._ticked_s = now_s
-    oldest_s = min(self._heard_s.values(), default=now_s)
-    if now_s - oldest_s >= self._lease_s:
+    if self.leases:  # Else there is nothing that could end.
       for owner, heard_s in tuple(self._heard_s.items()):
         if now_s - heard_s >= self._lease_s:
           del self._heard_s[owner]

@@ -65,7 +65,7 @@ class SimulatedNetwork:
     self._num_delivered = 0
     self._handlers: dict[Address, Handler] = {}
     self._crashed: set[Address] = set()
-    self._lives: collections.Counter[Address] = collections.Counter()
+    self._lives: dict[Address, int] = {}
     self._clocks: dict[Address, _Clock] = {}
     self._partitions: list[tuple[frozenset[Address], frozenset[Address]]] = []
     self._newest: dict[tuple[Address, Address], int] = {}
@@ -157,7 +157,7 @@ class SimulatedNetwork:
     self._now_s, _, what, receiver, number = heapq.heappop(self._events)
     if isinstance(what, Envelope):
       self._arrive(what, number)
-    elif number == self._lives[receiver]:  # It has not crashed since.
+    elif number == self._lives.get(receiver, 0):  # It has not crashed since.
       if self._observer is not None:
         self._observer(self._now_s, "woken", receiver)
       what()
@@ -169,8 +169,9 @@ class SimulatedNetwork:
     Args:
       time_s: All events up to this time happen; then it is this late.
     """
-    while self._events and self._events[0][0] <= time_s:
-      self.step()
+    events, step = self._events, self.step
+    while events and events[0][0] <= time_s:
+      step()
     self._now_s = max(self._now_s, time_s)
 
   def call_later(
@@ -191,7 +192,8 @@ class SimulatedNetwork:
     if delay_s < 0:
       raise ValueError(f"delay_s must not be negative; got {delay_s}.")
     at_s = self._now_s + delay_s / self._clock(address).rate
-    event = (at_s, next(self._order), callback, address, self._lives[address])
+    life = self._lives.get(address, 0)
+    event = (at_s, next(self._order), callback, address, life)
     heapq.heappush(self._events, event)
 
   def clock(self, address: Address) -> Callable[[], float]:
@@ -256,7 +258,7 @@ class SimulatedNetwork:
       raise InvariantError(f"address must be up to crash; got {address!r}.")
     del self._handlers[address]
     self._crashed.add(address)
-    self._lives[address] += 1
+    self._lives[address] = self._lives.get(address, 0) + 1
     self._note(Fault.CRASH, address)
 
   def restart(self, address: Address, handler: Handler) -> None:
@@ -290,11 +292,11 @@ class SimulatedNetwork:
     heapq.heappush(self._events, event)
 
   def _arrive(self, envelope: Envelope, number: int) -> None:
-    link = envelope.sender, envelope.receiver
-    if self._partitions and self._is_cut(*link):
+    link = sender, receiver = envelope.sender, envelope.receiver
+    if self._partitions and self._is_cut(sender, receiver):
       self._note(Fault.CUT_OFF, envelope)
       return
-    handler = self._handlers.get(envelope.receiver)
+    handler = self._handlers.get(receiver)
     if handler is None:
       self._note(Fault.UNHEARD, envelope)
       return
@@ -308,11 +310,13 @@ class SimulatedNetwork:
     handler(envelope)
 
   def _is_cut(self, sender: Address, receiver: Address) -> bool:
-    return any(
-      (sender in one and receiver in other)
-      or (sender in other and receiver in one)
-      for one, other in self._partitions
-    )
+    for one, other in self._partitions:
+      if sender in one:
+        if receiver in other:
+          return True
+      elif sender in other and receiver in one:
+        return True
+    return False
 
   def _clock(self, address: Address) -> _Clock:
     clock = self._clocks.get(address)

@@ -39,7 +39,7 @@ def _longer(span: EntrySpan, count: int) -> EntrySpan:
   end = span.begin + int(span.logical_ids[-1]) + 1
   numbers = list(range(end, end + count))
   span.log.append(numbers, numbers)
-  return EntrySpan(span.log, span.begin, len(span.log))
+  return EntrySpan(log=span.log, begin=span.begin, end=len(span.log))
 
 
 def test_only_what_is_new_is_written():
@@ -63,7 +63,7 @@ def test_entries_that_left_the_front_are_skipped():
   span = _span(0, 5)
   store.sync([span])
 
-  assert store.sync([EntrySpan(span.log, 2, 5)]) == [2]
+  assert store.sync([EntrySpan(log=span.log, begin=2, end=5)]) == [2]
   assert store.num_pending == 5  # Those of the first call, untaken.
 
 
@@ -71,7 +71,7 @@ def test_a_part_further_to_the_front_is_placed_whole():
   store = TableStore(N)
   device = Device(store, N)
   span = _span(0, 5)
-  store.sync([EntrySpan(span.log, 2, 5)])
+  store.sync([EntrySpan(log=span.log, begin=2, end=5)])
 
   (start,) = store.sync([span])
   device.update()
@@ -188,7 +188,7 @@ def test_the_devices_have_what_the_logs_say_whatever_came_before(
       index = number % len(own)
       span = own[index]
       begin = min(span.begin + number % 3, span.end - 1)
-      own[index] = EntrySpan(span.log, begin, span.end)
+      own[index] = EntrySpan(log=span.log, begin=begin, end=span.end)
     elif kind == 4 and own:  # A roll-back, or the end of a request.
       span = own.pop(number % len(own))
       over.append(span)
@@ -239,7 +239,7 @@ def test_long_decoding_writes_each_entry_a_few_times():
   for step in range(num_blocks - 1):
     log = logs[step % 8]
     log.append([step + 1], [step])
-    span = EntrySpan(log, 0, len(log))
+    span = EntrySpan(log=log, begin=0, end=len(log))
     (start,) = store.sync([span])
     device.update()
     assert device.has(span, start)
