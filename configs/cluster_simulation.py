@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
   config.cluster.block_size = 256
   config.cluster.num_blocks = 513
   config.cluster.host_tokens = 2_000_000
-  config.cluster.decode_steps = 16  # Planned at once.
   config.cluster.most_s = 7200.0
 
   config.lending = ConfigDict()

@@ -187,7 +187,6 @@ def _simulate(
     "offered_tokens": sum(r.prompt_tokens + r.output_tokens for r in trace),
     "cpu_s": cpu_s,
     "instance_steps_per_s": result.instance_steps / cpu_s,
-    "plans_per_s": result.num_plans / cpu_s,
     "times_real_time": result.duration_s / cpu_s,
   }
 

@@ -21,9 +21,6 @@ class ClusterConfig:
       says about them is not passed on.
     host_tokens: Tokens of preempted requests that the host memory of an
       instance holds, for policies that swap.
-    decode_steps: Steps without prefill that are planned at once, so that
-      arrivals, and rBlocks that ended requests leave, may wait for so many; 1
-      is as exact as can be.
     min_delay_s: Shortest way of a message.
     max_delay_s: Longest way of a message.
     most_s: Simulated seconds after which a run ends anyway.
@@ -37,7 +34,6 @@ class ClusterConfig:
   scheduler: SchedulerConfig
   has_dgfm: bool = True
   host_tokens: int = 0
-  decode_steps: int = 1
   min_delay_s: float = 0.0005
   max_delay_s: float = 0.001
   most_s: float = 3600.0
@@ -49,7 +45,6 @@ class ClusterConfig:
       ("num_blocks", 2),
       ("block_size", 1),
       ("host_tokens", 0),
-      ("decode_steps", 1),
     ):
       value = getattr(self, name)
       if value < least:

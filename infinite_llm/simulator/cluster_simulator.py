@@ -104,7 +104,6 @@ class ClusterSimulator:
     for instance in self.instances:
       self.network.register(instance.instance, self._on_message)
     self._steps = StepGroups(
-      config.decode_steps,
       cost,
       self.network,
       self.instances,
@@ -153,7 +152,6 @@ class ClusterSimulator:
       records=self.records,
       duration_s=duration_s,
       instance_steps=self._steps.instance_steps,
-      num_plans=self._steps.num_plans,
       num_messages=self.network.num_sent,
       num_blocks_moved=self._num_moved,
       num_blocks_recalled=self._num_recalled,
@@ -267,29 +265,16 @@ class ClusterSimulator:
     self._pump(instance)
 
   def _on_step_end(
-    self,
-    instance: SimulatedInstance,
-    step: InstanceStep,
-    ends_s: Sequence[float],
-    begin_s: float,
+    self, instance: SimulatedInstance, step: InstanceStep, duration_s: float
   ) -> None:
-    """Commits an instance's part of a step, or of several ones.
-
-    Args:
-      instance: The instance.
-      step: Its rows.
-      ends_s: When each of the steps ended.
-      begin_s: When the first of them began.
-    """
-    self._progress_s = self.network.now_s
-    num_steps = {row.uid: steps for row, steps in step.decode}
-    for request in instance.commit(step, ends_s[-1] - begin_s):
+    """Commits an instance's part of a step."""
+    now_s = self._progress_s = self.network.now_s
+    for request in instance.commit(step, duration_s):
       record = self._record_of[request.uid]
-      end_s = ends_s[num_steps.get(request.uid, len(ends_s)) - 1]
       if record.first_token_s is None:
-        record.first_token_s = end_s
+        record.first_token_s = now_s
       if request.status.is_finished:
-        record.finish_s = end_s
+        record.finish_s = now_s
     self._take_ended(instance)
     self._pump(instance)
 

@@ -1,14 +1,14 @@
 """One instance of a simulated cluster: real manager and batcher, no devices."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.scheduler.step_plan import Row
+from infinite_llm.scheduler.step_plan import Row, StepPlan
 from infinite_llm.simulator.cost_model import CostModel, Work
 from infinite_llm.types import InstanceId, RequestUid
 
@@ -80,68 +80,25 @@ class KeepingBatcher(Batcher):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-  """KV that a decode row attends on one instance.
-
-  Attributes:
-    steps: For how many steps the row goes on.
-    tokens: Tokens of it there in the first one.
-    is_own: Whether the row runs there: one token more each step.
-  """
-
-  steps: int
-  tokens: int
-  is_own: bool
-
-
-@dataclasses.dataclass(kw_only=True)
 class InstanceStep:
-  """What one instance does until it plans again.
+  """What one instance does in a step.
 
   Attributes:
-    decode: Rows of one token, and for how many steps each goes on.
-    prefill: Rows of prompts.
-    readings: What decode rows attend here, own and hosted ones.
-    work: Everything but the decode rows.
-    has_group_decode: Whether any decode row has rBlocks elsewhere.
-    query_tokens: Prompt tokens whose context lies elsewhere.
+    plan: Its rows.
+    work: What is to be computed here, for others' rows too.
   """
 
-  decode: list[tuple[Row, int]] = dataclasses.field(
-    default_factory=list[tuple[Row, int]]
-  )
-  prefill: tuple[Row, ...] = ()
-  readings: list[Reading] = dataclasses.field(default_factory=list[Reading])
-  work: Work = dataclasses.field(default_factory=Work)
-  has_group_decode: bool = False
-  query_tokens: int = 0
+  plan: StepPlan
+  work: Work
 
-  def shorten(self, most_steps: int) -> None:
-    """Has no decode row go on for more steps than that."""
-    self.decode = [(row, min(n, most_steps)) for row, n in self.decode]
-
-  def has_rows(self) -> bool:
-    """Whether the instance computes anything of its own."""
-    return bool(self.decode or self.prefill)
+  @property
+  def query_tokens(self) -> int:
+    """Prompt tokens whose context lies elsewhere."""
+    return sum(row.num_tokens for row in self.plan.group_prefill)
 
   def has_group_rows(self) -> bool:
     """Whether anybody else has to take part."""
-    return self.has_group_decode or self.query_tokens > 0
-
-  def work_at(self, step: int) -> Work:
-    """What is to do in one of the steps, counted from 0."""
-    rows = tokens = 0
-    for reading in self.readings:
-      if reading.steps > step:
-        rows += reading.is_own
-        tokens += reading.tokens + step * reading.is_own
-    return Work(
-      rows=rows,
-      tokens=tokens,
-      prefill_tokens=self.work.prefill_tokens,
-      prefill_pairs=self.work.prefill_pairs,
-      copied_s=self.work.copied_s,
-    )
+    return bool(self.plan.group_decode or self.plan.group_prefill)
 
 
 class SimulatedInstance:
@@ -226,45 +183,13 @@ class SimulatedInstance:
   def plan(self) -> InstanceStep:
     """Plans the next step; one for which others read too is not complete."""
     plan = self.batcher.plan()
-    step = InstanceStep(
-      prefill=plan.local_prefill + plan.group_prefill,
-      has_group_decode=bool(plan.group_decode),
-      query_tokens=sum(row.num_tokens for row in plan.group_prefill),
-    )
-    step.decode = [(row, 1) for row in plan.local_decode + plan.group_decode]
-    step.work.copied_s = self.batcher.take_copied_s()
-    for row in step.prefill:
-      self._add_prefill(row, step.work)
-    return step
-
-  def extend(self, step: InstanceStep, most_steps: int) -> int:
-    """Lets decode rows go on for several steps, as far as rBlocks are free.
-
-    Args:
-      step: A step without prefill.
-      most_steps: At most so many.
-
-    Returns:
-      For how many steps at most the instance can go on before it must plan
-      again; rows that end earlier have fewer.
-    """
-    extended: list[tuple[Row, int]] = []
-    for row, _ in step.decode:
-      request = self.requests[row.uid]
-      left = request.max_total_tokens - request.num_tokens
-      wanted = min(most_steps, left)
-      table = self.manager.table(row.uid)
-      end = row.start + wanted
-      missing = -(-end // self._block_size) - table.num_blocks
-      if missing > 0 and not self.manager.allocate(row.uid, missing):
-        most_steps = table.num_blocks * self._block_size - row.start
-        wanted = min(wanted, most_steps)
-      extended.append((row, wanted))
-    step.decode = extended
-    return most_steps
+    work = Work(copied_s=self.batcher.take_copied_s())
+    for row in plan.local_prefill + plan.group_prefill:
+      self._add_prefill(row, work)
+    return InstanceStep(plan=plan, work=work)
 
   def read(
-    self, step: InstanceStep, steps: dict[InstanceId, InstanceStep]
+    self, step: InstanceStep, steps: Mapping[InstanceId, InstanceStep]
   ) -> None:
     """Notes where the rows of a step attend to what.
 
@@ -272,19 +197,18 @@ class SimulatedInstance:
       step: The step of this instance.
       steps: Those of all instances that take part, this one included.
     """
-    for row, num_steps in step.decode:
-      hosted = 0
+    plan, work = step.plan, step.work
+    for row in plan.local_decode + plan.group_decode:
+      work.rows += 1
+      work.tokens += row.end
       for creditor, tokens in self._hosted_tokens(row):
-        hosted += tokens
-        reading = Reading(steps=num_steps, tokens=tokens, is_own=False)
-        steps[creditor].readings.append(reading)
-      reading = Reading(steps=num_steps, tokens=row.end - hosted, is_own=True)
-      step.readings.append(reading)
-    for row in step.prefill:
+        steps[creditor].work.tokens += tokens
+        work.tokens -= tokens
+    for row in plan.local_prefill + plan.group_prefill:
       for creditor, tokens in self._hosted_tokens(row):
         pairs = row.num_tokens * tokens
         steps[creditor].work.prefill_pairs += pairs
-        step.work.prefill_pairs -= pairs
+        work.prefill_pairs -= pairs
 
   def commit(self, step: InstanceStep, duration_s: float) -> list[Request]:
     """Ends a step.
@@ -294,18 +218,14 @@ class SimulatedInstance:
       duration_s: How long it took.
 
     Returns:
-      Requests that got tokens. A row whose request is gone got none.
+      Requests that got a token. A row whose request is gone got none.
     """
     advanced: list[Request] = []
-    for row, num_steps in step.decode:
-      if self.is_running(row.uid):
-        whole = dataclasses.replace(row, num_tokens=num_steps)
-        advanced.append(self._advance(whole, num_steps))
-    for row in step.prefill:
+    for row in step.plan.rows:
       if not self.is_running(row.uid):
         continue
-      request = self._advance(row, int(row.samples))
-      if step.query_tokens and self.manager.spill(row.uid) is not None:
+      request = self._advance(row)
+      if row in step.plan.group_prefill:
         request.group_token_s = duration_s / row.num_tokens
       if row.samples:
         advanced.append(request)
@@ -320,14 +240,14 @@ class SimulatedInstance:
       ended.append(request)
     return ended
 
-  def _advance(self, row: Row, num_sampled: int) -> Request:
+  def _advance(self, row: Row) -> Request:
     request = self.requests[row.uid]
     self.batcher.advance(row)
     kept = self.batcher.kept.get(row.uid)
     if kept is not None and row.end >= kept.num_tokens:
       del self.batcher.kept[row.uid]
-    # Which tokens they are is nothing to the scheduler.
-    request.output_token_ids.extend([0] * num_sampled)
+    if row.samples:  # Which token it is is nothing to the scheduler.
+      request.output_token_ids.append(0)
     if request.num_tokens == request.max_total_tokens:
       self.batcher.finish(row.uid, RequestStatus.FINISHED_LENGTH)
     return request

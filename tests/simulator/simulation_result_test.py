@@ -10,7 +10,6 @@ def _result(records, duration_s):
     records=records,
     duration_s=duration_s,
     instance_steps=1,
-    num_plans=1,
     num_messages=1,
     num_blocks_moved=1,
     num_blocks_recalled=0,
