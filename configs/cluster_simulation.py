@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
   # cost less CPU time.
   config.cluster.block_size = 256
   config.cluster.num_blocks = 513
-  config.cluster.host_tokens = 2_000_000
+  config.cluster.host_blocks = 7813  # 2M tokens, of preempted requests.
   config.cluster.most_s = 7200.0
 
   config.lending = ConfigDict()

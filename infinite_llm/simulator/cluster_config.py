@@ -19,8 +19,8 @@ class ClusterConfig:
     scheduler: Sizes of a step.
     has_dgfm: Whether circles of debts are dissolved; if not, what the gManager
       says about them is not passed on.
-    host_tokens: Tokens of preempted requests that the host memory of an
-      instance holds, for policies that swap.
+    host_blocks: rBlocks of host memory per instance with the null block, for
+      policies that rest on it; others have none here, to compare with.
     min_delay_s: Shortest way of a message.
     max_delay_s: Longest way of a message.
     most_s: Simulated seconds after which a run ends anyway.
@@ -33,7 +33,7 @@ class ClusterConfig:
   lending: LendingConfig
   scheduler: SchedulerConfig
   has_dgfm: bool = True
-  host_tokens: int = 0
+  host_blocks: int = 0
   min_delay_s: float = 0.0005
   max_delay_s: float = 0.001
   most_s: float = 3600.0
@@ -44,7 +44,10 @@ class ClusterConfig:
       ("num_instances", 1),
       ("num_blocks", 2),
       ("block_size", 1),
-      ("host_tokens", 0),
+      (
+        "host_blocks",
+        2 if get_policy(self.lending.policy).swaps_to_host else 0,
+      ),
     ):
       value = getattr(self, name)
       if value < least:

@@ -113,6 +113,12 @@ class CostModel:
     """Seconds that the KV of some tokens takes to another instance."""
     return num_tokens * self.kv_bytes_per_token / self.link_bytes_per_s
 
+  def prefill_tokens_per_s(self, chunk_tokens: int) -> float:
+    """Speed at which a prompt of one chunk is computed."""
+    pairs = chunk_tokens * (chunk_tokens + 1) / 2
+    work = Work(prefill_tokens=chunk_tokens, prefill_pairs=pairs)
+    return chunk_tokens / self.step_s(work)
+
   def swap_s(self, num_tokens: int) -> float:
     """Seconds that the KV of some tokens takes to host memory, or back."""
     return num_tokens * self.kv_bytes_per_token / self.host_bytes_per_s

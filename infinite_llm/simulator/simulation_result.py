@@ -43,6 +43,7 @@ class SimulationResult:
     num_messages: Messages between managers.
     num_blocks_moved: rBlocks sent between instances.
     num_blocks_recalled: Those of them that went home.
+    num_blocks_swapped: rBlocks copied to host memory, or back.
     num_migrated: Requests that went to another instance.
     num_preempted: How often a request gave its rBlocks up.
     num_stalls: How often nothing went on until a request was made to.
@@ -56,6 +57,7 @@ class SimulationResult:
   num_messages: int
   num_blocks_moved: int
   num_blocks_recalled: int
+  num_blocks_swapped: int
   num_migrated: int
   num_preempted: int
   num_stalls: int
@@ -107,6 +109,7 @@ class SimulationResult:
       "num_messages": self.num_messages,
       "num_blocks_moved": self.num_blocks_moved,
       "num_blocks_recalled": self.num_blocks_recalled,
+      "num_blocks_swapped": self.num_blocks_swapped,
       "num_migrated": self.num_migrated,
       "num_preempted": self.num_preempted,
       "num_stalls": self.num_stalls,

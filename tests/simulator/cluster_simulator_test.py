@@ -114,7 +114,6 @@ def test_rblocks_add_up_after_every_event(policy, seed):
     _mixed_trace(seed),
     policy=policy,
     num_instances=3,
-    host_tokens=100,
   )
   while not simulator.is_over:
     simulator.network.step()
@@ -146,24 +145,39 @@ def test_other_seeds_delay_messages_otherwise():
 
 def test_swapped_requests_come_back_by_a_copy():
   # Two requests of 24 tokens in the end, in one pool of 32.
-  requests = [make_request(12, 12), make_request(12, 12)]
+  requests = [make_request(12, 12), make_request(13, 11)]
 
   def run(policy):
     return make_simulator(
-      requests, policy=policy, num_instances=1, host_tokens=100
+      requests, policy=policy, num_instances=1, host_blocks=5
     ).run()
 
   computed, copied = run("static"), run("swap")
 
   assert computed.num_preempted == copied.num_preempted == 1
-  # The second request goes with 15 of its 16 tokens computed: the first one
-  # waits for that copy. Later the other one comes back:
+  assert computed.num_blocks_swapped == 0
+  assert copied.num_blocks_swapped == 4
+  assert copied.num_blocks_leaked == 0
+  # The second request goes with 16 of its 17 tokens computed, and the first one
+  # waits until these 2 rBlocks are copied. Later the other one comes back:
   #   computed: 16 x 0.1 + 136 pairs x 0.001
-  #   copied: 15 x 0.001, then one token: 0.1 + 16 pairs x 0.001
+  #   copied: 16 x 0.001
   (_, alone_s), (_, computed_s) = _times(computed)
   (_, delayed_s), (_, copied_s) = _times(copied)
-  assert delayed_s - alone_s == pytest.approx(0.015)
-  assert computed_s - copied_s == pytest.approx(1.736 - 0.131 - 0.015)
+  assert delayed_s - alone_s == pytest.approx(0.016)
+  assert computed_s - copied_s == pytest.approx(1.736 - 2 * 0.016)
+
+
+def test_a_host_tier_that_is_full_takes_nothing():
+  requests = [make_request(12, 12), make_request(13, 11)]
+
+  def run(host_blocks):
+    return make_simulator(
+      requests, policy="swap", num_instances=1, host_blocks=host_blocks
+    ).run()
+
+  assert run(2).num_blocks_swapped == 0
+  assert run(3).num_blocks_swapped == 4
 
 
 def test_requests_migrate_to_where_there_is_room():
@@ -206,11 +220,16 @@ def test_a_run_ends_when_its_time_is_up():
 
 @pytest.mark.parametrize(
   ("name", "value"),
-  [("num_instances", 0), ("num_blocks", 1), ("most_s", 0)],
+  [
+    ("num_instances", 0),
+    ("num_blocks", 1),
+    ("host_blocks", 1),
+    ("most_s", 0),
+  ],
 )
 def test_impossible_clusters_are_refused(name, value):
   with pytest.raises(ConfigError, match=name):
-    make_simulator([make_request(8, 2)], **{name: value})
+    make_simulator([make_request(8, 2)], policy="swap", **{name: value})
 
 
 def test_steps_take_longer_with_overhead():

@@ -45,6 +45,13 @@ def test_copies_take_their_bytes_over_their_speed():
   assert cost.swap_s(8) == pytest.approx(0.8)
 
 
+def test_a_prompt_is_computed_at_the_speed_of_a_chunk():
+  cost = make_cost(step_overhead_s=1.0)
+
+  # 4 tokens and 10 pairs in 0.4 + 0.01 + 1.0 seconds.
+  assert cost.prefill_tokens_per_s(4) == pytest.approx(4 / 1.41)
+
+
 def test_the_default_is_what_was_measured():
   cost = load_cost_model(_COSTS)
   anchors = json.loads((_ANCHORS / "h200_2026-11-21.json").read_text())

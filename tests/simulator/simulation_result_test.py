@@ -13,6 +13,7 @@ def _result(records, duration_s):
     num_messages=1,
     num_blocks_moved=1,
     num_blocks_recalled=0,
+    num_blocks_swapped=0,
     num_migrated=0,
     num_preempted=0,
     num_stalls=0,
