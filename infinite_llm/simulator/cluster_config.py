@@ -4,6 +4,8 @@ import dataclasses
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.scheduler.performance_model import PerformanceModel
+from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
 
 
@@ -17,6 +19,9 @@ class ClusterConfig:
     block_size: P, tokens per rBlock.
     lending: Policy and periods.
     scheduler: Sizes of a step.
+    max_moves: Most moves of a plan of the gManager.
+    min_gain: What a planned move must gain, as a share of the throughput of
+      those concerned.
     has_dgfm: Whether circles of debts are dissolved; if not, what the gManager
       says about them is not passed on.
     host_blocks: rBlocks of host memory per instance with the null block, for
@@ -32,6 +37,8 @@ class ClusterConfig:
   block_size: int = 64
   lending: LendingConfig
   scheduler: SchedulerConfig
+  max_moves: int = 1000
+  min_gain: float = 0.0
   has_dgfm: bool = True
   host_blocks: int = 0
   min_delay_s: float = 0.0005
@@ -54,6 +61,15 @@ class ClusterConfig:
         raise ConfigError(f"{name} must be at least {least}; got {value!r}.")
     if not self.most_s > 0:
       raise ConfigError(f"most_s must be positive; got {self.most_s!r}.")
+
+  def planning(self, performance: PerformanceModel) -> PlanningConfig:
+    """What the gManager of the cluster plans by."""
+    return PlanningConfig(
+      block_size=self.block_size,
+      performance=performance,
+      max_moves=self.max_moves,
+      min_gain=self.min_gain,
+    )
 
   @property
   def reachable_tokens(self) -> int:

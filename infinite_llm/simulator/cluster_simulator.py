@@ -33,7 +33,6 @@ from infinite_llm.scheduler.messages import (
   Envelope,
   RecallKvcache,
 )
-from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.simulator.cluster_config import ClusterConfig
 from infinite_llm.simulator.cost_model import CostModel
@@ -89,9 +88,7 @@ class ClusterSimulator:
       SimulatedInstance(instance, config, cost, self.network.clock(instance))
       for instance in range(config.num_instances)
     ]
-    planning = PlanningConfig(
-      block_size=config.block_size, performance=cost.performance
-    )
+    planning = config.planning(cost.performance)
     self.gmanager = GManager(
       lending, self.network.clock(GMANAGER), planning=planning
     )
