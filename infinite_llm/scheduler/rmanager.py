@@ -356,7 +356,12 @@ class RManager:
 
   def on_message(self, envelope: Envelope) -> None:
     """Takes a message, perhaps late; nonsense is `refused` and counted."""
-    match self._reception.on_message(envelope):
+    epoch = self._reporter.leader_epoch
+    guidance = self._reception.on_message(envelope)
+    if self._reporter.leader_epoch != epoch:
+      # The new leader may allot the same rBlocks to somebody else.
+      self.allotted_to = 0
+    match guidance:
       case ClusterStatus(lendable=lendable, allotted_to=allotted_to):
         self._lendable_elsewhere = lendable
         self.allotted_to = allotted_to
