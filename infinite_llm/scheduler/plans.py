@@ -15,7 +15,8 @@ class PlanFollower:
   circular debt is dissolved (DGFM), and what becomes free brings rBlocks home.
 
   Attributes:
-    num_declined: Plans that were not followed.
+    num_followed: Plans that were begun.
+    num_declined: Plans that were not.
   """
 
   def __init__(
@@ -33,6 +34,7 @@ class PlanFollower:
       clock: Monotonic seconds.
       most_frozen_s: Longest time to be frozen, whatever is asked.
     """
+    self.num_followed = 0
     self.num_declined = 0
     self._creditor = creditor
     self._debtor = debtor
@@ -56,6 +58,7 @@ class PlanFollower:
         is_followed = False  # Requests run where they were opened.
       case MoveKvcache(dst=dst):
         is_followed = self._debtor.move_kvcache(uid, num_blocks, dst)
+    self.num_followed += is_followed
     self.num_declined += not is_followed
 
   def freeze(self, duration_s: float) -> None:

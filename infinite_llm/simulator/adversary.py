@@ -175,9 +175,14 @@ class Adversary:
       return
     running = instance.batcher.running
     if running:
-      instance.batcher.preempt(self._rng.choice(running).uid)
+      uid = self._rng.choice(running).uid
+      if self._rng.random() < 0.7:
+        instance.batcher.set_aside(uid)
+        self.counts["set aside"] += 1
+      else:
+        instance.batcher.preempt(uid)
+        self.counts["preempt"] += 1
       instance.settle()
-      self.counts["preempt"] += 1
 
   def _move(self) -> None:
     """A planned move, as a gManager may order it."""

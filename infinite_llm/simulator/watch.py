@@ -4,6 +4,7 @@ The checks concern what this instance does and says, and are cheap; those over
 all instances are in `invariants.py`.
 """
 
+import collections
 import dataclasses
 import math
 import random
@@ -62,6 +63,7 @@ class World:
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
     num_copies_lost: Copies between tiers that brought nothing.
+    plans_followed: Plans of gManagers that were begun, by kind.
     num_steps: Rows that were computed.
     num_unproved: Rows of them whose KV was not proved.
     num_tokens: Tokens that were emitted.
@@ -87,6 +89,9 @@ class World:
   num_payloads_lost: int = 0
   num_payloads_repeated: int = 0
   num_copies_lost: int = 0
+  plans_followed: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter[str]
+  )
   num_steps: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
@@ -167,7 +172,10 @@ class Watch:
       self._hand_over_fenced(envelope)
     else:
       self._leader_epoch = envelope.leader_epoch
+      before = self.manager.plans.num_followed
       self.manager.on_message(envelope)
+      if self.manager.plans.num_followed > before:
+        self._world.plans_followed[type(envelope.body).__name__] += 1
 
   def tick(self) -> None:
     """Has the manager do what is due."""
