@@ -192,9 +192,8 @@ class Adversary:
     rng, count = self._rng, self._scenario.num_instances
     uid = rng.choice(instance.batcher.running).uid
     dst = (instance.number + rng.randrange(1, count)) % count
-    if instance.manager.move_kvcache(uid, rng.randint(1, 4), dst):
+    if instance.move(uid, rng.randint(1, 4), dst):
       self.counts["move"] += 1
-    instance.settle()
 
   def _recall(self) -> None:
     """A recall, as a gManager may order it."""

@@ -18,6 +18,7 @@ from infinite_llm.scheduler.messages import (
   Address,
   CandidatesRequest,
   Envelope,
+  MoveKvcache,
 )
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane, Piece
@@ -144,6 +145,7 @@ class Watch:
     self._world = world
     self._heard: dict[tuple[InstanceId, int, int], Envelope] = {}
     self._newest_seq = 0
+    self._num_wanted = 0
     self._num_counted = -1
     self._leader_epoch: Epoch = NO_EPOCH
     self._incarnation_of: dict[InstanceId, int] = {}
@@ -172,10 +174,15 @@ class Watch:
       self._hand_over_fenced(envelope)
     else:
       self._leader_epoch = envelope.leader_epoch
-      before = self.manager.plans.num_followed
-      self.manager.on_message(envelope)
-      if self.manager.plans.num_followed > before:
-        self._world.plans_followed[type(envelope.body).__name__] += 1
+      self._hand_over_guidance(envelope)
+
+  def want_borrows(self) -> None:
+    """Notes that those borrows are wanted that have just been begun.
+
+    The instance's own requests want them, or whoever plans. Nobody else may
+    begin one, and least of all a creditor that is asked for rBlocks.
+    """
+    self._num_wanted = self.manager.num_borrows
 
   def tick(self) -> None:
     """Has the manager do what is due."""
@@ -260,12 +267,11 @@ class Watch:
         f"Request {uid} on instance {self.number} uses a foreign {block}."
       )
 
-  def check_outgoing(self, envelope: Envelope, cause: Envelope | None) -> None:
-    """Answers are right, and being asked for rBlocks makes nobody ask.
+  def check_outgoing(self, envelope: Envelope) -> None:
+    """Answers are right, and nobody asks for rBlocks that are not wanted.
 
     Args:
       envelope: What the manager says.
-      cause: The message that it has just taken, if that was it.
     """
     body, receiver = envelope.body, envelope.receiver
     if isinstance(body, LEASE_REPLIES) and isinstance(receiver, int):
@@ -277,14 +283,12 @@ class Watch:
     if envelope.seq <= self._newest_seq:
       return  # Said before.
     self._newest_seq = envelope.seq
-    if (
-      cause is not None
-      and isinstance(cause.body, Reserve)
-      and isinstance(body, (Reserve, CandidatesRequest))
+    if isinstance(body, (Reserve, CandidatesRequest)) and (
+      self.manager.num_borrows != self._num_wanted
     ):
       raise ViolationError(
-        f"Instance {self.number} forwards a borrow: {cause.body} made it ask"
-        f" {receiver!r}: {body}."
+        f"Instance {self.number} forwards a borrow: it asks {receiver!r} for"
+        f" rBlocks that nobody here wants: {body}."
       )
 
   def check_books(self) -> None:
@@ -336,6 +340,16 @@ class Watch:
     block = self.manager.pool.block(move.dst_block)
     if (block.uid, block.epoch) != (move.uid, move.dst_epoch):
       raise ViolationError(f"{move} was written over {block}.")
+
+  def _hand_over_guidance(self, envelope: Envelope) -> None:
+    """What the leading gManager says may be a plan, to move or to recall."""
+    plans = self.manager.plans
+    before = plans.num_followed
+    self.manager.on_message(envelope)
+    if plans.num_followed > before:
+      self._world.plans_followed[type(envelope.body).__name__] += 1
+      if isinstance(envelope.body, MoveKvcache):
+        self.want_borrows()
 
   def _hand_over_fenced(self, envelope: Envelope) -> None:
     """Whatever a former leader says must change nothing."""

@@ -123,6 +123,27 @@ def _forward_borrows(monkeypatch):
   monkeypatch.setattr(RManager, "on_message", forward)
 
 
+def _forward_borrows_later(monkeypatch):
+  """Whoever was asked for rBlocks asks somebody else at its next tick."""
+  on_message, tick = RManager.on_message, RManager.tick
+  asked = set()
+
+  def note(self, envelope):
+    on_message(self, envelope)
+    if isinstance(envelope.body, Reserve):
+      asked.add(self)
+
+  def forward(self):
+    if self in asked:
+      asked.remove(self)
+      for uid in self._debtor._accounts:
+        self.borrow(uid, 1)
+    tick(self)
+
+  monkeypatch.setattr(RManager, "on_message", note)
+  monkeypatch.setattr(RManager, "tick", forward)
+
+
 def _count_refused_grants(monkeypatch):
   count_lent = Creditor._count_lent
   monkeypatch.setattr(
@@ -261,7 +282,11 @@ _PLACES = {
   Place.PROOF_SKIPPED: (_with_lost_payloads, 20, "whose copy was not proved"),
   Place.FREED_TWICE: (_borrowing, 20, "cannot free"),
   Place.RELEASE_FORGOTTEN: (_borrowing, 20, "were never given back"),
-  Place.HOME_EPOCHS_KEPT: (_borrowing, 40, "receives under epoch"),
+  Place.HOME_EPOCHS_KEPT: (
+    _borrowing,
+    40,
+    "receives under epoch|was written over",
+  ),
   Place.HOME_FREED_EARLY: (_swapping, 10, "its HBM rBlock is"),
   Place.DROPPED_EARLY: (_swapping, 20, "its HOST rBlock is"),
   Place.HOST_KEPT: (_swapping, 10, "in HOST for nobody"),
@@ -269,6 +294,7 @@ _PLACES = {
 
 _REPLACED = {
   _forward_borrows: (_borrowing, 30, "forwards a borrow"),
+  _forward_borrows_later: (_borrowing, 30, "forwards a borrow"),
   _count_refused_grants: (_borrowing, 10, "says that it lent"),
   _obey_former_leaders: (_borrowing, 20, "and obeys"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
