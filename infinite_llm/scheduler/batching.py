@@ -126,6 +126,14 @@ class Batcher:
     self._rmanager.close(uid)
     self._await_admission(uid)
 
+  def set_aside(self, uid: RequestUid) -> None:
+    """Has a running request wait: in HOST if it can and copies are faster."""
+    swapping = self._rmanager.swapping
+    if swapping.is_preferred(uid) and swapping.swap_out(uid):
+      self._await_admission(uid)
+    else:
+      self.preempt(uid)
+
   def _await_admission(self, uid: RequestUid) -> None:
     request = self._running.pop(uid)
     request.num_computed_tokens = 0
@@ -376,14 +384,10 @@ class Batcher:
     return self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
-    swapping = self._rmanager.swapping
     uid = max(self._running.values(), key=_ARRIVAL).uid
-    if uid == request.uid or swapping.is_making_room:
+    if uid == request.uid or self._rmanager.swapping.is_making_room:
       return False
-    if swapping.is_preferred(uid) and swapping.swap_out(uid):
-      self._await_admission(uid)
-    else:
-      self.preempt(uid)
+    self.set_aside(uid)
     return True
 
   def _capacity(self, request: Request) -> int:

@@ -220,6 +220,11 @@ class Debtor:
       [uid for uid, account in self._accounts.items() if account.is_lost]
     )
 
+  @property
+  def num_borrows(self) -> int:
+    """Borrows that were ever begun, planned ones included."""
+    return self._transfers.borrowing.num_begun
+
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
     return any(account.borrow for account in self._accounts.values())

@@ -276,6 +276,11 @@ class RManager:
     movable = [(uid, self.movable_blocks(uid)) for uid in uids]
     return self._policy.choose_victim(movable)
 
+  @property
+  def num_borrows(self) -> int:
+    """Borrows that were ever begun, planned moves included."""
+    return self._debtor.num_borrows
+
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
     return self._debtor.is_borrowing()
