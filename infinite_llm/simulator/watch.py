@@ -269,11 +269,8 @@ class Watch:
     if envelope.seq <= self._newest_seq:
       return  # Said before.
     self._newest_seq = envelope.seq
-    if (
-      cause is not None
-      and isinstance(cause.body, Reserve)
-      and isinstance(body, (Reserve, CandidatesRequest))
-    ):
+    is_asking = isinstance(body, (Reserve, CandidatesRequest))
+    if is_asking and cause is not None and isinstance(cause.body, Reserve):
       raise ViolationError(
         f"Instance {self.number} forwards a borrow: {cause.body} made it ask"
         f" {receiver!r}: {body}."
@@ -283,8 +280,7 @@ class Watch:
     """Nothing is lost from count, and leases are those of the history."""
     pool, swapping = self.manager.pool, self.manager.swapping
     self.history.check_books(self.manager.lent())
-    # Hundreds of times a second of the simulation, so it builds nothing, and
-    # counts again only what may have changed.
+    # So often that it builds nothing, and counts only what may have changed.
     num_changes = pool.num_changes + swapping.num_changes
     if num_changes != self._num_counted:
       self._num_counted = num_changes
