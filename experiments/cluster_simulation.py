@@ -160,9 +160,7 @@ def _run_large(
     base,
     num_instances=large.num_instances,
     lending=dataclasses.replace(
-      base.lending,
-      heartbeat_every_s=large.heartbeat_every_s,
-      leader_lease_s=4 * large.heartbeat_every_s,
+      base.lending, heartbeat_every_s=large.heartbeat_every_s
     ),
   )
   trace = _draw(
