@@ -130,9 +130,7 @@ class RManager:
       self._reporter,
       faults,
     )
-    self.plans = PlanFollower(
-      self._creditor, self._debtor, clock, lending.lease_s
-    )
+    self.plans = PlanFollower(self._creditor, debtor, effects, lending, clock)
     self.refused = self._reception.refused
     self._lendable_elsewhere = 0
     self.allotted_to = 0

@@ -66,6 +66,7 @@ def test_all_kinds_of_faults_and_moves_happen():
   }
   assert sum(result.num_moved for result in results) > 0
   assert sum(result.num_swapped for result in results) > 0
+  assert sum(result.num_migrated for result in results) > 0
   assert sum(result.num_takeovers for result in results) > 0
   assert sum(result.num_deaths for result in results) > 0
   assert 0.075 < max(result.longest_takeover_s for result in results) <= 0.1
