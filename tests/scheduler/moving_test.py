@@ -477,14 +477,14 @@ class TestFreeze:
 
 
 class TestPlans:
-  def _tell(self, cluster, body):
+  def _tell(self, cluster, body, seq=1):
     manager = cluster.managers[0]
     manager.on_message(
       Envelope(
         sender=GMANAGER,
         receiver=0,
         incarnation=1,
-        seq=1,
+        seq=seq,
         body=body,
         leader_epoch=9,
       )
@@ -499,6 +499,19 @@ class TestPlans:
     assert manager.borrowed() == {1: 4, 2: 1}
     assert manager.plans.num_declined == 0
     assert _is_covered(cluster)
+
+  def test_a_plan_that_comes_again_is_not_followed_again(self, cluster):
+    for _ in range(3):
+      manager = self._tell(cluster, MoveKvcache(uid=UID, num_blocks=1, dst=2))
+      cluster.settle()
+    assert manager.borrowed() == {1: 4, 2: 1}
+
+    recall = RecallKvcache(uid=UID, num_blocks=2, src=1, freeze_s=2.0)
+    for _ in range(2):
+      self._tell(cluster, recall, seq=2)
+      cluster.settle()
+    assert manager.borrowed() == {1: 2, 2: 1}
+    assert manager.plans.num_declined == 0
 
   def test_a_recall_is_followed_and_freezes_until_it_is_over(self, cluster):
     plan = RecallKvcache(uid=UID, num_blocks=3, src=1, freeze_s=2.0)
