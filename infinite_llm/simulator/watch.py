@@ -34,6 +34,7 @@ from infinite_llm.types import (
   NO_EPOCH,
   BlockId,
   Epoch,
+  FaultPoint,
   InstanceId,
   RequestUid,
   Tier,
@@ -56,6 +57,7 @@ class World:
     rng: Decides all that happens by chance.
     network: Carries messages; its time is the time.
     plane: All devices.
+    faults: Gives each manager its fault points.
     watches: One for each instance, of its present or last life.
     is_healed: Nothing goes wrong any more.
     settled_s: Since when nothing of before is on its way either.
@@ -78,6 +80,7 @@ class World:
   rng: random.Random
   network: SimulatedNetwork
   plane: DataPlane
+  faults: Callable[[Address], FaultPoint]
   watches: "list[Watch]" = dataclasses.field(default_factory=list["Watch"])
   is_healed: bool = False
   settled_s: float = math.inf
