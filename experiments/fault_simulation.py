@@ -30,6 +30,7 @@ _SUMS = (
   "num_rows",
   "num_unproved",
   "num_tokens",
+  "num_migrated",
   "num_moved",
   "num_swapped",
   "num_takeovers",

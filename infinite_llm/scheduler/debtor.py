@@ -312,17 +312,19 @@ class Debtor:
   def requests(self) -> tuple[RequestBlocks, ...]:
     """Where the rBlocks of open requests are, of those that have any."""
     found: list[RequestBlocks] = []
+    home = self._pool.instance
     for uid, account in self._accounts.items():
-      holders = {c: len(held) for c, held in account.leases.items() if held}
-      num_local = account.table.num_at(self._pool.instance)
-      if num_local:
-        holders[self._pool.instance] = num_local
+      num_local = account.table.num_at(home)
+      if account.leases:
+        holders = {c: len(held) for c, held in account.leases.items() if held}
+        if num_local:
+          holders[home] = num_local
+        holders = tuple(sorted(holders.items()))
+      else:  # Nearly always.
+        holders = ((home, num_local),) if num_local else ()
       if holders:
-        blocks = RequestBlocks(
-          uid=uid,
-          holders=tuple(sorted(holders.items())),
-          movable=self.movable_blocks(uid),
-        )
+        movable = self.movable_blocks(uid)
+        blocks = RequestBlocks(uid=uid, holders=holders, movable=movable)
         found.append(blocks)
     return tuple(found)
 

@@ -131,9 +131,7 @@ class RManager:
       self._reporter,
       faults,
     )
-    self.plans = PlanFollower(
-      self._creditor, self._debtor, clock, lending.lease_s
-    )
+    self.plans = PlanFollower(self._creditor, debtor, effects, lending, clock)
     self.refused = self._reception.refused
     self._lendable_elsewhere = 0
     self.allotted_to = 0
@@ -362,7 +360,12 @@ class RManager:
 
   def on_message(self, envelope: Envelope) -> None:
     """Takes a message, perhaps late; nonsense is `refused` and counted."""
-    match self._reception.on_message(envelope):
+    epoch = self._reporter.leader_epoch
+    guidance = self._reception.on_message(envelope)
+    if self._reporter.leader_epoch != epoch:
+      # The new leader may allot the same rBlocks to somebody else.
+      self.allotted_to = 0
+    match guidance:
       case ClusterStatus(lendable=lendable, allotted_to=allotted_to):
         self._lendable_elsewhere = lendable
         self.allotted_to = allotted_to

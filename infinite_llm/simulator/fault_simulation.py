@@ -42,6 +42,7 @@ class SeedResult:
     num_tokens: Tokens that were emitted.
     num_failed: Requests that failed because their KV was not proved again and
       again.
+    num_migrated: Requests that went to another instance.
     num_moved: Payloads that arrived.
     num_swapped: rBlocks that were copied between tiers.
     num_takeovers: How often a standby began to lead.
@@ -71,6 +72,7 @@ class SeedResult:
   num_unproved: int = 0
   num_tokens: int = 0
   num_failed: int = 0
+  num_migrated: int = 0
   num_moved: int = 0
   num_swapped: int = 0
   num_takeovers: int = 0
@@ -147,6 +149,7 @@ def run_seed(
   result.num_unproved = world.num_unproved
   result.num_tokens = world.num_tokens
   result.num_failed = world.num_failed
+  result.num_migrated = cluster.num_migrated
   result.num_moved = world.plane.num_arrived
   result.num_swapped = world.plane.num_swapped
   result.num_takeovers = cluster.gmanagers.num_takeovers

@@ -10,6 +10,7 @@ from infinite_llm.errors import CoverageError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import (
   GrantEpochs,
+  MigrateRequest,
   Move,
   MoveBlocks,
   SwapBlocks,
@@ -50,6 +51,7 @@ class Instance:
     number: InstanceId,
     incarnation: int,
     world: World,
+    emigrate: Callable[[Request, InstanceId], None],
   ):
     """Starts an instance without requests.
 
@@ -57,6 +59,7 @@ class Instance:
       number: Which instance.
       incarnation: Rises with each start.
       world: What it shares with the others.
+      emigrate: Takes requests that are to run elsewhere.
     """
     scenario = world.scenario
     self.number = number
@@ -65,6 +68,7 @@ class Instance:
     self.num_nonsense = 0
     self._world = world
     self._faults = world.faults(number)
+    self._emigrate = emigrate
     last_epoch = (incarnation - 1) * EPOCHS_PER_INCARNATION
     host = None
     if scenario.host_blocks:
@@ -154,6 +158,9 @@ class Instance:
           world.plane.grant(self.number, effect)
         case SwapBlocks():
           self._begin_copy(effect)
+        case MigrateRequest(uid=uid, dst=dst):
+          self.batcher.abort(uid)
+          self._emigrate(self.requests[uid], dst)
     self.watch.check_books()
 
   def add(self, request: Request) -> None:

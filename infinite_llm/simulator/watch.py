@@ -28,10 +28,10 @@ from infinite_llm.simulator.lease_history import (
   LeaseHistory,
 )
 from infinite_llm.simulator.network import SimulatedNetwork
+from infinite_llm.simulator.obedience import Obedience
 from infinite_llm.simulator.scenario import Scenario
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import (
-  NO_EPOCH,
   BlockId,
   Epoch,
   FaultPoint,
@@ -150,7 +150,7 @@ class Watch:
     self._newest_seq = 0
     self._num_wanted = 0
     self._num_counted = -1
-    self._leader_epoch: Epoch = NO_EPOCH
+    self._obedience = Obedience(manager)
     self._incarnation_of: dict[InstanceId, int] = {}
     self._owner_heard_s: dict[InstanceId, float] = {}
     self._longest_silence_s = (lending.lease_s + world.scenario.tick_s) / (
@@ -173,17 +173,13 @@ class Watch:
       if incarnation > known:
         self._incarnation_of[sender] = incarnation
         self._check_restart(sender, incarnation, lent)
-    elif envelope.leader_epoch < self._leader_epoch:
-      self._hand_over_fenced(envelope)
     else:
-      self._leader_epoch = envelope.leader_epoch
       self._hand_over_guidance(envelope)
 
   def want_borrows(self) -> None:
     """Notes that those borrows are wanted that have just been begun.
 
-    The instance's own requests want them, or whoever plans. Nobody else may
-    begin one, and least of all a creditor that is asked for rBlocks.
+    The instance's own requests want them, or whoever plans; nobody else may.
     """
     self._num_wanted = self.manager.num_borrows
 
@@ -348,32 +344,11 @@ class Watch:
     """What the leading gManager says may be a plan, to move or to recall."""
     plans = self.manager.plans
     before = plans.num_followed
-    self.manager.on_message(envelope)
+    self._obedience.hand_over(envelope)
     if plans.num_followed > before:
       self._world.plans_followed[type(envelope.body).__name__] += 1
       if isinstance(envelope.body, MoveKvcache):
         self.want_borrows()
-
-  def _hand_over_fenced(self, envelope: Envelope) -> None:
-    """Whatever a former leader says must change nothing."""
-    before = self._sees_of_gmanagers()
-    self.manager.on_message(envelope)
-    outgoing = self.manager.drain_messages()
-    effects = self.manager.drain_effects()
-    if outgoing or effects or self._sees_of_gmanagers() != before:
-      raise ViolationError(
-        f"Instance {self.number} has heard of leader epoch"
-        f" {self._leader_epoch}, and obeys {envelope}."
-      )
-
-  def _sees_of_gmanagers(self) -> tuple[int, int, bool, bool]:
-    manager = self.manager
-    return (
-      manager.lendable_elsewhere(),
-      manager.allotted_to,
-      manager.is_frozen,
-      manager.is_borrowing(),
-    )
 
   def _lent_to(self, owner: InstanceId) -> Sequence[tuple[BlockId, Epoch]]:
     """What is kept for an instance, in whatever incarnation."""

@@ -1,6 +1,6 @@
 """A gManager in a process of its own, until it is killed.
 
-python -m tests.multihost.gmanager_process LISTEN INSTANCE=TARGET...
+python -m tests.multihost.gmanager_process LISTEN INCARNATION INSTANCE=TARGET...
 """
 
 import sys
@@ -13,13 +13,17 @@ from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import GMANAGER
 
 
-def main(listen: str, *peers: str) -> None:
+def main(listen: str, incarnation: str, *peers: str) -> None:
   """Answers rManagers."""
   transport = GrpcTransport(GrpcOptions(listen=listen))
   for peer in peers:
     instance, target = peer.split("=")
     transport.connect(int(instance), target)
-  gmanager = GManager(LendingConfig(policy="borrow"), time.monotonic)
+  gmanager = GManager(
+    LendingConfig(policy="borrow"),
+    time.monotonic,
+    incarnation=int(incarnation),
+  )
   transport.register(GMANAGER, gmanager.on_message)
   print("ready", flush=True)
   while True:

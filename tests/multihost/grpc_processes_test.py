@@ -34,15 +34,18 @@ class Instances:
       transport.connect(1 - instance, self.targets[1 - instance])
       transport.connect(GMANAGER, self._gmanager_target)
     self.process = None
+    self._num_started = 0
 
   def start_gmanager(self):
     peers = [f"{i}={target}" for i, target in enumerate(self.targets)]
+    self._num_started += 1
     self.process = subprocess.Popen(
       [
         sys.executable,
         "-m",
         "tests.multihost.gmanager_process",
         self._gmanager_target,
+        str(self._num_started),
         *peers,
       ],
       stdout=subprocess.PIPE,

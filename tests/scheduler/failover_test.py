@@ -12,6 +12,7 @@ from infinite_llm.scheduler.messages import (
   Candidates,
   CandidatesRequest,
   ClusterStatus,
+  Envelope,
   FullHeartbeatRequest,
   Heartbeat,
   MoveKvcache,
@@ -135,14 +136,39 @@ def test_no_word_of_the_dead_leader_counts_once_another_leads(cluster, network):
   assert manager.plans.num_declined == 0
   # The same words of the one that leads now do count.
   new = dataclasses.replace(late, sender=STANDBY, leader_epoch=3)
-  for body in plans:
-    manager.on_message(dataclasses.replace(new, body=body))
+  for number, body in enumerate(plans, 1000):
+    manager.on_message(dataclasses.replace(new, seq=number, body=body))
   assert manager.lendable_elsewhere() == 9
   assert manager.plans.num_declined == 1  # The move is under way by then.
   assert {type(m.body) for m in manager.drain_messages()} == {
     Reserve,
     Heartbeat,
   }
+
+
+def test_what_the_dead_leader_allotted_ends_with_its_epoch(cluster):
+  manager = cluster.managers[0]
+  old = Envelope(
+    sender=GMANAGER,
+    receiver=0,
+    incarnation=1,
+    seq=100,
+    body=ClusterStatus(lendable=9, allotted_to=5),
+    leader_epoch=2,
+  )
+  manager.on_message(old)
+  assert manager.allotted_to == 5
+  # Whatever the new leader says first, it may have allotted that to another.
+  first = dataclasses.replace(
+    old, sender=STANDBY, seq=1, body=FullHeartbeatRequest(), leader_epoch=3
+  )
+  manager.on_message(first)
+  assert manager.allotted_to == 0
+
+  own = dataclasses.replace(first, seq=2, body=old.body)
+  manager.on_message(own)
+  manager.on_message(dataclasses.replace(first, seq=3))
+  assert manager.allotted_to == 5  # Its own word is not undone by itself.
 
 
 def test_a_question_to_the_dead_leader_is_put_to_the_new_one(cluster):

@@ -481,6 +481,22 @@ def test_links_are_fast_inside_a_domain():
   assert LinkCosts().cost_s(0, 99) == 0.0
 
 
+def test_an_absurd_need_takes_nothing_from_those_who_wait(clock):
+  gmanager = _gmanager(clock, num_instances=3)
+  waits = {"num_waiting": 1, "next_blocks": 120, "next_arrival": 5}
+  gmanager.on_message(_heartbeat(0, 1, 99, **waits))
+  gmanager.on_message(_heartbeat(1, 1, 99))
+  gmanager.drain_messages()
+
+  for seq, absurd in enumerate((2**62, 2**31 - 1, 298, -1), 2):
+    gmanager.on_message(_heartbeat(1, seq, 99, num_running=1, promised=absurd))
+  gmanager.on_message(_heartbeat(0, 2, 99, **waits))
+
+  (status,) = [m.body for m in gmanager.drain_messages()]
+  assert status == ClusterStatus(lendable=99, allotted_to=5)
+  assert gmanager.refused == {"Heartbeat": 4}
+
+
 class TestLeadership:
   @pytest.fixture
   def standby(self, clock):

@@ -15,6 +15,7 @@ from infinite_llm.scheduler import (
   gmanager,
   gmanager_screening,
   reception,
+  reporter,
   screening,
 )
 from infinite_llm.scheduler.creditor import Creditor
@@ -22,7 +23,7 @@ from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.leases import LeaseDeadlines
-from infinite_llm.scheduler.messages import Leadership
+from infinite_llm.scheduler.messages import ClusterStatus, Leadership
 from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane
@@ -154,10 +155,29 @@ def _count_refused_grants(monkeypatch):
 
 
 def _obey_former_leaders(monkeypatch):
+  """Whatever any gManager says counts, also what came before."""
   follow = Reporter.follow
   monkeypatch.setattr(
     Reporter, "follow", lambda self, envelope: follow(self, envelope) or True
   )
+
+
+def _follow_plans_again(monkeypatch):
+  """Whatever the leader says counts, however late or often it comes."""
+  monkeypatch.setattr(reporter, "_IN_ORDER", {})
+
+
+def _keep_the_old_allotment(monkeypatch):
+  """What a leader allotted is in force until its successor's first status."""
+  on_message = RManager.on_message
+
+  def keep(self, envelope):
+    allotted_to = self.allotted_to
+    on_message(self, envelope)
+    if not isinstance(envelope.body, ClusterStatus):
+      self.allotted_to = allotted_to
+
+  monkeypatch.setattr(RManager, "on_message", keep)
 
 
 def _lead_twice_under_one_epoch(monkeypatch):
@@ -296,11 +316,13 @@ _REPLACED = {
   _forward_borrows: (_borrowing, 30, "forwards a borrow"),
   _forward_borrows_later: (_borrowing, 30, "forwards a borrow"),
   _count_refused_grants: (_borrowing, 10, "says that it lent"),
-  _obey_former_leaders: (_borrowing, 20, "and obeys"),
+  _obey_former_leaders: (_drawn, 20, "and obeys"),
+  _follow_plans_again: (_drawn, 20, "and obeys .* came before"),
+  _keep_the_old_allotment: (_borrowing, 200, "still counts on what"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
   _obey_any_instance: (_drawn, 10, "must be refused and counted|Error"),
   _believe_any_number: (_drawn, 10, "must be refused and counted"),
-  _believe_any_heartbeat: (_drawn, 10, "must be refused and counted"),
+  _believe_any_heartbeat: (_drawn, 60, "must be refused and counted"),
   _refuse_in_silence: (_drawn, 10, "must be refused and counted"),
   _never_take_over: (_drawn, 20, "stands by"),
   _take_over_a_period_late: (_drawn, 20, "stands by"),

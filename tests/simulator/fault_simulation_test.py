@@ -75,6 +75,7 @@ def test_all_kinds_of_faults_and_moves_happen(results):
   }
   assert sum(result.num_moved for result in results) > 0
   assert sum(result.num_swapped for result in results) > 0
+  assert sum(result.num_migrated for result in results) > 0
   assert sum(result.num_takeovers for result in results) > 0
   assert sum(result.num_unproved for result in results) > 0
 
