@@ -192,3 +192,21 @@ def draw_scenario(rng: random.Random) -> Scenario:
       if rng.random() < 0.5
     },
   )
+
+
+def with_all_troubles(scenario: Scenario) -> Scenario:
+  """The same cluster where whatever can go wrong goes wrong at once.
+
+  Instances plan ahead, borrow and have host memory.
+  """
+  return dataclasses.replace(
+    scenario,
+    lending=dataclasses.replace(scenario.lending, policy="greedy"),
+    host_blocks=2 * scenario.num_blocks,
+    long_answers=0.6,
+    clock_jump=0.3,
+    payload_lost=0.1,
+    payload_repeated=0.3,
+    copy_lost=0.3,
+    mishaps=_MISHAPS,
+  )

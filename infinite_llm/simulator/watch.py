@@ -238,13 +238,20 @@ class Watch:
         )
 
   def check_trust(self, uid: RequestUid) -> None:
-    """An owner trusts only leases that live, as far as it can know."""
+    """An owner trusts only leases that live, as far as it can know.
+
+    When the clock of a creditor has jumped ahead, it may have ended leases that
+    the owner trusts for the rest of their time.
+    """
     world = self._world
-    if world.jumped_s or not self.manager.is_readable(uid):
+    if not self.manager.is_readable(uid):
       return
     table = self.manager.table(uid)
     for creditor in table.creditors():
       lender = world.watches[creditor]
+      jumped_s = world.jumped_s.get(creditor, -math.inf)
+      if world.network.now_s - jumped_s <= self._longest_silence_s:
+        continue
       for _, location in table.hosted_entries(creditor):
         life = location.epoch // EPOCHS_PER_INCARNATION + 1
         if not lender.is_up or life != lender.incarnation:
