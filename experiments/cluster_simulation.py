@@ -181,9 +181,7 @@ def _run_large(
     base,
     num_instances=large.num_instances // devices,
     lending=dataclasses.replace(
-      base.lending,
-      heartbeat_every_s=large.heartbeat_every_s,
-      leader_lease_s=4 * large.heartbeat_every_s,
+      base.lending, heartbeat_every_s=large.heartbeat_every_s
     ),
   )
   lengths = large.min_tokens, large.max_tokens

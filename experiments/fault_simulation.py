@@ -38,6 +38,7 @@ _SUMS = (
   "num_moved",
   "num_swapped",
   "num_takeovers",
+  "num_deaths",
   "time_s",
 )
 

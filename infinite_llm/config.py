@@ -145,7 +145,8 @@ class LendingConfig:
     expire_after_s: Seconds of silence after which the gManager forgets an
       instance.
     leader_lease_s: Seconds of silence of the leading gManager after which the
-      standby takes over.
+      standby takes over. It is called, and the leader speaks, each
+      `leader_beat_s`; both together fit in a heartbeat period.
     plan_every_s: Seconds between plans of the gManager.
     freeze_s: Seconds for which the instances of a circle of debts neither lend
       nor borrow, so that they can take their rBlocks home.
@@ -164,7 +165,7 @@ class LendingConfig:
   lease_s: float = 10.0
   full_heartbeat_every: int = 10
   expire_after_s: float = 5.0
-  leader_lease_s: float = 1.0
+  leader_lease_s: float = 0.075
   plan_every_s: float = 1.0
   freeze_s: float = 1.0
 
@@ -195,6 +196,7 @@ class LendingConfig:
       "resend_after_s",
       "heartbeat_every_s",
       "lease_s",
+      "leader_lease_s",
       "plan_every_s",
       "freeze_s",
     ):
@@ -208,14 +210,28 @@ class LendingConfig:
         " message ends no lease",
         self.lease_s,
       )
-    for name in ("expire_after_s", "leader_lease_s"):
-      require(
-        getattr(self, name) > 2 * self.heartbeat_every_s,
-        name,
-        f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so"
-        " that one lost heartbeat is no death",
-        getattr(self, name),
-      )
+    require(
+      self.expire_after_s > 2 * self.heartbeat_every_s,
+      "expire_after_s",
+      f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
+      " one lost heartbeat is no death",
+      self.expire_after_s,
+    )
+    require(
+      self.leader_lease_s + self.leader_beat_s <= self.heartbeat_every_s,
+      "leader_lease_s",
+      f"at most 0.8 of heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
+      " a standby leads within that time of a leader's death",
+      self.leader_lease_s,
+    )
+
+  @property
+  def leader_beat_s(self) -> float:
+    """Seconds between words of the leading gManager to the standby.
+
+    Three of them may be lost. Each gManager must be called as often.
+    """
+    return self.leader_lease_s / 4
 
   @property
   def has_lenders(self) -> bool:

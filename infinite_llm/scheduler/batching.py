@@ -1,7 +1,6 @@
 """Continuous batching of one instance: which rows its next step has."""
 
 import collections
-import operator
 from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
@@ -23,8 +22,6 @@ from infinite_llm.types import PoolCounts, RequestUid
 _BORROW_CHUNKS = 2
 """Room that a borrow makes, in prefill chunks: moving blocks takes a few rounds
 of messages, so one borrow serves several steps."""
-
-_ARRIVAL = operator.attrgetter("arrival")
 
 
 class Batcher:
@@ -73,7 +70,7 @@ class Batcher:
   @property
   def running(self) -> tuple[Request, ...]:
     """Requests with rBlocks, by arrival."""
-    return tuple(sorted(self._running.values(), key=_ARRIVAL))
+    return tuple(sorted(self._running.values(), key=lambda r: r.arrival))
 
   @property
   def has_work(self) -> bool:
@@ -384,7 +381,7 @@ class Batcher:
     return self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
-    uid = max(self._running.values(), key=_ARRIVAL).uid
+    uid = max(self._running.values(), key=lambda r: r.arrival).uid
     if uid == request.uid or self._rmanager.swapping.is_making_room:
       return False
     self.set_aside(uid)

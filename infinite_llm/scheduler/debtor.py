@@ -217,7 +217,7 @@ class Debtor:
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone."""
     return tuple(
-      [uid for uid, account in self._accounts.items() if account.is_lost]
+      uid for uid, account in self._accounts.items() if account.is_lost
     )
 
   @property
@@ -278,11 +278,9 @@ class Debtor:
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
     return tuple(
-      [
-        uid
-        for uid, account in self._accounts.items()
-        if account.phase is Phase.SWITCHED
-      ]
+      uid
+      for uid, account in self._accounts.items()
+      if account.phase is Phase.SWITCHED
     )
 
   def on_verified(self, uid: RequestUid, is_proved: bool) -> None:

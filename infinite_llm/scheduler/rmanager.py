@@ -393,9 +393,8 @@ class RManager:
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
-    effects = self._effects + self.swapping.drain_effects()
-    self._effects.clear()  # Both halves hold on to this list.
-    return effects
+    effects, self._effects[:] = self._effects[:], []
+    return effects + self.swapping.drain_effects()
 
   def _tell(self, *, is_full: bool = False) -> None:
     heartbeat = self.condition.heartbeat(self._reporter.leader_epoch)

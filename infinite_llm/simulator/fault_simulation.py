@@ -46,8 +46,9 @@ class SeedResult:
     num_moved: Payloads that arrived.
     num_swapped: rBlocks that were copied between tiers.
     num_takeovers: How often a standby began to lead.
-    longest_takeover_s: Longest time from the end of a silent leader's lease
-      until the standby led, by the standby's clock.
+    num_deaths: Deaths of leaders beside a standby whose clock did not jump.
+    longest_takeover_s: Longest time from one of these, or the last word of the
+      dead if that came later, until a standby led.
     time_s: Simulated seconds.
   """
 
@@ -76,6 +77,7 @@ class SeedResult:
   num_moved: int = 0
   num_swapped: int = 0
   num_takeovers: int = 0
+  num_deaths: int = 0
   longest_takeover_s: float = 0.0
   time_s: float = 0.0
 
@@ -153,6 +155,7 @@ def run_seed(
   result.num_moved = world.plane.num_arrived
   result.num_swapped = world.plane.num_swapped
   result.num_takeovers = cluster.gmanagers.num_takeovers
+  result.num_deaths = cluster.gmanagers.num_deaths
   result.longest_takeover_s = cluster.gmanagers.longest_takeover_s
   result.time_s = world.network.now_s
   return result

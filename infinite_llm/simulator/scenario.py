@@ -24,7 +24,8 @@ class Scenario:
     lending: How pools are shared.
     scheduler: Sizes of steps.
     network: How messages fare until the cluster is healed.
-    tick_s: Seconds between two ticks of a manager.
+    tick_s: Seconds between two ticks of an rManager; gManagers are called each
+      `LendingConfig.leader_beat_s`.
     step_s: Seconds that a step is under way.
     exchange_s: Seconds within which waiting payloads are exchanged.
     copy_s: Seconds within which rBlocks are copied between tiers.
@@ -74,7 +75,7 @@ class Scenario:
   mishaps: Mapping[str, float] = dataclasses.field(
     default_factory=dict[str, float]
   )
-  min_s: float = 3.0
+  min_s: float = 4.0
   min_messages: int = 300
   min_faults: int = 5
 
@@ -145,7 +146,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
     lease_s=rng.choice((1.5, 2.5)),
     full_heartbeat_every=rng.choice((3, 10)),
     expire_after_s=2.0,
-    leader_lease_s=0.5,
+    leader_lease_s=0.075,
     plan_every_s=0.2 if has_circles else 0.5,
     freeze_s=0.5,
   )

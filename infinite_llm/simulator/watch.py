@@ -301,8 +301,7 @@ class Watch:
     """Nothing is lost from count, and leases are those of the history."""
     pool, swapping = self.manager.pool, self.manager.swapping
     self.history.check_books(self.manager.lent())
-    # Hundreds of times a second of the simulation, so it builds nothing, and
-    # counts again only what may have changed.
+    # So often that it builds nothing, and counts only what may have changed.
     num_changes = pool.num_changes + swapping.num_changes
     if num_changes != self._num_counted:
       self._num_counted = num_changes

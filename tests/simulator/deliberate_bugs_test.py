@@ -157,9 +157,12 @@ def _count_refused_grants(monkeypatch):
 def _obey_former_leaders(monkeypatch):
   """Whatever any gManager says counts, also what came before."""
   follow = Reporter.follow
-  monkeypatch.setattr(
-    Reporter, "follow", lambda self, envelope: follow(self, envelope) or True
-  )
+
+  def obey(self, envelope):
+    is_old = envelope.leader_epoch < self.leader_epoch
+    return follow(self, envelope) or is_old
+
+  monkeypatch.setattr(Reporter, "follow", obey)
 
 
 def _follow_plans_again(monkeypatch):
@@ -220,8 +223,10 @@ def _take_over_a_period_late(monkeypatch):
 
   def late(self):
     lending = self._lending
-    patience_s = lending.leader_lease_s + 1.5 * lending.heartbeat_every_s
-    self._lending = dataclasses.replace(lending, leader_lease_s=patience_s)
+    period_s = 3 * lending.heartbeat_every_s
+    self._lending = dataclasses.replace(
+      lending, leader_lease_s=period_s / 2, heartbeat_every_s=period_s
+    )
     tick(self)
     self._lending = lending
 
@@ -318,7 +323,7 @@ _REPLACED = {
   _count_refused_grants: (_borrowing, 10, "says that it lent"),
   _obey_former_leaders: (_drawn, 20, "and obeys"),
   _follow_plans_again: (_drawn, 20, "and obeys .* came before"),
-  _keep_the_old_allotment: (_borrowing, 200, "still counts on what"),
+  _keep_the_old_allotment: (_borrowing, 40, "still counts on what"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
   _obey_any_instance: (_drawn, 10, "must be refused and counted|Error"),
   _believe_any_number: (_drawn, 10, "must be refused and counted"),
@@ -364,6 +369,16 @@ def test_a_replaced_function_is_found(bug, monkeypatch):
   bug(monkeypatch)
 
   assert re.search(words, _first_found(scenario, num_seeds))
+
+
+def test_a_standby_that_waits_longer_than_it_may_is_found():
+  def patient(seed):
+    scenario = _drawn(seed)
+    # No configuration can say so: five heartbeat periods.
+    object.__setattr__(scenario.lending, "leader_lease_s", 0.5)
+    return scenario
+
+  assert re.search("after the leader's death", _first_found(patient, 40))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_nothing_goes_wrong_whatever_goes_wrong(seed):
 
 @pytest.fixture(scope="module")
 def results():
-  return [run_seed(seed) for seed in range(100, 140)]
+  return [run_seed(seed) for seed in range(100, 160)]
 
 
 def test_all_kinds_of_faults_and_moves_happen(results):
@@ -77,6 +77,8 @@ def test_all_kinds_of_faults_and_moves_happen(results):
   assert sum(result.num_swapped for result in results) > 0
   assert sum(result.num_migrated for result in results) > 0
   assert sum(result.num_takeovers for result in results) > 0
+  assert sum(result.num_deaths for result in results) > 0
+  assert 0.075 < max(result.longest_takeover_s for result in results) <= 0.1
   assert sum(result.num_unproved for result in results) > 0
 
 
