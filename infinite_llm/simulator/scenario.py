@@ -190,7 +190,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
     mishaps={
       mishap: probability
       for mishap, probability in _MISHAPS.items()
-      if rng.random() < 0.5
+      if rng.random() < 0.8
     },
   )
 
