@@ -110,6 +110,7 @@ class FakeCluster:
         peers=[other for other in self.addresses if other != address],
         is_leader=address == GMANAGER,
         num_instances=num_instances,
+        faults=faults,
       )
       for address in self.addresses
     }
