@@ -150,7 +150,9 @@ def _observe(
   def attend(layer, q, k, v, largest):
     kv = jnp.stack([k, v])  # [2, T, K, D]
     is_token = (positions >= 0)[:, None, None]
-    sizes = jnp.abs(jnp.where(is_token, kv.astype(jnp.float32), 0))
+    # Not every maximum keeps NaN, but all keep infinity.
+    sizes = jnp.where(jnp.isfinite(kv), jnp.abs(kv), jnp.inf)
+    sizes = jnp.where(is_token, sizes.astype(jnp.float32), 0)
     largest = largest.at[layer].max(jnp.max(sizes, axis=(1, 3)))
     pool = kv.reshape(2, -1, _BLOCK_SIZE, *kv.shape[2:])
     pool = pool.transpose(1, 0, 3, 2, 4)  # [N, 2, K, P, D]

@@ -46,9 +46,10 @@ def test_append_casts_on_the_way(sm90a):
   _assert_in_place(*result, pool)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.uint8])
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_append_narrows_on_the_way(sm90a, is_scaled):
-  pool = _of((4096, 32, 2, 8, 64, 128), jnp.float8_e4m3fn)
+def test_append_narrows_on_the_way(sm90a, is_scaled, dtype):
+  pool = _of((4096, 32, 2, 8, 64, 128), dtype)
   kv, ids = _of((500, 8, 128), jnp.bfloat16), _of((500,), jnp.int32)
   layer, scale = _of((), jnp.int32), _of((8,), jnp.float32)
 
