@@ -50,8 +50,10 @@ TOLERANCES = {
   ),
   # Keys and values that differ by bfloat16's own rounding, 2**-8, part in one
   # of 16 roundings; thinned out, that is less than what bfloat16 is allowed.
+  # Prefill puts scales of keys into queries, which are rounded for it, by 2**-9
+  # of them, and so is the lse of a single token.
   "bfloat16, float8_e4m3fn KV": Tolerance(
-    attention=4e-3, lse=1e-4, logits=6e-2, greedy_tie=0.12
+    attention=4e-3, lse=4e-3, logits=6e-2, greedy_tie=0.12
   ),
 }
 
