@@ -77,7 +77,6 @@ class BlockPool:
     return self._num_lent
 
   @property
-  @property
   def free_ids(self) -> tuple[BlockId, ...]:
     """The blocks that will be handed out, in no particular order."""
     return tuple(self._free)
