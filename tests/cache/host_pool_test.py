@@ -87,6 +87,7 @@ class Tiers:
     rng = np.random.default_rng(0)
     pool = self.pools.row(0)
     self.kv = rng.normal(size=pool.kv.shape).astype(self.dtype)
+    self.kv = self.kv.view(pool.kv.dtype)  # The bits of float8.
     self.tag = np.arange(100, 100 + N, dtype=np.uint32)
     self.pools.set_row(
       0,
