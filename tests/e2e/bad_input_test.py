@@ -185,6 +185,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     LLM(model=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("model", [None, 5, b"model"])
+def test_a_model_that_is_no_path_is_refused(model):
+  with pytest.raises(ConfigError, match=rf"model must be the .* got {model}\."):
+    LLM(model=model)
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
