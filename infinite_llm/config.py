@@ -12,8 +12,11 @@ from infinite_llm.errors import ConfigError
 from infinite_llm.rules import (
   require,
   require_buckets,
+  require_flags,
   require_integer,
+  require_numbers,
   require_positive,
+  require_texts,
 )
 
 MAX_GROUP_CHUNK_TOKENS = 1024
@@ -80,6 +83,8 @@ class CacheConfig:
     if self.num_blocks is not None:
       require_integer("num_blocks", self.num_blocks)
       require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
+    speeds = ("host_link_bytes_per_s", "recompute_tokens_per_s")
+    require_numbers(self, "memory_fraction", *speeds)
     require(
       0 < self.memory_fraction <= 1,
       "memory_fraction",
@@ -95,9 +100,10 @@ class CacheConfig:
     require_integer("host_blocks", self.host_blocks)
     is_pool = self.host_blocks == 0 or self.host_blocks >= 2
     require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
-    for name in ("host_link_bytes_per_s", "recompute_tokens_per_s"):
+    for name in speeds:
       value = getattr(self, name)
       require(0 < value < math.inf, name, "positive and finite", value)
+    require_flags(self, "verify_moves")
 
   @property
   def capacity_tokens(self) -> int:
@@ -175,6 +181,7 @@ class LendingConfig:
       f"one of {', '.join(POLICIES)}",
       self.policy,
     )
+    require_texts(self, "performance_profile")
     require_positive(
       self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
     )
@@ -190,14 +197,9 @@ class LendingConfig:
       if value is not None:
         require_integer(name, value)
         require(value >= 0, name, "None or not negative", value)
-    for name in (
-      "group_chunk_s",
-      "resend_after_s",
-      "heartbeat_every_s",
-      "lease_s",
-      "plan_every_s",
-      "freeze_s",
-    ):
+    times = [f.name for f in dataclasses.fields(self) if f.name.endswith("_s")]
+    require_numbers(self, *times)
+    for name in times:
       require(getattr(self, name) > 0, name, "positive", getattr(self, name))
     # One lost renewal, or one lost answer, must not end a lease.
     for name in ("resend_after_s", "heartbeat_every_s"):
@@ -286,6 +288,9 @@ class EngineConfig:
   seed: int = 0
 
   def __post_init__(self):
+    for name, part in _PARTS.items():
+      value = getattr(self, name)
+      require(isinstance(value, part), name, f"a {part.__name__}", value)
     require_positive(self, "num_instances", "tensor_parallel")
     require(
       self.num_instances * self.lending.spill_slots <= MAX_GROUP_ROWS,
@@ -299,7 +304,9 @@ class EngineConfig:
       f"one of auto, {', '.join(DTYPES)}",
       self.dtype,
     )
+    require_integer("seed", self.seed)
     require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
+    require_integer("max_logprobs", self.max_logprobs)
     require(
       0 <= self.max_logprobs <= 20,
       "max_logprobs",

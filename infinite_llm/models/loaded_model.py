@@ -14,7 +14,7 @@ from infinite_llm.config import DTYPES
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Transformer
-from infinite_llm.rules import require, require_integer
+from infinite_llm.rules import require_integer, require_texts
 from infinite_llm.sampling_params import SamplingParams
 
 
@@ -44,9 +44,7 @@ class GenerationDefaults:
       require_integer("eos_token_ids[...]", token)
     if self.bos_token_id is not None:
       require_integer("bos_token_id", self.bos_token_id)
-    for name in ("bos_token", "eos_token", "chat_template"):
-      value = getattr(self, name)
-      require(isinstance(value, str | None), name, "None or a text", value)
+    require_texts(self, "bos_token", "eos_token", "chat_template")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
