@@ -11,14 +11,15 @@ def get_config() -> ConfigDict:
   config.experiment = "cluster_simulation"
   config.seed = 0  # Draws the delays of messages.
   config.costs = "experiments/anchors/h200_llama3_8b_costs.json"
-  # Any of borrow, greedy, static, swap, migrate; beside
-  # borrow and greedy, "-without-dgfm" leaves circles of debts be.
+  # Any of borrow, greedy, static, swap, migrate. "-on-8" makes of the same
+  # devices instances of 8 each, "-without-dgfm" leaves circles of debts be.
   config.policies = (
     "borrow",
     "borrow-without-dgfm",
     "greedy",
     "greedy-without-dgfm",
     "static",
+    "static-on-8",
     "swap",
     "migrate",
   )
@@ -31,8 +32,9 @@ def get_config() -> ConfigDict:
   # cost less CPU time.
   config.cluster.block_size = 256
   config.cluster.num_blocks = 513
-  config.cluster.host_tokens = 2_000_000
-  config.cluster.decode_steps = 16  # Planned at once.
+  config.cluster.host_blocks = 7813  # 2M tokens, of preempted requests.
+  config.cluster.max_moves = 1000  # Of a plan of greedy or migrate.
+  config.cluster.min_gain = 0.0  # Of each move, as a share of throughput.
   config.cluster.most_s = 7200.0
 
   config.lending = ConfigDict()
@@ -47,8 +49,8 @@ def get_config() -> ConfigDict:
   config.trace = ConfigDict()
   config.trace.path = ""  # A .csv or .json file, in place of drawn traces.
   config.trace.seed = 0
-  config.trace.min_tokens = 1000
-  # Contexts of one trace are 1K to so many tokens long.
+  # A trace for each range of context lengths, all equally likely by logarithm.
+  config.trace.min_tokens = (1000, 1000, 1000)
   config.trace.max_tokens = (60_000, 200_000, 2_000_000)
   # What arrives is the same for all: about so many tokens a second, so long.
   config.trace.tokens_per_s = 450_000.0
@@ -60,6 +62,7 @@ def get_config() -> ConfigDict:
   config.large = ConfigDict()
   config.large.num_instances = 1000  # 0 leaves it out.
   config.large.policy = "borrow"
+  config.large.min_tokens = 1000
   config.large.max_tokens = 200_000
   config.large.tokens_per_s = 9_000_000.0
   config.large.arrive_s = 3.0

@@ -8,6 +8,7 @@ this tells of speed is an estimate.
 import dataclasses
 import math
 import pathlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +34,8 @@ from infinite_llm.simulator.traces import (
 _AIMS = {"instance_steps_per_s": 200.0, "times_real_time": 10.0}
 """What the simulator should reach on one core, at 32 instances."""
 
-_WITHOUT_DGFM = "-without-dgfm"
+_POLICY = re.compile(r"(\w+?)(?:-on-(\d+))?(-without-dgfm)?")
+"""Its name, devices of an instance, and whether circles of debts are left."""
 
 
 def run(
@@ -57,17 +59,16 @@ def run(
   rows = []
   for name, trace in traces.items():
     for policy in config.policies:
-      cluster = _cluster(config, policy)
-      rows.append(
-        {"trace": name, "policy": policy, **_simulate(cluster, cost, trace)}
-      )
+      cluster, devices = _cluster(config, policy)
+      run_of = _simulate(cluster, cost.sharded(devices), trace)
+      rows.append({"trace": name, "policy": policy, **run_of})
       progress.update()
   progress.close()
   large = _run_large(config, cost)
   result = {
     "about": "seconds are the model's; cpu_s is processor time of the run",
     "costs": config.costs,
-    "pool_tokens": _cluster(config, "static").reachable_tokens,
+    "pool_tokens": _cluster(config, "static")[0].reachable_tokens,
     "runs": rows,
     "large": large,
     "aims": {
@@ -102,21 +103,21 @@ def _traces(
   if trace.path:
     return {pathlib.Path(trace.path).name: load_trace(trace.path)}
   return {
-    f"{trace.min_tokens // 1000}-{max_tokens // 1000}K": _draw(
-      trace, max_tokens, trace.tokens_per_s, trace.arrive_s
+    f"{low // 1000}-{high // 1000}K": _draw(
+      trace, (low, high), trace.tokens_per_s, trace.arrive_s
     )
-    for max_tokens in trace.max_tokens
+    for low, high in zip(trace.min_tokens, trace.max_tokens, strict=True)
   }
 
 
 def _draw(
   trace: ml_collections.ConfigDict,
-  max_tokens: int,
+  lengths: tuple[int, int],
   tokens_per_s: float,
   arrive_s: float,
 ) -> Sequence[TraceRequest]:
   """Draws a trace that offers about so many tokens a second."""
-  low, high = trace.min_tokens, max_tokens
+  low, high = lengths
   if not 0 < low < high:
     raise ConfigError(f"min_tokens must be in (0, {high}); got {low}.")
   mean_tokens = (high - low) / math.log(high / low)  # Of a log-uniform length.
@@ -134,19 +135,39 @@ def _draw(
   )
 
 
-def _cluster(config: ml_collections.ConfigDict, policy: str) -> ClusterConfig:
-  name = policy.removesuffix(_WITHOUT_DGFM)
+def _cluster(
+  config: ml_collections.ConfigDict, policy: str
+) -> tuple[ClusterConfig, int]:
+  """A cluster under a policy, and the devices of each of its instances."""
+  match = _POLICY.fullmatch(policy)
+  if match is None:
+    raise ConfigError(
+      "policies must be names, perhaps with -on-8 or -without-dgfm; got"
+      f" {policy!r}."
+    )
+  name, devices = match[1], int(match[2] or 1)
+  sizes = config.cluster.to_dict()
+  if devices < 1 or sizes["num_instances"] % devices:
+    raise ConfigError(
+      f"policies must be on a divisor of num_instances = devices"
+      f" ({sizes['num_instances']}); got {policy!r}."
+    )
+  sizes["num_instances"] //= devices
+  for tier in ("num_blocks", "host_blocks"):
+    if sizes[tier]:
+      sizes[tier] = 1 + devices * (sizes[tier] - 1)
   chunk = config.scheduler.chunk_tokens
-  rows = config.scheduler.max_num_seqs
-  return ClusterConfig(
+  rows = devices * config.scheduler.max_num_seqs
+  cluster = ClusterConfig(
     lending=LendingConfig(policy=name, **config.lending),
     scheduler=SchedulerConfig(
       max_num_seqs=rows, decode_buckets=(rows,), prefill_buckets=(chunk,)
     ),
-    has_dgfm=name == policy,
+    has_dgfm=match[3] is None,
     seed=config.seed,
-    **config.cluster,
+    **sizes,
   )
+  return cluster, devices
 
 
 def _run_large(
@@ -155,23 +176,20 @@ def _run_large(
   large = config.large
   if not large.num_instances:
     return None
-  base = _cluster(config, large.policy)
+  base, devices = _cluster(config, large.policy)
   cluster = dataclasses.replace(
     base,
-    num_instances=large.num_instances,
+    num_instances=large.num_instances // devices,
     lending=dataclasses.replace(
-      base.lending,
-      heartbeat_every_s=large.heartbeat_every_s,
-      leader_lease_s=4 * large.heartbeat_every_s,
+      base.lending, heartbeat_every_s=large.heartbeat_every_s
     ),
   )
-  trace = _draw(
-    config.trace, large.max_tokens, large.tokens_per_s, large.arrive_s
-  )
+  lengths = large.min_tokens, large.max_tokens
+  trace = _draw(config.trace, lengths, large.tokens_per_s, large.arrive_s)
   return {
     "num_instances": large.num_instances,
     "policy": large.policy,
-    **_simulate(cluster, cost, trace),
+    **_simulate(cluster, cost.sharded(devices), trace),
   }
 
 
@@ -187,7 +205,6 @@ def _simulate(
     "offered_tokens": sum(r.prompt_tokens + r.output_tokens for r in trace),
     "cpu_s": cpu_s,
     "instance_steps_per_s": result.instance_steps / cpu_s,
-    "plans_per_s": result.num_plans / cpu_s,
     "times_real_time": result.duration_s / cpu_s,
   }
 

@@ -12,6 +12,7 @@ from infinite_llm.errors import ConfigError
 from infinite_llm.rules import (
   require,
   require_buckets,
+  require_choice,
   require_flags,
   require_integer,
   require_numbers,
@@ -85,12 +86,8 @@ class CacheConfig:
       require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
     speeds = ("host_link_bytes_per_s", "recompute_tokens_per_s")
     require_numbers(self, "memory_fraction", *speeds)
-    require(
-      0 < self.memory_fraction <= 1,
-      "memory_fraction",
-      "in (0, 1]",
-      self.memory_fraction,
-    )
+    fraction = self.memory_fraction
+    require(0 < fraction <= 1, "memory_fraction", "in (0, 1]", fraction)
     require(
       self.kv_dtype is None or self.kv_dtype in DTYPES,
       "kv_dtype",
@@ -151,7 +148,8 @@ class LendingConfig:
     expire_after_s: Seconds of silence after which the gManager forgets an
       instance.
     leader_lease_s: Seconds of silence of the leading gManager after which the
-      standby takes over.
+      standby takes over. It is called, and the leader speaks, each
+      `leader_beat_s`; both together fit in a heartbeat period.
     plan_every_s: Seconds between plans of the gManager.
     freeze_s: Seconds for which the instances of a circle of debts neither lend
       nor borrow, so that they can take their rBlocks home.
@@ -170,17 +168,12 @@ class LendingConfig:
   lease_s: float = 10.0
   full_heartbeat_every: int = 10
   expire_after_s: float = 5.0
-  leader_lease_s: float = 1.0
+  leader_lease_s: float = 0.075
   plan_every_s: float = 1.0
   freeze_s: float = 1.0
 
   def __post_init__(self):
-    require(
-      self.policy in POLICIES,
-      "policy",
-      f"one of {', '.join(POLICIES)}",
-      self.policy,
-    )
+    require_choice(self, "policy", POLICIES)
     require_texts(self, "performance_profile")
     require_positive(
       self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
@@ -210,14 +203,28 @@ class LendingConfig:
         " message ends no lease",
         self.lease_s,
       )
-    for name in ("expire_after_s", "leader_lease_s"):
-      require(
-        getattr(self, name) > 2 * self.heartbeat_every_s,
-        name,
-        f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so"
-        " that one lost heartbeat is no death",
-        getattr(self, name),
-      )
+    require(
+      self.expire_after_s > 2 * self.heartbeat_every_s,
+      "expire_after_s",
+      f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
+      " one lost heartbeat is no death",
+      self.expire_after_s,
+    )
+    require(
+      self.leader_lease_s + self.leader_beat_s <= self.heartbeat_every_s,
+      "leader_lease_s",
+      f"at most 0.8 of heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
+      " a standby leads within that time of a leader's death",
+      self.leader_lease_s,
+    )
+
+  @property
+  def leader_beat_s(self) -> float:
+    """Seconds between words of the leading gManager to the standby.
+
+    Three of them may be lost. Each gManager must be called as often.
+    """
+    return self.leader_lease_s / 4
 
   @property
   def has_lenders(self) -> bool:
@@ -298,21 +305,12 @@ class EngineConfig:
       f"at most {MAX_GROUP_ROWS}, the rows of a group step",
       self.num_instances * self.lending.spill_slots,
     )
-    require(
-      self.dtype in ("auto", *DTYPES),
-      "dtype",
-      f"one of auto, {', '.join(DTYPES)}",
-      self.dtype,
-    )
+    require_choice(self, "dtype", ("auto", *DTYPES))
     require_integer("seed", self.seed)
     require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
-    require_integer("max_logprobs", self.max_logprobs)
-    require(
-      0 <= self.max_logprobs <= 20,
-      "max_logprobs",
-      "in [0, 20]",
-      self.max_logprobs,
-    )
+    count = self.max_logprobs
+    require_integer("max_logprobs", count)
+    require(0 <= count <= 20, "max_logprobs", "in [0, 20]", count)
 
   def with_num_blocks(self, num_blocks: int) -> "EngineConfig":
     """The same with pools of a known size, and what follows from it.

@@ -46,6 +46,12 @@ def require_texts(config: object, *names: str) -> None:
     require(isinstance(value, str | None), name, "None or a text", value)
 
 
+def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
+  """Refuses a field that is none of the choices."""
+  value = getattr(config, name)
+  require(value in choices, name, f"one of {', '.join(choices)}", value)
+
+
 def require_buckets(config: object, *names: str) -> None:
   """Makes fields tuples; they must be rising token or row counts."""
   for name in names:

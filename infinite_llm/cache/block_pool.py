@@ -25,6 +25,12 @@ class BlockPool:
 
   The first free block is taken: the one with the lowest id. Shortage is a
   value (None), a wrong call an `InvariantError` that tells the block's history.
+
+  Attributes:
+    instance: The instance that it belongs to.
+    tier: Memory that the rBlocks lie in.
+    num_changes: Rises with every change of a block; while it stays, so do all
+      counts.
   """
 
   def __init__(
@@ -57,7 +63,7 @@ class BlockPool:
     self._num_in = dict.fromkeys(BlockState, 0)
     self._num_in[BlockState.FREE] = num_blocks - 1
     self._num_lent = 0
-    self._num_changes = 0
+    self.num_changes = 0
     self._last_epoch = last_epoch
 
   @property
@@ -69,11 +75,6 @@ class BlockPool:
   def num_lent(self) -> int:
     """Blocks hosted or reserved for other instances."""
     return self._num_lent
-
-  @property
-  def num_changes(self) -> int:
-    """Rises with every change of a block; while it stays, so do all counts."""
-    return self._num_changes
 
   @property
   def is_conserved(self) -> bool:
@@ -220,7 +221,7 @@ class BlockPool:
     block.enter(state)
 
   def _count(self, block: RBlock, state: BlockState) -> None:
-    self._num_changes += 1
+    self.num_changes += 1
     self._num_in[block.state] -= 1
     self._num_in[state] += 1
 

@@ -7,7 +7,8 @@ from infinite_llm.cache.content_tag import (
   add_coverage,
   content_tags,
   mix_tag,
-  name_content,
+  name_block,
+  name_request,
   tag_content,
 )
 from infinite_llm.cache.rblock import Location
@@ -54,9 +55,13 @@ class BlockTable:
     # it is None until somebody asks.
     self._local: BlockEntries | None = BlockEntries()
     self._local_begin = 0
-    # The rBlock whose tag was last asked for, for it fills step by step.
+    # What tags are made of, and the tag that was last asked for: an rBlock
+    # fills step by step, and is asked for twice a step.
+    self._name = name_request(uid)
     self._named: tuple[int, Epoch] | None = None
-    self._name = 0
+    self._block_name = 0
+    self._tagged: int | None = None
+    self._tag = 0
 
   @property
   def num_blocks(self) -> int:
@@ -172,9 +177,12 @@ class BlockTable:
     """
     place = logical_id, self.location(logical_id).epoch
     if place != self._named:
-      self._named = place
-      self._name = name_content(self.uid, *place)
-    return tag_content(self._name, filled)
+      self._named, self._tagged = place, None
+      self._block_name = name_block(self._name, *place)
+    if filled != self._tagged:
+      self._tagged = filled
+      self._tag = tag_content(self._block_name, filled)
+    return self._tag
 
   def demand(self, num_tokens: int) -> int:
     """Coverage that a step must reach, over all holders.

@@ -217,8 +217,13 @@ class Debtor:
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone."""
     return tuple(
-      [uid for uid, account in self._accounts.items() if account.is_lost]
+      uid for uid, account in self._accounts.items() if account.is_lost
     )
+
+  @property
+  def num_borrows(self) -> int:
+    """Borrows that were ever begun, planned ones included."""
+    return self._transfers.borrowing.num_begun
 
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
@@ -273,11 +278,9 @@ class Debtor:
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
     return tuple(
-      [
-        uid
-        for uid, account in self._accounts.items()
-        if account.phase is Phase.SWITCHED
-      ]
+      uid
+      for uid, account in self._accounts.items()
+      if account.phase is Phase.SWITCHED
     )
 
   def on_verified(self, uid: RequestUid, is_proved: bool) -> None:
@@ -307,17 +310,19 @@ class Debtor:
   def requests(self) -> tuple[RequestBlocks, ...]:
     """Where the rBlocks of open requests are, of those that have any."""
     found: list[RequestBlocks] = []
+    home = self._pool.instance
     for uid, account in self._accounts.items():
-      holders = {c: len(held) for c, held in account.leases.items() if held}
-      num_local = account.table.num_at(self._pool.instance)
-      if num_local:
-        holders[self._pool.instance] = num_local
+      num_local = account.table.num_at(home)
+      if account.leases:
+        holders = {c: len(held) for c, held in account.leases.items() if held}
+        if num_local:
+          holders[home] = num_local
+        holders = tuple(sorted(holders.items()))
+      else:  # Nearly always.
+        holders = ((home, num_local),) if num_local else ()
       if holders:
-        blocks = RequestBlocks(
-          uid=uid,
-          holders=tuple(sorted(holders.items())),
-          movable=self.movable_blocks(uid),
-        )
+        movable = self.movable_blocks(uid)
+        blocks = RequestBlocks(uid=uid, holders=holders, movable=movable)
         found.append(blocks)
     return tuple(found)
 

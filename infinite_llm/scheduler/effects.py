@@ -183,4 +183,20 @@ def swap_blocks(
   )
 
 
-type Effect = GrantEpochs | MoveBlocks | SwapBlocks
+@value_type
+class MigrateRequest:
+  """A request that is to run on another instance from now on, with its KV.
+
+  All of it is at home and at rest. Whoever runs the instances ends it here and
+  begins it there; until then the books say that it runs here.
+
+  Attributes:
+    uid: The request.
+    dst: The other instance.
+  """
+
+  uid: RequestUid
+  dst: InstanceId
+
+
+type Effect = GrantEpochs | MoveBlocks | SwapBlocks | MigrateRequest

@@ -50,7 +50,8 @@ class GManager:
   knows by then.
 
   A standby hears the same heartbeats and says nothing. When the leader was
-  silent for its lease, it leads under a newer epoch. Epochs are never shared:
+  silent for its lease, it leads under a newer epoch: within one heartbeat
+  period of the leader's death. Epochs are never shared:
   each life of each gManager has numbers of its own. rManagers ignore older
   epochs than they have heard of and say in heartbeats which that is, so a
   leader that was only slow, or cut off, harms nobody and steps down when it
@@ -169,7 +170,10 @@ class GManager:
         pass
 
   def tick(self) -> None:
-    """Does what is due: takes over, forgets the silent, announces, plans."""
+    """Does what is due: takes over, forgets the silent, announces, plans.
+
+    To be called each `LendingConfig.leader_beat_s` where there are several.
+    """
     now = self._clock()
     # Whoever slept, or was not called, cannot tell who else was silent.
     if now - self._ticked_s > self._lending.leader_lease_s / 2:
@@ -184,7 +188,7 @@ class GManager:
       self._lead()
     if not self.is_leader:
       return
-    if now - self._announced_s >= self._lending.heartbeat_every_s:
+    if now - self._announced_s >= self._lending.leader_beat_s:
       self._announced_s = now
       for peer in self._peers:
         self._tell(peer, Leadership())

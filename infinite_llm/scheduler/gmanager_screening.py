@@ -16,6 +16,7 @@ from infinite_llm.scheduler.messages import (
   RequestBlocks,
 )
 from infinite_llm.scheduler.screening import (
+  MOST_ARRIVAL,
   fault_in_leader_epoch,
   fault_in_numbers,
 )
@@ -67,6 +68,7 @@ def fault_in(
       return (
         fault_in_leader_epoch(body.leader_epoch, leader_epoch)
         or _fault_in_counts(body)
+        or _fault_in_demand(body, most)
         or _fault_in_lent(sender, body, most)
         or _fault_in_requests(sender, body, most)
         or _fault_in_base(envelope.seq, body.base)
@@ -111,6 +113,8 @@ def _fault_in_counts(said: Heartbeat) -> str | None:
     said.num_running,
     said.num_waiting,
     said.next_blocks,
+    said.promised,
+    said.local_blocks,
   )
   if not 0 <= min(numbers) <= max(numbers) <= _MOST_BLOCKS:
     return f"numbers must be in [0, {_MOST_BLOCKS}]; got {numbers}."
@@ -118,8 +122,31 @@ def _fault_in_counts(said: Heartbeat) -> str | None:
     return f"counts must add up to a total of at least 1; got {counts}."
   if said.lendable > counts.free:
     return f"lendable must be at most {counts.free}; got {said.lendable}."
-  if said.next_blocks and not said.num_waiting:
-    return f"next_blocks must be 0 if nobody waits; got {said.next_blocks}."
+  if said.local_blocks > counts.total:
+    return (
+      f"local_blocks must be at most {counts.total}; got {said.local_blocks}."
+    )
+  return None
+
+
+def _fault_in_demand(said: Heartbeat, num_instances: int) -> str | None:
+  """No request needs more than all pools have, and what waits is numbered."""
+  most = said.counts.total * num_instances
+  if said.next_blocks > (most if said.num_waiting else 0):
+    return (
+      f"next_blocks must be at most {most}, and 0 if nobody waits; got"
+      f" {said.next_blocks} for {said.num_waiting}."
+    )
+  if said.promised > most * said.num_running:
+    return (
+      f"promised must be at most {most} for each of {said.num_running}"
+      f" requests; got {said.promised}."
+    )
+  if not 0 <= said.next_arrival <= (MOST_ARRIVAL if said.num_waiting else 0):
+    return (
+      f"next_arrival must be in [0, {MOST_ARRIVAL}], and 0 if nobody waits;"
+      f" got {said.next_arrival} for {said.num_waiting}."
+    )
   return None
 
 

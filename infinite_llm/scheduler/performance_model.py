@@ -65,6 +65,10 @@ class Profile:
     y0, y1 = self.per_s[right - 1], self.per_s[right]
     return y0 + (y1 - y0) / (x1 - x0) * (x - x0)
 
+  def times(self, factor: float) -> "Profile":
+    """The same curve, so many times as fast."""
+    return Profile(at=self.at, per_s=tuple(y * factor for y in self.per_s))
+
   def many(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
     """The curve at many places."""
     return np.interp(x, self.at, self.per_s)
@@ -102,6 +106,14 @@ class PerformanceModel:
       raise ConfigError(
         f"exchange_s must be finite and not negative; got {self.exchange_s!r}."
       )
+
+  def sharded(self, num_devices: int) -> "PerformanceModel":
+    """The same if so many devices share each layer evenly."""
+    return dataclasses.replace(
+      self,
+      batch_speed=self.batch_speed.times(num_devices),
+      attention_speed=self.attention_speed.times(num_devices),
+    )
 
   def layer_s(self, batch: int, tokens: float) -> float:
     """`T(beta, S)`: seconds of one layer, without any exchange.

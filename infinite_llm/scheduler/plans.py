@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+from infinite_llm.config import LendingConfig
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
+from infinite_llm.scheduler.effects import Effect, MigrateRequest
 from infinite_llm.scheduler.messages import MoveKvcache, Plan, RecallKvcache
-from infinite_llm.types import RequestUid
+from infinite_llm.scheduler.policies import get_policy
+from infinite_llm.types import InstanceId, RequestUid
 
 
 class PlanFollower:
@@ -15,29 +18,35 @@ class PlanFollower:
   circular debt is dissolved (DGFM), and what becomes free brings rBlocks home.
 
   Attributes:
-    num_declined: Plans that were not followed.
+    num_followed: Plans that were begun.
+    num_declined: Plans that were not.
   """
 
   def __init__(
     self,
     creditor: Creditor,
     debtor: Debtor,
+    effects: list[Effect],
+    lending: LendingConfig,
     clock: Callable[[], float],
-    most_frozen_s: float,
   ):
     """Makes a follower that is not frozen.
 
     Args:
       creditor: Lends nothing while frozen.
       debtor: Moves rBlocks; allocates and borrows nothing while frozen.
+      effects: Takes the requests that are to run elsewhere.
+      lending: The policy, and the longest time to be frozen: that of a lease.
       clock: Monotonic seconds.
-      most_frozen_s: Longest time to be frozen, whatever is asked.
     """
+    self.num_followed = 0
     self.num_declined = 0
     self._creditor = creditor
     self._debtor = debtor
     self._clock = clock
-    self._most_frozen_s = most_frozen_s
+    self._effects = effects
+    self._migrates = get_policy(lending.policy).migrates
+    self._most_frozen_s = lending.lease_s
     self._frozen_until_s = clock()
     self._recalled: RequestUid | None = None
 
@@ -52,11 +61,23 @@ class PlanFollower:
         if is_followed:
           self.freeze(plan.freeze_s)
           self._recalled = uid
-      case MoveKvcache(with_request=True):
-        is_followed = False  # Requests run where they were opened.
+      case MoveKvcache(with_request=True, dst=dst):
+        is_followed = self._migrate(uid, dst)
       case MoveKvcache(dst=dst):
         is_followed = self._debtor.move_kvcache(uid, num_blocks, dst)
+    self.num_followed += is_followed
     self.num_declined += not is_followed
+
+  def _migrate(self, uid: RequestUid, dst: InstanceId) -> bool:
+    """Hands a request out that may leave; whether it does.
+
+    Where the policy migrates nothing, nobody would carry it out.
+    """
+    can_leave = self._debtor.account(uid).can_leave()
+    if not self._migrates or self._debtor.is_frozen or not can_leave:
+      return False
+    self._effects.append(MigrateRequest(uid=uid, dst=dst))
+    return True
 
   def freeze(self, duration_s: float) -> None:
     """Is frozen from now on for some seconds; 0 ends it."""

@@ -7,12 +7,24 @@ from infinite_llm.scheduler.account import Account
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
   BlocksOf,
+  Body,
+  ClusterStatus,
   Envelope,
   GManagerAddress,
   Heartbeat,
+  MoveKvcache,
+  RecallKvcache,
   RequestBlocks,
 )
 from infinite_llm.types import NO_EPOCH, Epoch
+
+_IN_ORDER: dict[type[Body], type[Body]] = {
+  ClusterStatus: ClusterStatus,
+  MoveKvcache: MoveKvcache,
+  RecallKvcache: MoveKvcache,
+}
+"""Messages of a leader that count only if no later one of their kind came:
+a status, and all plans together."""
 
 
 class Reporter:
@@ -22,6 +34,8 @@ class Reporter:
     gmanagers: Those that are told.
     leader_epoch: Newest epoch of a leading gManager that was heard of.
     num_fenced: Messages of older epochs that were ignored.
+    num_overtaken: Plans and statuses of the leader that were ignored, because
+      they came again or after a later one.
   """
 
   def __init__(
@@ -42,6 +56,7 @@ class Reporter:
     self.gmanagers = tuple(gmanagers)
     self.leader_epoch: Epoch = NO_EPOCH
     self.num_fenced = 0
+    self.num_overtaken = 0
     self._outbox = outbox
     self._lending = lending
     self._clock = clock
@@ -49,6 +64,7 @@ class Reporter:
     self._told_s = 0.0
     self._told_seq = 0
     self._num_changes = 0
+    self._newest_seq: dict[type[Body], int] = {}
 
   def is_due(self) -> bool:
     """Whether it is time for a heartbeat."""
@@ -85,6 +101,9 @@ class Reporter:
     not know that another leads now: whatever it says does not count. The first
     message of a newer epoch moves all questions to its sender.
 
+    A plan or a status counts once, and not after a later one: a leader numbers
+    what it says. Plans are advice, so those that were overtaken are no loss.
+
     Args:
       envelope: A message of one of `gmanagers`.
 
@@ -96,8 +115,15 @@ class Reporter:
       return False
     if envelope.leader_epoch > self.leader_epoch:
       self.leader_epoch = envelope.leader_epoch
+      self._newest_seq.clear()
       if not isinstance(envelope.sender, int):
         self._outbox.ask_leader(envelope.sender)
+    kind = _IN_ORDER.get(type(envelope.body))
+    if kind is not None:
+      if envelope.seq <= self._newest_seq.get(kind, 0):
+        self.num_overtaken += 1
+        return False
+      self._newest_seq[kind] = envelope.seq
     return True
 
 

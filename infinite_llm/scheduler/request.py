@@ -49,7 +49,7 @@ class Request:
     request_id: The caller's name for it.
     prompt_token_ids: Its prompt, at least one token.
     sampling: How its tokens are chosen.
-    arrival: Rises from request to request: who came first.
+    arrival: Rises from request to request, from 1 on: who came first.
     max_total_tokens: Most tokens that prompt and output may have.
     output_token_ids: Tokens generated so far.
     num_computed_tokens: Tokens whose KV is present and proved.
@@ -84,6 +84,8 @@ class Request:
   def __post_init__(self):
     if not 0 < self.uid < 2**32:
       raise ValueError(f"uid must be in [1, 2**32); got {self.uid}.")
+    if self.arrival < 1:  # In messages 0 is nobody's.
+      raise ValueError(f"arrival must be at least 1; got {self.arrival}.")
     if not self.prompt_token_ids:
       raise ValueError("prompt_token_ids must not be empty; got ().")
 

@@ -130,9 +130,7 @@ class RManager:
       self._reporter,
       faults,
     )
-    self.plans = PlanFollower(
-      self._creditor, self._debtor, clock, lending.lease_s
-    )
+    self.plans = PlanFollower(self._creditor, debtor, effects, lending, clock)
     self.refused = self._reception.refused
     self._lendable_elsewhere = 0
     self.allotted_to = 0
@@ -278,6 +276,11 @@ class RManager:
     movable = [(uid, self.movable_blocks(uid)) for uid in uids]
     return self._policy.choose_victim(movable)
 
+  @property
+  def num_borrows(self) -> int:
+    """Borrows that were ever begun, planned moves included."""
+    return self._debtor.num_borrows
+
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
     return self._debtor.is_borrowing()
@@ -356,7 +359,12 @@ class RManager:
 
   def on_message(self, envelope: Envelope) -> None:
     """Takes a message, perhaps late; nonsense is `refused` and counted."""
-    match self._reception.on_message(envelope):
+    epoch = self._reporter.leader_epoch
+    guidance = self._reception.on_message(envelope)
+    if self._reporter.leader_epoch != epoch:
+      # The new leader may allot the same rBlocks to somebody else.
+      self.allotted_to = 0
+    match guidance:
       case ClusterStatus(lendable=lendable, allotted_to=allotted_to):
         self._lendable_elsewhere = lendable
         self.allotted_to = allotted_to
@@ -384,9 +392,8 @@ class RManager:
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
-    effects = self._effects + self.swapping.drain_effects()
-    self._effects.clear()  # Both halves hold on to this list.
-    return effects
+    effects, self._effects[:] = self._effects[:], []
+    return effects + self.swapping.drain_effects()
 
   def _tell(self, *, is_full: bool = False) -> None:
     heartbeat = self.condition.heartbeat(self._reporter.leader_epoch)

@@ -51,6 +51,9 @@ MAX_EPOCHS_MISSED = 2**20
 Each takeover uses up to 512 of them, so this is some 2,000 takeovers.
 """
 
+MOST_ARRIVAL = 2**63 - 1
+"""Largest arrival number that a message can carry."""
+
 _MAX_FIRST_EPOCH = 2**31
 """Newest leader epoch that is believed by who has not heard of any."""
 
@@ -231,10 +234,10 @@ def _fault_from_gmanager(body: Body, group: Group) -> str | None:
           f"instances must be at most {_MAX_CANDIDATES} different ones; got"
           f" {reprlib.repr(instances)}."
         )
-    case ClusterStatus(lendable=lendable):
+    case ClusterStatus(lendable=lendable, allotted_to=allotted_to):
       return _fault_in_range(
         "lendable", lendable, 0, _most_blocks(group, group.num_instances - 1)
-      )
+      ) or _fault_in_range("allotted_to", allotted_to, 0, MOST_ARRIVAL)
     case MoveKvcache(uid=uid, num_blocks=num_blocks, dst=peer):
       return _fault_in_plan(uid, num_blocks, peer, group)
     case RecallKvcache(uid=uid, num_blocks=num_blocks, src=peer) as plan:

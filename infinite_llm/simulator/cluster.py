@@ -40,6 +40,7 @@ class Cluster:
     accepted: Requests that were accepted and had not ended when they were last
       counted, by name; the last life of each.
     num_accepted: Requests that were ever accepted.
+    num_migrated: Requests that went to another instance.
   """
 
   def __init__(
@@ -76,6 +77,7 @@ class Cluster:
     self.instances: list[Instance] = []
     self.accepted: dict[str, Request] = {}
     self.num_accepted = 0
+    self.num_migrated = 0
     self._faults = faults
     self._uids = itertools.count(1)
     self._incarnations = [1] * scenario.num_instances
@@ -167,17 +169,7 @@ class Cluster:
     self.world.watches[number] = instance.watch
     self.world.network.restart(number, instance.on_message)
     for lost in self._journal.pop(number):
-      # A uid is never used twice in a lending group.
-      replayed = Request(
-        uid=next(self._uids),
-        request_id=lost.request_id,
-        prompt_token_ids=lost.prompt_token_ids,
-        sampling=lost.sampling,
-        arrival=lost.arrival,
-        max_total_tokens=lost.max_total_tokens,
-      )
-      self.accepted[lost.request_id] = replayed
-      instance.add(replayed)
+      self._replay(lost, instance)
     instance.start()
 
   def heal(self) -> None:
@@ -246,6 +238,31 @@ class Cluster:
       instance.batcher.preempt(uid)
       instance.settle()
 
+  def _replay(self, lost: Request, instance: Instance) -> None:
+    """Has a request begin anew."""
+    # A uid is never used twice in a lending group.
+    replayed = Request(
+      uid=next(self._uids),
+      request_id=lost.request_id,
+      prompt_token_ids=lost.prompt_token_ids,
+      sampling=lost.sampling,
+      arrival=lost.arrival,
+      max_total_tokens=lost.max_total_tokens,
+    )
+    self.accepted[lost.request_id] = replayed
+    instance.add(replayed)
+
+  def _migrate(self, request: Request, number: InstanceId) -> None:
+    """Has a request that ended for that run elsewhere, without its KV."""
+    self.world.tell(f"request {request.uid} goes to {number}")
+    self.num_migrated += 1
+    if self.instances[number].is_up:
+      self._replay(request, self.instances[number])
+    else:
+      self._journal[number].append(request)
+
   def _instance(self, number: InstanceId) -> Instance:
     faults = self._faults(number) if self._faults else no_fault
-    return Instance(number, self._incarnations[number], self.world, faults)
+    return Instance(
+      number, self._incarnations[number], self.world, faults, self._migrate
+    )

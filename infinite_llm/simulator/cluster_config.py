@@ -4,6 +4,8 @@ import dataclasses
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.scheduler.performance_model import PerformanceModel
+from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
 
 
@@ -17,13 +19,13 @@ class ClusterConfig:
     block_size: P, tokens per rBlock.
     lending: Policy and periods.
     scheduler: Sizes of a step.
+    max_moves: Most moves of a plan of the gManager.
+    min_gain: What a planned move must gain, as a share of the throughput of
+      those concerned.
     has_dgfm: Whether circles of debts are dissolved; if not, what the gManager
       says about them is not passed on.
-    host_tokens: Tokens of preempted requests that the host memory of an
-      instance holds, for policies that swap.
-    decode_steps: Steps without prefill that are planned at once, so that
-      arrivals, and rBlocks that ended requests leave, may wait for so many; 1
-      is as exact as can be.
+    host_blocks: rBlocks of host memory per instance with the null block, for
+      policies that rest on it; others have none here, to compare with.
     min_delay_s: Shortest way of a message.
     max_delay_s: Longest way of a message.
     most_s: Simulated seconds after which a run ends anyway.
@@ -35,9 +37,10 @@ class ClusterConfig:
   block_size: int = 64
   lending: LendingConfig
   scheduler: SchedulerConfig
+  max_moves: int = 1000
+  min_gain: float = 0.0
   has_dgfm: bool = True
-  host_tokens: int = 0
-  decode_steps: int = 1
+  host_blocks: int = 0
   min_delay_s: float = 0.0005
   max_delay_s: float = 0.001
   most_s: float = 3600.0
@@ -48,14 +51,25 @@ class ClusterConfig:
       ("num_instances", 1),
       ("num_blocks", 2),
       ("block_size", 1),
-      ("host_tokens", 0),
-      ("decode_steps", 1),
+      (
+        "host_blocks",
+        2 if get_policy(self.lending.policy).swaps_to_host else 0,
+      ),
     ):
       value = getattr(self, name)
       if value < least:
         raise ConfigError(f"{name} must be at least {least}; got {value!r}.")
     if not self.most_s > 0:
       raise ConfigError(f"most_s must be positive; got {self.most_s!r}.")
+
+  def planning(self, performance: PerformanceModel) -> PlanningConfig:
+    """What the gManager of the cluster plans by."""
+    return PlanningConfig(
+      block_size=self.block_size,
+      performance=performance,
+      max_moves=self.max_moves,
+      min_gain=self.min_gain,
+    )
 
   @property
   def reachable_tokens(self) -> int:

@@ -1,34 +1,38 @@
 """A cluster by discrete events: real managers and batchers, times from a model.
 
 Messages travel over the simulated network without faults, rBlocks over links of
-a given speed, steps take what the cost model says. Instances joined by debts
+a given speed, copies to host memory and back over others, steps take what the
+cost model says. Instances joined by debts
 begin a step together, when all of them are through with the last one, and end
 it with the slowest if any row of it attends elsewhere. Devices are not there:
 what moved arrived intact.
 
-`swap` and `migrate`, which an engine does not carry out, are carried out here:
-a preempted request's KV comes back from host memory, a migrated one's over the
-link, in place of being computed again.
+Requests that managers hand out (`MigrateRequest`), which no engine does, go to
+where they are to run, and their KV follows over the link in place of being
+computed again.
 """
 
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from infinite_llm.errors import CapacityError, InvariantError
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.effects import Move, MoveBlocks
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  MigrateRequest,
+  Move,
+  MoveBlocks,
+  SwapBlocks,
+)
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import (
   GMANAGER,
   Envelope,
-  MoveKvcache,
   RecallKvcache,
 )
-from infinite_llm.scheduler.planning import PlanningConfig
-from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.simulator.cluster_config import ClusterConfig
 from infinite_llm.simulator.cost_model import CostModel
@@ -36,7 +40,6 @@ from infinite_llm.simulator.faults import NetworkFaults
 from infinite_llm.simulator.network import SimulatedNetwork
 from infinite_llm.simulator.simulated_instance import (
   InstanceStep,
-  Kept,
   SimulatedInstance,
 )
 from infinite_llm.simulator.simulation_result import (
@@ -45,7 +48,9 @@ from infinite_llm.simulator.simulation_result import (
 )
 from infinite_llm.simulator.stepping import StepGroups
 from infinite_llm.simulator.traces import TraceRequest
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import InstanceId, RequestUid, Tier
+
+type _Link = tuple[InstanceId, InstanceId | Tier]
 
 _ROUNDS_TOGETHER = 3
 _ROUNDS_ALONE = 30
@@ -79,24 +84,11 @@ class ClusterSimulator:
       min_delay_s=config.min_delay_s, max_delay_s=config.max_delay_s
     )
     self.network = SimulatedNetwork(random.Random(config.seed), faults)
-    swaps = get_policy(lending.policy).swaps_to_host
     self.instances = [
-      SimulatedInstance(
-        instance,
-        config.num_instances,
-        config.num_blocks,
-        config.block_size,
-        lending,
-        config.scheduler,
-        cost,
-        self.network.clock(instance),
-        config.host_tokens if swaps else 0,
-      )
+      SimulatedInstance(instance, config, cost, self.network.clock(instance))
       for instance in range(config.num_instances)
     ]
-    planning = PlanningConfig(
-      block_size=config.block_size, performance=cost.performance
-    )
+    planning = config.planning(cost.performance)
     self.gmanager = GManager(
       lending, self.network.clock(GMANAGER), planning=planning
     )
@@ -104,7 +96,6 @@ class ClusterSimulator:
     for instance in self.instances:
       self.network.register(instance.instance, self._on_message)
     self._steps = StepGroups(
-      config.decode_steps,
       cost,
       self.network,
       self.instances,
@@ -116,9 +107,9 @@ class ClusterSimulator:
     self._loads = [0] * config.num_instances
     self._uids = itertools.count(1)
     self._num_open = len(self.records)
-    self._link_free_s: dict[tuple[InstanceId, InstanceId], float] = {}
+    self._link_free_s: dict[_Link, float] = {}
     self._progress_s = 0.0
-    self._num_moved = self._num_recalled = 0
+    self._num_moved = self._num_recalled = self._num_swapped = 0
     self._num_migrated = self._num_stalls = 0
     self._lent_block_ticks = self._used_block_ticks = 0
     self._begin()
@@ -146,17 +137,18 @@ class ClusterSimulator:
       lending = self._config.lending
       round_s = lending.resend_after_s + lending.heartbeat_every_s
       self.network.run_until(duration_s + 5 * round_s)
-      counts = [instance.manager.counts() for instance in self.instances]
+      managers = [instance.manager for instance in self.instances]
+      counts = [m.counts(tier) for m in managers for tier in Tier]
       leaked = sum(count.total - count.free for count in counts)
     self.check()
     return SimulationResult(
       records=self.records,
       duration_s=duration_s,
       instance_steps=self._steps.instance_steps,
-      num_plans=self._steps.num_plans,
       num_messages=self.network.num_sent,
       num_blocks_moved=self._num_moved,
       num_blocks_recalled=self._num_recalled,
+      num_blocks_swapped=self._num_swapped,
       num_migrated=self._num_migrated,
       num_preempted=sum(i.batcher.num_preempted for i in self.instances),
       num_stalls=self._num_stalls,
@@ -225,16 +217,13 @@ class ClusterSimulator:
     instance.add(request)
     self._steps.wake(instance)
 
-  def _migrate(self, owner: SimulatedInstance, plan: MoveKvcache) -> None:
-    """Has a request that is all at home run elsewhere, and its KV with it."""
-    uid = plan.uid
-    if not owner.is_running(uid) or owner.manager.spill(uid) is not None:
-      return
-    request = owner.requests[uid]
+  def _migrate(self, owner: SimulatedInstance, plan: MigrateRequest) -> None:
+    """Has a request run elsewhere, and its KV follow."""
+    request = owner.requests[plan.uid]
     num_tokens = request.num_computed_tokens
-    owner.batcher.abort(uid)
+    owner.batcher.abort(plan.uid)
     owner.take_ended()
-    record = self._record_of.pop(uid)
+    record = self._record_of.pop(plan.uid)
     moved = dataclasses.replace(
       request,
       uid=next(self._uids),
@@ -244,11 +233,8 @@ class ClusterSimulator:
     self._record_of[moved.uid] = record
     self._loads[owner.instance] -= record.num_tokens
     self._loads[plan.dst] += record.num_tokens
-    kept = None
-    if num_tokens:
-      kept = Kept(num_tokens=num_tokens, copy_s=self._cost.move_s(1))
     target = self.instances[plan.dst]
-    target.add(moved, kept)
+    target.add(moved, following_tokens=num_tokens)
     self._num_migrated += 1
     self._steps.wake(target)
 
@@ -267,29 +253,16 @@ class ClusterSimulator:
     self._pump(instance)
 
   def _on_step_end(
-    self,
-    instance: SimulatedInstance,
-    step: InstanceStep,
-    ends_s: Sequence[float],
-    begin_s: float,
+    self, instance: SimulatedInstance, step: InstanceStep, duration_s: float
   ) -> None:
-    """Commits an instance's part of a step, or of several ones.
-
-    Args:
-      instance: The instance.
-      step: Its rows.
-      ends_s: When each of the steps ended.
-      begin_s: When the first of them began.
-    """
-    self._progress_s = self.network.now_s
-    num_steps = {row.uid: steps for row, steps in step.decode}
-    for request in instance.commit(step, ends_s[-1] - begin_s):
+    """Commits an instance's part of a step."""
+    now_s = self._progress_s = self.network.now_s
+    for request in instance.commit(step, duration_s):
       record = self._record_of[request.uid]
-      end_s = ends_s[num_steps.get(request.uid, len(ends_s)) - 1]
       if record.first_token_s is None:
-        record.first_token_s = end_s
+        record.first_token_s = now_s
       if request.status.is_finished:
-        record.finish_s = end_s
+        record.finish_s = now_s
     self._take_ended(instance)
     self._pump(instance)
 
@@ -350,11 +323,7 @@ class ClusterSimulator:
 
   def _on_message(self, envelope: Envelope) -> None:
     instance = self.instances[cast("InstanceId", envelope.receiver)]
-    body = envelope.body
-    if isinstance(body, MoveKvcache) and body.with_request:
-      self._migrate(instance, body)
-    else:
-      instance.manager.on_message(envelope)
+    instance.manager.on_message(envelope)
     self._pump(instance)
     self._steps.wake(instance)
 
@@ -373,24 +342,56 @@ class ClusterSimulator:
     for uid in manager.unverified():
       manager.on_verified(uid, is_proved=True)
     for effect in manager.drain_effects():
-      if isinstance(effect, MoveBlocks):
-        self._move(instance, effect.moves)
+      match effect:
+        case MoveBlocks(moves=moves):
+          self._move(instance, moves)
+        case SwapBlocks():
+          self._swap(instance, effect)
+        case MigrateRequest():
+          self._migrate(instance, effect)
+        case GrantEpochs():  # What was granted is all that arrives.
+          pass
     for envelope in manager.drain_messages():
       self.network.send(envelope)
 
   def _move(self, instance: SimulatedInstance, moves: tuple[Move, ...]) -> None:
-    """Sends rBlocks behind those that are on the same link already."""
-    link = moves[0].src_instance, moves[0].dst_instance
-    now_s = self.network.now_s
-    begin_s = max(now_s, self._link_free_s.get(link, 0.0))
-    end_s = begin_s + self._cost.move_s(len(moves) * self._config.block_size)
-    self._link_free_s[link] = end_s
+    """Sends rBlocks to another instance."""
     self._num_moved += len(moves)
     if moves[0].uid not in instance.requests:  # Only owners lend out.
       self._num_recalled += len(moves)
+    self._copy(
+      instance,
+      moves[0].dst_instance,
+      self._cost.move_s(len(moves) * self._config.block_size),
+      lambda: instance.manager.on_exchanged(moves),
+    )
+
+  def _swap(self, instance: SimulatedInstance, effect: SwapBlocks) -> None:
+    """Copies rBlocks to the other tier."""
+    self._num_swapped += len(effect.swaps)
+    self._copy(
+      instance,
+      effect.to_tier,
+      self._cost.swap_s(len(effect.swaps) * self._config.block_size),
+      lambda: instance.manager.swapping.on_swapped(effect),
+    )
+
+  def _copy(
+    self,
+    instance: SimulatedInstance,
+    where: InstanceId | Tier,
+    duration_s: float,
+    on_copied: Callable[[], None],
+  ) -> None:
+    """Copies behind what is on the same link already."""
+    link, now_s = (instance.instance, where), self.network.now_s
+    end_s = max(now_s, self._link_free_s.get(link, 0.0)) + duration_s
+    self._link_free_s[link] = end_s
 
     def arrive() -> None:
-      instance.manager.on_exchanged(moves)
+      self._progress_s = self.network.now_s
+      on_copied()
       self._pump(instance)
+      self._steps.wake(instance)
 
     self.network.call_later(instance.instance, end_s - now_s, arrive)

@@ -54,6 +54,10 @@ class CostModel:
     link_bytes_per_s: From one instance to another.
     host_bytes_per_s: Between HBM and pinned host memory.
     step_overhead_s: What a step takes beside its layers.
+    reduce_s: Seconds of an all-reduce over the devices of an instance, beside
+      those of its bytes.
+    reduce_bytes_per_token: What is added up for each token.
+    tensor_parallel: Devices of an instance, that all other figures are of.
   """
 
   performance: PerformanceModel
@@ -63,6 +67,9 @@ class CostModel:
   link_bytes_per_s: float
   host_bytes_per_s: float
   step_overhead_s: float = 0.0
+  reduce_s: float = 0.0
+  reduce_bytes_per_token: float = 0.0
+  tensor_parallel: int = 1
 
   def __post_init__(self):
     for name in (
@@ -75,11 +82,44 @@ class CostModel:
       value = getattr(self, name)
       if not 0 < value < math.inf:
         raise ConfigError(f"{name} must be positive and finite; got {value!r}.")
-    if not 0 <= self.step_overhead_s < math.inf:
+    for name in ("step_overhead_s", "reduce_s", "reduce_bytes_per_token"):
+      value = getattr(self, name)
+      if not 0 <= value < math.inf:
+        raise ConfigError(
+          f"{name} must be finite and not negative; got {value!r}."
+        )
+
+  def sharded(self, tensor_parallel: int) -> "CostModel":
+    """The same for instances of several devices in place of one.
+
+    Each layer is split evenly over them, and so are KV, copies and queries. Two
+    all-reduces a layer put together what they computed.
+
+    Args:
+      tensor_parallel: Devices of each instance.
+
+    Raises:
+      ConfigError: If there are none, or the model is of several already.
+    """
+    if tensor_parallel < 1 or self.tensor_parallel != 1:
       raise ConfigError(
-        "step_overhead_s must be finite and not negative; got"
-        f" {self.step_overhead_s!r}."
+        "tensor_parallel must be at least 1, of a model of one device; got"
+        f" {tensor_parallel!r} of a model of {self.tensor_parallel}."
       )
+    speeds = {
+      name: getattr(self, name) * tensor_parallel
+      for name in (
+        "prefill_pairs_per_s",
+        "link_bytes_per_s",
+        "host_bytes_per_s",
+      )
+    }
+    return dataclasses.replace(
+      self,
+      performance=self.performance.sharded(tensor_parallel),
+      tensor_parallel=tensor_parallel,
+      **speeds,
+    )
 
   def step_s(self, work: Work) -> float:
     """Seconds of one instance's part of a step; 0 if it has none."""
@@ -88,8 +128,20 @@ class CostModel:
     if work.prefill_tokens:
       layer_s += model.layer_s(work.prefill_tokens, 0)
     layer_s += work.prefill_pairs / self.prefill_pairs_per_s
+    if self.tensor_parallel > 1:
+      layer_s += self._reduces_s(work)
     busy_s = model.num_layers * layer_s + work.copied_s
     return busy_s + self.step_overhead_s if busy_s else 0.0
+
+  def _reduces_s(self, work: Work) -> float:
+    """Seconds of the two all-reduces of a layer, each round a ring."""
+    # Each device sends this part of the bytes over a link of its own.
+    sent = 2 * (self.tensor_parallel - 1) / self.tensor_parallel
+    device_bytes_per_s = self.link_bytes_per_s / self.tensor_parallel
+    token_s = sent * self.reduce_bytes_per_token / device_bytes_per_s
+    programs = bool(work.rows) + bool(work.prefill_tokens)
+    tokens = work.rows + work.prefill_tokens
+    return 2 * (programs * self.reduce_s + tokens * token_s)
 
   def group_step_s(
     self, works: Sequence[Work], has_decode: bool, query_tokens: int
@@ -112,6 +164,12 @@ class CostModel:
   def move_s(self, num_tokens: int) -> float:
     """Seconds that the KV of some tokens takes to another instance."""
     return num_tokens * self.kv_bytes_per_token / self.link_bytes_per_s
+
+  def prefill_tokens_per_s(self, chunk_tokens: int) -> float:
+    """Speed at which a prompt of one chunk is computed."""
+    pairs = chunk_tokens * (chunk_tokens + 1) / 2
+    work = Work(prefill_tokens=chunk_tokens, prefill_pairs=pairs)
+    return chunk_tokens / self.step_s(work)
 
   def swap_s(self, num_tokens: int) -> float:
     """Seconds that the KV of some tokens takes to host memory, or back."""

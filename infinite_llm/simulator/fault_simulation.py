@@ -33,6 +33,7 @@ class SeedResult:
     kinds: Messages that were sent, by kind.
     faults: How often each fault happened.
     troubles: How often the adversary did what else.
+    plans_followed: Plans of gManagers that instances began, by kind.
     num_requests: Requests that were accepted.
     num_rows: Rows that steps computed.
     num_unproved: Rows of them whose KV was not proved, so that they were not
@@ -40,11 +41,13 @@ class SeedResult:
     num_tokens: Tokens that were emitted.
     num_failed: Requests that failed because their KV was not proved again and
       again.
+    num_migrated: Requests that went to another instance.
     num_moved: Payloads that arrived.
     num_swapped: rBlocks that were copied between tiers.
     num_takeovers: How often a standby began to lead.
-    longest_takeover_s: Longest time from the end of a silent leader's lease
-      until the standby led, by the standby's clock.
+    num_deaths: Deaths of leaders beside a standby whose clock did not jump.
+    longest_takeover_s: Longest time from one of these, or the last word of the
+      dead if that came later, until a standby led.
     time_s: Simulated seconds.
   """
 
@@ -61,14 +64,19 @@ class SeedResult:
   troubles: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter[str]
   )
+  plans_followed: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter[str]
+  )
   num_requests: int = 0
   num_rows: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
   num_failed: int = 0
+  num_migrated: int = 0
   num_moved: int = 0
   num_swapped: int = 0
   num_takeovers: int = 0
+  num_deaths: int = 0
   longest_takeover_s: float = 0.0
   time_s: float = 0.0
 
@@ -135,14 +143,17 @@ def run_seed(
   result.kinds.update(world.network.kinds_sent())
   result.faults.update(_faults(cluster))
   result.troubles.update(adversary.counts)
+  result.plans_followed.update(world.plans_followed)
   result.num_requests = cluster.num_accepted
   result.num_rows = world.num_steps
   result.num_unproved = world.num_unproved
   result.num_tokens = world.num_tokens
   result.num_failed = world.num_failed
+  result.num_migrated = cluster.num_migrated
   result.num_moved = world.plane.num_arrived
   result.num_swapped = world.plane.num_swapped
   result.num_takeovers = cluster.gmanagers.num_takeovers
+  result.num_deaths = cluster.gmanagers.num_deaths
   result.longest_takeover_s = cluster.gmanagers.longest_takeover_s
   result.time_s = world.network.now_s
   return result

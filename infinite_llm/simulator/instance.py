@@ -10,6 +10,7 @@ from infinite_llm.errors import CoverageError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import (
   GrantEpochs,
+  MigrateRequest,
   Move,
   MoveBlocks,
   SwapBlocks,
@@ -50,6 +51,7 @@ class Instance:
     incarnation: int,
     world: World,
     faults: FaultPoint,
+    emigrate: Callable[[Request, InstanceId], None],
   ):
     """Starts an instance without requests.
 
@@ -58,6 +60,7 @@ class Instance:
       incarnation: Rises with each start.
       world: What it shares with the others.
       faults: What goes wrong inside of its manager.
+      emigrate: Takes requests that are to run elsewhere.
     """
     scenario = world.scenario
     self.number = number
@@ -65,6 +68,7 @@ class Instance:
     self.requests: dict[RequestUid, Request] = {}
     self.num_nonsense = 0
     self._world = world
+    self._emigrate = emigrate
     last_epoch = (incarnation - 1) * EPOCHS_PER_INCARNATION
     host = None
     if scenario.host_blocks:
@@ -134,17 +138,13 @@ class Instance:
       hand_over_nonsense(self.manager, envelope)
       return
     self.watch.hand_over(envelope)
-    self.settle(envelope)
+    self.settle()
 
-  def settle(self, cause: Envelope | None = None) -> None:
-    """Sends what the manager says, does what it wants, checks what it has.
-
-    Args:
-      cause: The message that it has just taken, if that was it.
-    """
+  def settle(self) -> None:
+    """Sends what the manager says, does what it wants, checks what it has."""
     world = self._world
     for envelope in self.manager.drain_messages():
-      self.watch.check_outgoing(envelope, cause)
+      self.watch.check_outgoing(envelope)
       world.network.send(envelope)
     for effect in self.manager.drain_effects():
       match effect:
@@ -155,6 +155,9 @@ class Instance:
           world.plane.grant(self.number, effect)
         case SwapBlocks():
           self._begin_copy(effect)
+        case MigrateRequest(uid=uid, dst=dst):
+          self.batcher.abort(uid)
+          self._emigrate(self.requests[uid], dst)
     self.watch.check_books()
 
   def add(self, request: Request) -> None:
@@ -166,6 +169,17 @@ class Instance:
     """Ends a request at somebody's wish."""
     self.batcher.abort(uid)
     self.settle()
+
+  def move(self, uid: RequestUid, num_blocks: int, dst: InstanceId) -> bool:
+    """Moves rBlocks of a request elsewhere, at somebody's wish.
+
+    Returns:
+      Whether that was begun.
+    """
+    is_begun = self.manager.move_kvcache(uid, num_blocks, dst)
+    self.watch.want_borrows()
+    self.settle()
+    return is_begun
 
   def stop(self) -> tuple[Request, ...]:
     """Crashes: all that it had is gone.
@@ -215,6 +229,7 @@ class Instance:
     if not self.batcher.has_work:
       return
     rows = self.batcher.plan().rows
+    self.watch.want_borrows()
     self._take_ended()
     if rows:
       self._flight = tuple([(row, self._compute(row)) for row in rows])

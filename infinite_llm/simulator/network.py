@@ -65,8 +65,12 @@ class SimulatedNetwork:
     self._num_delivered = 0
     self._handlers: dict[Address, Handler] = {}
     self._crashed: set[Address] = set()
-    self._lives: dict[Address, int] = {}
-    self._clocks: dict[Address, _Clock] = {}
+    self._lives: collections.defaultdict[Address, int] = (
+      collections.defaultdict(int)
+    )
+    self._clocks: collections.defaultdict[Address, _Clock] = (
+      collections.defaultdict(_Clock)
+    )
     self._partitions: list[tuple[frozenset[Address], frozenset[Address]]] = []
     self._newest: dict[tuple[Address, Address], int] = {}
     self._counts = dict.fromkeys(Fault, 0)
@@ -157,7 +161,7 @@ class SimulatedNetwork:
     self._now_s, _, what, receiver, number = heapq.heappop(self._events)
     if isinstance(what, Envelope):
       self._arrive(what, number)
-    elif number == self._lives.get(receiver, 0):  # It has not crashed since.
+    elif number == self._lives[receiver]:  # It has not crashed since.
       if self._observer is not None:
         self._observer(self._now_s, "woken", receiver)
       what()
@@ -191,14 +195,13 @@ class SimulatedNetwork:
       raise InvariantError(f"address must not be crashed; got {address!r}.")
     if delay_s < 0:
       raise ValueError(f"delay_s must not be negative; got {delay_s}.")
-    at_s = self._now_s + delay_s / self._clock(address).rate
-    life = self._lives.get(address, 0)
-    event = (at_s, next(self._order), callback, address, life)
+    at_s = self._now_s + delay_s / self._clocks[address].rate
+    event = (at_s, next(self._order), callback, address, self._lives[address])
     heapq.heappush(self._events, event)
 
   def clock(self, address: Address) -> Callable[[], float]:
     """What an address takes for the time: monotonic, in seconds."""
-    own = self._clock(address)
+    own = self._clocks[address]
 
     def read() -> float:  # As `_Clock.read`, which everybody does all the time.
       return own.local_s + (self._now_s - own.anchor_s) * own.rate
@@ -219,7 +222,7 @@ class SimulatedNetwork:
       raise ValueError(f"rate must be positive; got {rate}.")
     if jump_s < 0:
       raise ValueError(f"jump_s must not be negative; got {jump_s}.")
-    own = self._clock(address)
+    own = self._clocks[address]
     own.local_s = own.read(self._now_s) + jump_s
     own.anchor_s = self._now_s
     own.rate = rate
@@ -258,7 +261,7 @@ class SimulatedNetwork:
       raise InvariantError(f"address must be up to crash; got {address!r}.")
     del self._handlers[address]
     self._crashed.add(address)
-    self._lives[address] = self._lives.get(address, 0) + 1
+    self._lives[address] += 1
     self._note(Fault.CRASH, address)
 
   def restart(self, address: Address, handler: Handler) -> None:
@@ -317,12 +320,6 @@ class SimulatedNetwork:
       elif sender in other and receiver in one:
         return True
     return False
-
-  def _clock(self, address: Address) -> _Clock:
-    clock = self._clocks.get(address)
-    if clock is None:
-      clock = self._clocks[address] = _Clock()
-    return clock
 
   def _note(self, fault: Fault, subject: Envelope | Address) -> None:
     self._counts[fault] += 1

@@ -68,6 +68,7 @@ _FROM_INSTANCE: tuple[Body, ...] = (
 _FROM_GMANAGER: tuple[Body, ...] = (
   Candidates(instances=(-1,)),
   ClusterStatus(lendable=_HUGE),
+  ClusterStatus(lendable=0, allotted_to=-1),
   MoveKvcache(uid=1, num_blocks=_HUGE, dst=0),
   RecallKvcache(uid=1, num_blocks=1, src=0, freeze_s=-1.0),
   Reserve(uid=1, slot=_SLOT, num_blocks=1),
@@ -77,6 +78,9 @@ _TO_GMANAGER: tuple[Body, ...] = (
   dataclasses.replace(_HEARTBEAT, lent=((0, 1), (0, 1))),
   dataclasses.replace(_HEARTBEAT, counts=dataclasses.replace(_COUNTS, free=9)),
   dataclasses.replace(_HEARTBEAT, lent=((_HUGE, 1),)),
+  dataclasses.replace(_HEARTBEAT, lent=((0, 1),), promised=_HUGE),
+  dataclasses.replace(_HEARTBEAT, lent=((0, 1),), local_blocks=4),
+  dataclasses.replace(_HEARTBEAT, lent=((0, 1),), next_arrival=1),
   dataclasses.replace(_HEARTBEAT, leader_epoch=2**32 - 1),
   dataclasses.replace(
     _HEARTBEAT, requests=(RequestBlocks(uid=1, holders=((0, _HUGE),)),)

@@ -1,147 +1,55 @@
 """One instance of a simulated cluster: real manager and batcher, no devices."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.scheduler.batching import Batcher
+from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.scheduler.step_plan import Row
+from infinite_llm.scheduler.step_plan import Row, StepPlan
+from infinite_llm.scheduler.swap_costs import SwapCosts
+from infinite_llm.scheduler.swapping import HostTier
+from infinite_llm.simulator.cluster_config import ClusterConfig
 from infinite_llm.simulator.cost_model import CostModel, Work
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import InstanceId, RequestUid, Tier
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Kept:
-  """KV that a request without rBlocks still has somewhere.
-
-  Attributes:
-    num_tokens: Of its first tokens.
-    copy_s: Seconds that one token takes from there.
-  """
-
-  num_tokens: int
-  copy_s: float
-
-
-class KeepingBatcher(Batcher):
-  """A batcher that can keep the KV of what it preempts in host memory.
+class CountingBatcher(Batcher):
+  """A batcher that counts.
 
   Attributes:
-    kept: KV that requests get back by a copy instead of computing it.
     num_preempted: How often a request gave its rBlocks up.
-    copied_s: Seconds of copies to host memory since somebody last asked.
   """
 
-  def __init__(
-    self,
-    rmanager: RManager,
-    scheduler: SchedulerConfig,
-    lending: LendingConfig,
-    block_size: int,
-    cost: CostModel,
-    host_tokens: int,
-  ):
-    """Makes a batcher without requests.
+  num_preempted = 0
 
-    Args:
-      rmanager: The instance's manager.
-      scheduler: Sizes of a step.
-      lending: Sizes of a group prefill step.
-      block_size: P, tokens per rBlock.
-      cost: How long copies take.
-      host_tokens: Tokens that host memory holds; 0 keeps nothing.
-    """
-    super().__init__(rmanager, scheduler, lending, block_size)
-    self.kept: dict[RequestUid, Kept] = {}
-    self.num_preempted = 0
-    self.copied_s = 0.0
-    self._requests = self._running
-    self._cost = cost
-    self._host_tokens = host_tokens
-
-  def preempt(self, uid: RequestUid) -> None:
-    """As `Batcher`; what fits stays in host memory."""
-    num_tokens = self._requests[uid].num_computed_tokens
-    in_use = sum(kept.num_tokens for kept in self.kept.values())
-    if 0 < num_tokens <= self._host_tokens - in_use:
-      copy_s = self._cost.swap_s(1)
-      self.kept[uid] = Kept(num_tokens=num_tokens, copy_s=copy_s)
-      self.copied_s += num_tokens * copy_s
+  def _await_admission(self, uid: RequestUid) -> None:
     self.num_preempted += 1
-    super().preempt(uid)
-
-  def take_copied_s(self) -> float:
-    """Seconds of copies to host memory that nobody was told of yet."""
-    copied_s, self.copied_s = self.copied_s, 0.0
-    return copied_s
+    super()._await_admission(uid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-  """KV that a decode row attends on one instance.
-
-  Attributes:
-    steps: For how many steps the row goes on.
-    tokens: Tokens of it there in the first one.
-    is_own: Whether the row runs there: one token more each step.
-  """
-
-  steps: int
-  tokens: int
-  is_own: bool
-
-
-@dataclasses.dataclass(kw_only=True)
 class InstanceStep:
-  """What one instance does until it plans again.
+  """What one instance does in a step.
 
   Attributes:
-    decode: Rows of one token, and for how many steps each goes on.
-    prefill: Rows of prompts.
-    readings: What decode rows attend here, own and hosted ones.
-    work: Everything but the decode rows.
-    has_group_decode: Whether any decode row has rBlocks elsewhere.
-    query_tokens: Prompt tokens whose context lies elsewhere.
+    plan: Its rows.
+    work: What is to be computed here, for others' rows too.
   """
 
-  decode: list[tuple[Row, int]] = dataclasses.field(
-    default_factory=list[tuple[Row, int]]
-  )
-  prefill: tuple[Row, ...] = ()
-  readings: list[Reading] = dataclasses.field(default_factory=list[Reading])
-  work: Work = dataclasses.field(default_factory=Work)
-  has_group_decode: bool = False
-  query_tokens: int = 0
+  plan: StepPlan
+  work: Work
 
-  def shorten(self, most_steps: int) -> None:
-    """Has no decode row go on for more steps than that."""
-    self.decode = [(row, min(n, most_steps)) for row, n in self.decode]
-
-  def has_rows(self) -> bool:
-    """Whether the instance computes anything of its own."""
-    return bool(self.decode or self.prefill)
+  @property
+  def query_tokens(self) -> int:
+    """Prompt tokens whose context lies elsewhere."""
+    return sum(row.num_tokens for row in self.plan.group_prefill)
 
   def has_group_rows(self) -> bool:
     """Whether anybody else has to take part."""
-    return self.has_group_decode or self.query_tokens > 0
-
-  def work_at(self, step: int) -> Work:
-    """What is to do in one of the steps, counted from 0."""
-    rows = tokens = 0
-    for reading in self.readings:
-      if reading.steps > step:
-        rows += reading.is_own
-        tokens += reading.tokens + step * reading.is_own
-    return Work(
-      rows=rows,
-      tokens=tokens,
-      prefill_tokens=self.work.prefill_tokens,
-      prefill_pairs=self.work.prefill_pairs,
-      copied_s=self.work.copied_s,
-    )
+    return bool(self.plan.group_decode or self.plan.group_prefill)
 
 
 class SimulatedInstance:
@@ -157,56 +65,57 @@ class SimulatedInstance:
   def __init__(
     self,
     instance: InstanceId,
-    num_instances: int,
-    num_blocks: int,
-    block_size: int,
-    lending: LendingConfig,
-    scheduler: SchedulerConfig,
+    config: ClusterConfig,
     cost: CostModel,
     clock: Callable[[], float],
-    host_tokens: int,
   ):
     """Makes an instance without requests.
 
     Args:
       instance: Its number.
-      num_instances: I, all of them.
-      num_blocks: N, rBlocks of its pool with the null block.
-      block_size: P, tokens per rBlock.
-      lending: Policy and periods.
-      scheduler: Sizes of a step.
+      config: The cluster.
       cost: How long copies take.
       clock: Simulated seconds.
-      host_tokens: Tokens of preempted requests that host memory holds.
     """
+    lending, block_size = config.lending, config.block_size
     self.instance = instance
     self.manager = RManager(
       instance=instance,
-      num_instances=num_instances,
-      pool=BlockPool(instance, num_blocks),
+      num_instances=config.num_instances,
+      pool=BlockPool(instance, config.num_blocks),
       block_size=block_size,
       lending=lending,
       clock=clock,
+      host=_host_tier(instance, config, cost),
     )
-    self.batcher = KeepingBatcher(
-      self.manager, scheduler, lending, block_size, cost, host_tokens
+    self.batcher = CountingBatcher(
+      self.manager, config.scheduler, lending, block_size
     )
     self.requests: dict[RequestUid, Request] = {}
     self.is_busy = False
+    self._cost = cost
     self._block_size = block_size
     self._spill_slots = lending.spill_slots
+    # Tokens of each request that came from elsewhere whose KV follows it.
+    self._following: dict[RequestUid, int] = {}
 
   @property
   def has_work(self) -> bool:
     """Whether any request has not ended here."""
     return bool(self.requests)
 
-  def add(self, request: Request, kept: Kept | None = None) -> None:
-    """Takes a request, and KV that it has elsewhere."""
+  def add(self, request: Request, following_tokens: int = 0) -> None:
+    """Takes a request.
+
+    Args:
+      request: It has computed nothing yet.
+      following_tokens: Tokens from its first on whose KV comes over the link as
+        soon as the request has rBlocks for them, in place of being computed.
+    """
     self.requests[request.uid] = request
     self.batcher.add(request)
-    if kept is not None:
-      self.batcher.kept[request.uid] = kept
+    if following_tokens:
+      self._following[request.uid] = following_tokens
 
   def is_running(self, uid: RequestUid) -> bool:
     """Whether a request has rBlocks here."""
@@ -226,45 +135,13 @@ class SimulatedInstance:
   def plan(self) -> InstanceStep:
     """Plans the next step; one for which others read too is not complete."""
     plan = self.batcher.plan()
-    step = InstanceStep(
-      prefill=plan.local_prefill + plan.group_prefill,
-      has_group_decode=bool(plan.group_decode),
-      query_tokens=sum(row.num_tokens for row in plan.group_prefill),
-    )
-    step.decode = [(row, 1) for row in plan.local_decode + plan.group_decode]
-    step.work.copied_s = self.batcher.take_copied_s()
-    for row in step.prefill:
-      self._add_prefill(row, step.work)
-    return step
-
-  def extend(self, step: InstanceStep, most_steps: int) -> int:
-    """Lets decode rows go on for several steps, as far as rBlocks are free.
-
-    Args:
-      step: A step without prefill.
-      most_steps: At most so many.
-
-    Returns:
-      For how many steps at most the instance can go on before it must plan
-      again; rows that end earlier have fewer.
-    """
-    extended: list[tuple[Row, int]] = []
-    for row, _ in step.decode:
-      request = self.requests[row.uid]
-      left = request.max_total_tokens - request.num_tokens
-      wanted = min(most_steps, left)
-      table = self.manager.table(row.uid)
-      end = row.start + wanted
-      missing = -(-end // self._block_size) - table.num_blocks
-      if missing > 0 and not self.manager.allocate(row.uid, missing):
-        most_steps = table.num_blocks * self._block_size - row.start
-        wanted = min(wanted, most_steps)
-      extended.append((row, wanted))
-    step.decode = extended
-    return most_steps
+    work = Work()
+    for row in plan.local_prefill + plan.group_prefill:
+      self._add_prefill(row, work)
+    return InstanceStep(plan=plan, work=work)
 
   def read(
-    self, step: InstanceStep, steps: dict[InstanceId, InstanceStep]
+    self, step: InstanceStep, steps: Mapping[InstanceId, InstanceStep]
   ) -> None:
     """Notes where the rows of a step attend to what.
 
@@ -272,19 +149,18 @@ class SimulatedInstance:
       step: The step of this instance.
       steps: Those of all instances that take part, this one included.
     """
-    for row, num_steps in step.decode:
-      hosted = 0
+    plan, work = step.plan, step.work
+    for row in plan.local_decode + plan.group_decode:
+      work.rows += 1
+      work.tokens += row.end
       for creditor, tokens in self._hosted_tokens(row):
-        hosted += tokens
-        reading = Reading(steps=num_steps, tokens=tokens, is_own=False)
-        steps[creditor].readings.append(reading)
-      reading = Reading(steps=num_steps, tokens=row.end - hosted, is_own=True)
-      step.readings.append(reading)
-    for row in step.prefill:
+        steps[creditor].work.tokens += tokens
+        work.tokens -= tokens
+    for row in plan.local_prefill + plan.group_prefill:
       for creditor, tokens in self._hosted_tokens(row):
         pairs = row.num_tokens * tokens
         steps[creditor].work.prefill_pairs += pairs
-        step.work.prefill_pairs -= pairs
+        work.prefill_pairs -= pairs
 
   def commit(self, step: InstanceStep, duration_s: float) -> list[Request]:
     """Ends a step.
@@ -294,18 +170,14 @@ class SimulatedInstance:
       duration_s: How long it took.
 
     Returns:
-      Requests that got tokens. A row whose request is gone got none.
+      Requests that got a token. A row whose request is gone got none.
     """
     advanced: list[Request] = []
-    for row, num_steps in step.decode:
-      if self.is_running(row.uid):
-        whole = dataclasses.replace(row, num_tokens=num_steps)
-        advanced.append(self._advance(whole, num_steps))
-    for row in step.prefill:
+    for row in step.plan.rows:
       if not self.is_running(row.uid):
         continue
-      request = self._advance(row, int(row.samples))
-      if step.query_tokens and self.manager.spill(row.uid) is not None:
+      request = self._advance(row)
+      if row in step.plan.group_prefill:
         request.group_token_s = duration_s / row.num_tokens
       if row.samples:
         advanced.append(request)
@@ -316,29 +188,26 @@ class SimulatedInstance:
     ended: list[Request] = []
     while (request := self.batcher.take_ended()) is not None:
       del self.requests[request.uid]
-      self.batcher.kept.pop(request.uid, None)
+      self._following.pop(request.uid, None)
       ended.append(request)
     return ended
 
-  def _advance(self, row: Row, num_sampled: int) -> Request:
+  def _advance(self, row: Row) -> Request:
     request = self.requests[row.uid]
     self.batcher.advance(row)
-    kept = self.batcher.kept.get(row.uid)
-    if kept is not None and row.end >= kept.num_tokens:
-      del self.batcher.kept[row.uid]
-    # Which tokens they are is nothing to the scheduler.
-    request.output_token_ids.extend([0] * num_sampled)
+    if self._following.get(row.uid, row.end + 1) <= row.end:
+      del self._following[row.uid]
+    if row.samples:  # Which token it is is nothing to the scheduler.
+      request.output_token_ids.append(0)
     if request.num_tokens == request.max_total_tokens:
       self.batcher.finish(row.uid, RequestStatus.FINISHED_LENGTH)
     return request
 
   def _add_prefill(self, row: Row, work: Work) -> None:
-    """Adds a row's work, except what is copied from where it was kept."""
-    start = row.start
-    kept = self.batcher.kept.get(row.uid)
-    if kept is not None:
-      start = min(max(kept.num_tokens, row.start), row.end)
-      work.copied_s += (start - row.start) * kept.copy_s
+    """Adds a row's work, except for what follows it over the link."""
+    following = self._following.get(row.uid, 0)
+    start = min(max(following, row.start), row.end)
+    work.copied_s += self._cost.move_s(start - row.start)
     num_tokens = row.end - start
     work.prefill_tokens += num_tokens
     work.prefill_pairs += num_tokens * (start + (num_tokens + 1) / 2)
@@ -351,3 +220,20 @@ class SimulatedInstance:
       (creditor, table.num_at(creditor) * self._block_size)
       for creditor in table.creditors()
     ]
+
+
+def _host_tier(
+  instance: InstanceId, config: ClusterConfig, cost: CostModel
+) -> HostTier | None:
+  """Host memory of an instance; None if the policy does not rest on it."""
+  if not get_policy(config.lending.policy).swaps_to_host:
+    return None
+  costs = SwapCosts(
+    block_bytes=round(config.block_size * cost.kv_bytes_per_token),
+    link_bytes_per_s=cost.host_bytes_per_s,
+    recompute_tokens_per_s=cost.prefill_tokens_per_s(
+      config.scheduler.chunk_tokens
+    ),
+  )
+  pool = BlockPool(instance, config.host_blocks, tier=Tier.HOST)
+  return HostTier(pool=pool, costs=costs)

@@ -40,10 +40,10 @@ class SimulationResult:
     records: One for each request of the trace, in its order.
     duration_s: Until the last request ended, or time was up.
     instance_steps: Steps of instances that had rows of their own.
-    num_plans: How often batchers planned one or several of these.
     num_messages: Messages between managers.
     num_blocks_moved: rBlocks sent between instances.
     num_blocks_recalled: Those of them that went home.
+    num_blocks_swapped: rBlocks copied to host memory, or back.
     num_migrated: Requests that went to another instance.
     num_preempted: How often a request gave its rBlocks up.
     num_stalls: How often nothing went on until a request was made to.
@@ -54,10 +54,10 @@ class SimulationResult:
   records: Sequence[RequestRecord]
   duration_s: float
   instance_steps: int
-  num_plans: int
   num_messages: int
   num_blocks_moved: int
   num_blocks_recalled: int
+  num_blocks_swapped: int
   num_migrated: int
   num_preempted: int
   num_stalls: int
@@ -106,10 +106,10 @@ class SimulationResult:
       "latency_p99_s": _p99(whole),
       "per_token_median_s": _median(per_token),
       "instance_steps": self.instance_steps,
-      "num_plans": self.num_plans,
       "num_messages": self.num_messages,
       "num_blocks_moved": self.num_blocks_moved,
       "num_blocks_recalled": self.num_blocks_recalled,
+      "num_blocks_swapped": self.num_blocks_swapped,
       "num_migrated": self.num_migrated,
       "num_preempted": self.num_preempted,
       "num_stalls": self.num_stalls,

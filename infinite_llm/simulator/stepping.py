@@ -1,7 +1,10 @@
-"""Which simulated instances step together, and for how long."""
+"""Which simulated instances step together, and for how long.
+
+Every step is planned when it begins and from what is true then: nobody enters
+early or late, and no rBlock is taken ahead of need.
+"""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 
 from infinite_llm.simulator.cost_model import CostModel, Work
@@ -12,9 +15,7 @@ from infinite_llm.simulator.simulated_instance import (
 )
 from infinite_llm.types import InstanceId
 
-type OnStepEnd = Callable[
-  [SimulatedInstance, InstanceStep, Sequence[float], float], None
-]
+type OnStepEnd = Callable[[SimulatedInstance, InstanceStep, float], None]
 
 
 class StepGroups:
@@ -22,13 +23,11 @@ class StepGroups:
 
   Attributes:
     instance_steps: Steps of instances that had rows of their own.
-    num_plans: How often batchers planned one or several of these.
     num_busy: Instances in a step now.
   """
 
   def __init__(
     self,
-    decode_steps: int,
     cost: CostModel,
     network: SimulatedNetwork,
     instances: Sequence[SimulatedInstance],
@@ -38,17 +37,15 @@ class StepGroups:
     """Makes groups of instances that are all idle.
 
     Args:
-      decode_steps: Steps without prefill that are planned at once.
       cost: How long steps take.
       network: The time.
       instances: All instances.
       on_planned: Called after each plan.
-      on_step_end: Called with the part of each instance that had rows.
+      on_step_end: Called with the part of each instance that had rows, and with
+        the seconds that the step took.
     """
     self.instance_steps = 0
-    self.num_plans = 0
     self.num_busy = 0
-    self._decode_steps = decode_steps
     self._cost = cost
     self._network = network
     self._instances = instances
@@ -91,7 +88,7 @@ class StepGroups:
       self._begin(steps)
       return
     for member, step in steps.items():
-      if step.has_rows():
+      if step.plan.rows:
         self._begin({member: step})
 
   def _joined(self, start: InstanceId) -> list[InstanceId]:
@@ -111,55 +108,30 @@ class StepGroups:
     return list(found)
 
   def _begin(self, steps: dict[InstanceId, InstanceStep]) -> None:
-    """Has instances step together, once or for several steps."""
-    most_steps = self._decode_steps
-    if any(step.prefill or step.work.copied_s for step in steps.values()):
-      most_steps = 1
-    if most_steps > 1:
-      most_steps = min(
-        self._instances[number].extend(step, most_steps)
-        for number, step in steps.items()
-      )
-    for step in steps.values():
-      step.shorten(most_steps)
+    """Has instances step together."""
     for number, step in steps.items():
       self._instances[number].read(step, steps)
-    num_steps = max(
-      (n for step in steps.values() for _, n in step.decode), default=1
-    )
-    begin_s = self._network.now_s
-    durations_s = [self._step_s(steps, n) for n in range(num_steps)]
-    ends_s = [begin_s + s for s in itertools.accumulate(durations_s)]
     for number, step in steps.items():
       self._instances[number].is_busy = True
-      if step.has_rows():
-        self.num_plans += 1
-        self.instance_steps += max((n for _, n in step.decode), default=1)
+      self.instance_steps += bool(step.plan.rows)
     self.num_busy += len(steps)
+    duration_s = self._step_s(steps)
     self._network.call_later(
-      next(iter(steps)),
-      ends_s[-1] - begin_s,
-      lambda: self._end(steps, ends_s, begin_s),
+      next(iter(steps)), duration_s, lambda: self._end(steps, duration_s)
     )
 
-  def _step_s(
-    self, steps: dict[InstanceId, InstanceStep], number: int
-  ) -> float:
-    """Seconds of one of the steps, counted from 0."""
-    works = [step.work_at(number) for step in steps.values()]
+  def _step_s(self, steps: dict[InstanceId, InstanceStep]) -> float:
+    works = [step.work for step in steps.values()]
     if not any(step.has_group_rows() for step in steps.values()):
       return max(map(self._cost.step_s, works))
     return self._cost.group_step_s(
       [_in_group(work) for work in works],
-      has_decode=any(step.has_group_decode for step in steps.values()),
+      has_decode=any(step.plan.group_decode for step in steps.values()),
       query_tokens=sum(step.query_tokens for step in steps.values()),
     )
 
   def _end(
-    self,
-    steps: dict[InstanceId, InstanceStep],
-    ends_s: Sequence[float],
-    begin_s: float,
+    self, steps: dict[InstanceId, InstanceStep], duration_s: float
   ) -> None:
     self.num_busy -= len(steps)
     ready = set(steps)
@@ -167,8 +139,8 @@ class StepGroups:
       self._instances[number].is_busy = False
       ready |= self._blocked.pop(number, set())
     for number, step in steps.items():
-      if step.has_rows():
-        self._on_step_end(self._instances[number], step, ends_s, begin_s)
+      if step.plan.rows:
+        self._on_step_end(self._instances[number], step, duration_s)
     for number in sorted(ready):
       self.wake(self._instances[number])
 

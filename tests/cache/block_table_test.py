@@ -44,6 +44,37 @@ def test_local_entries_are_those_at_home_in_order():
   assert local.logical_ids.tolist() == [0, 2]
 
 
+def test_home_is_counted_up_to_a_logical_number():
+  table = _table(_at(0, 5), _at(0, 6), _at(0, 3))
+  assert table.is_home
+  assert [table.num_home_below(n) for n in range(5)] == [0, 1, 2, 3, 3]
+
+  table.switch(1, _at(2, 1))
+
+  assert not table.is_home
+  assert [table.num_home_below(n) for n in range(5)] == [0, 1, 1, 2, 2]
+  assert [table.num_at(n) for n in range(3)] == [2, 0, 1]
+
+
+@hypothesis.given(
+  st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, P), st.booleans()),
+    max_size=12,
+  )
+)
+def test_a_tag_is_that_of_the_content_whatever_was_asked_before(asked):
+  table = _table(_at(0, 1), _at(0, 2), _at(0, 3))
+  for number, (logical_id, filled, is_switched) in enumerate(asked):
+    if is_switched:
+      table.switch(logical_id, _at(0, 4, epoch=1000 + number))
+    assert table.tag(logical_id, filled) == content_tag(
+      uid=7,
+      logical_id=logical_id,
+      epoch=table.location(logical_id).epoch,
+      filled=filled,
+    )
+
+
 def test_entries_elsewhere_are_found_by_creditor():
   table = _table(_at(0, 5), _at(2, 1), _at(1, 4), _at(2, 3))
 

@@ -9,7 +9,7 @@ import pytest
 
 from infinite_llm.distributed.transport.grpc_options import GrpcOptions
 from infinite_llm.distributed.transport.grpc_transport import GrpcTransport
-from infinite_llm.scheduler.messages import GMANAGER
+from infinite_llm.scheduler.messages import GMANAGER, STANDBY
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster, until
 
 pytestmark = pytest.mark.multihost
@@ -19,46 +19,55 @@ _ROUNDS = 2000
 
 
 class Instances:
-  """Two instances' transports here; the gManager is a process elsewhere."""
+  """Two instances' transports here; gManagers are processes elsewhere."""
 
   def __init__(self):
     self.transports = [
       GrpcTransport(GrpcOptions(listen="127.0.0.1:0", **_OPTIONS))
       for _ in range(2)
     ]
-    # Takes a free port for the gManager, and lets go of it.
-    with GrpcTransport(GrpcOptions(listen="127.0.0.1:0")) as placeholder:
-      self._gmanager_target = f"127.0.0.1:{placeholder.port}"
-    self.targets = [f"127.0.0.1:{t.port}" for t in self.transports]
+    self.targets = {
+      i: f"127.0.0.1:{t.port}" for i, t in enumerate(self.transports)
+    }
+    for address in (GMANAGER, STANDBY):
+      # Takes a free port for the gManager, and lets go of it.
+      with GrpcTransport(GrpcOptions(listen="127.0.0.1:0")) as placeholder:
+        self.targets[address] = f"127.0.0.1:{placeholder.port}"
     for instance, transport in enumerate(self.transports):
-      transport.connect(1 - instance, self.targets[1 - instance])
-      transport.connect(GMANAGER, self._gmanager_target)
-    self.process = None
+      for peer, target in self.targets.items():
+        if peer != instance:
+          transport.connect(peer, target)
+    self.processes = {}
+    self._num_started = 0
 
-  def start_gmanager(self):
-    peers = [f"{i}={target}" for i, target in enumerate(self.targets)]
-    self.process = subprocess.Popen(
+  def start_gmanager(self, address=GMANAGER, others=()):
+    peers = [f"{peer}={self.targets[peer]}" for peer in (0, 1, *others)]
+    self._num_started += 1
+    process = subprocess.Popen(
       [
         sys.executable,
         "-m",
         "tests.multihost.gmanager_process",
-        self._gmanager_target,
+        self.targets[address],
+        address,
+        str(self._num_started),
         *peers,
       ],
       stdout=subprocess.PIPE,
       text=True,
     )
-    assert self.process.stdout.readline() == "ready\n"
+    self.processes[address] = process
+    assert process.stdout.readline() == "ready\n"
 
   def signal_gmanager(self, number):
-    os.kill(self.process.pid, number)
+    os.kill(self.processes[GMANAGER].pid, number)
 
-  def kill_gmanager(self):
-    with self.process:  # Waits, and closes its pipe.
-      self.process.kill()
+  def kill_gmanager(self, address=GMANAGER):
+    with self.processes.pop(address) as process:  # Waits, and closes its pipe.
+      process.kill()
 
   def register(self, address, handler):
-    if address != GMANAGER:
+    if isinstance(address, int):
       self.transports[address].register(address, handler)
 
   def send(self, envelope):
@@ -71,8 +80,8 @@ class Instances:
   def close(self):
     for transport in self.transports:
       transport.close()
-    if self.process is not None:
-      self.kill_gmanager()
+    for address in tuple(self.processes):
+      self.kill_gmanager(address)
 
 
 @pytest.fixture
@@ -125,6 +134,17 @@ def test_a_killed_gmanager_is_missed_and_its_successor_used(instances):
   for _ in until(lambda: manager.borrowed() == {}, _ROUNDS):
     _pass_time(cluster)
   cluster.check_empty()
+
+
+def test_a_standby_takes_over_from_a_killed_leader(instances):
+  instances.start_gmanager(STANDBY, [GMANAGER])
+  instances.start_gmanager(GMANAGER, [STANDBY])
+  cluster = FakeCluster(2, 9, transport=instances, has_standby=True)
+  cluster.gmanagers.clear()  # They are processes.
+  _borrow_and_return(cluster, 1)
+
+  instances.kill_gmanager()
+  _borrow_and_return(cluster, 2)
 
 
 def test_a_gmanager_that_hangs_holds_nobody_up(instances):

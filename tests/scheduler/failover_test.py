@@ -1,10 +1,13 @@
 """One gManager dies, the other leads; nothing of the dead one counts."""
 
 import dataclasses
+import itertools
 
 import pytest
 
+from infinite_llm.config import LendingConfig
 from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -12,6 +15,7 @@ from infinite_llm.scheduler.messages import (
   Candidates,
   CandidatesRequest,
   ClusterStatus,
+  Envelope,
   FullHeartbeatRequest,
   Heartbeat,
   MoveKvcache,
@@ -20,8 +24,9 @@ from infinite_llm.scheduler.messages import (
 from tests.scheduler.fake_cluster import BLOCK_SIZE, FakeCluster
 
 UID = 7
-_PERIOD_S = 0.125  # Sums of it are exact.
-_LEASE_S = 1.0
+_PERIOD_S = 1.0  # Of heartbeats. Sums of these times are exact.
+_BEAT_S = 0.1875
+_LEASE_S = 4 * _BEAT_S
 
 
 class _Network:
@@ -57,15 +62,20 @@ def cluster(network):
   return cluster
 
 
-def _periods(cluster, count):
+def _beats(cluster, count):
   for _ in range(count):
-    cluster.tick(_PERIOD_S)
+    cluster.tick(_BEAT_S)
     cluster.settle()
+
+
+def _periods(cluster, count):
+  """Each instance sends so many heartbeats."""
+  _beats(cluster, 6 * count)
 
 
 def _live_out_the_lease(cluster):
   """Just so long that the leader's last word is as old as its lease."""
-  _periods(cluster, round(_LEASE_S / _PERIOD_S))
+  _beats(cluster, 4)
 
 
 def test_both_gmanagers_know_the_same(cluster):
@@ -79,7 +89,7 @@ def test_both_gmanagers_know_the_same(cluster):
   assert len(leader.view().placements) == 1
 
 
-def test_the_standby_serves_within_a_period_after_the_lease(cluster):
+def test_the_standby_serves_within_a_period_of_the_death(cluster):
   cluster.open(0, UID, 4 * BLOCK_SIZE)
   dead_s = cluster.now_s
   del cluster.gmanagers[GMANAGER]
@@ -87,12 +97,54 @@ def test_the_standby_serves_within_a_period_after_the_lease(cluster):
   cluster.settle()
   assert cluster.managers[0].phase(UID) is not Phase.IDLE  # Nobody answers.
   while cluster.managers[0].phase(UID) is not Phase.IDLE:
-    assert cluster.now_s - dead_s < _LEASE_S + _PERIOD_S
-    _periods(cluster, 1)
+    assert cluster.now_s - dead_s < _PERIOD_S
+    _beats(cluster, 1)
 
   assert cluster.managers[0].borrowed() == {1: 2}
   assert cluster.covers(0, UID, 4 * BLOCK_SIZE)
   assert cluster.gmanagers[STANDBY].epoch == 3
+
+
+@pytest.mark.parametrize(
+  "lending",
+  [
+    LendingConfig(),
+    LendingConfig(heartbeat_every_s=1.0, leader_lease_s=0.75),
+    LendingConfig(heartbeat_every_s=1.0, leader_lease_s=0.8),
+  ],
+)
+def test_whenever_the_leader_dies_a_standby_soon_leads(lending):
+  # Both are called each 16 steps, at any distance from each other; the last
+  # word takes no time.
+  step_s = lending.leader_beat_s / 16
+  longest_s = 0.0
+  for late, died in itertools.product(range(16), range(100, 116)):
+    now = [0.0]
+    leader, standby = (
+      GManager(
+        lending,
+        lambda now=now: now[0],
+        address=address,
+        peers=[peer],
+        is_leader=address == GMANAGER,
+      )
+      for address, peer in ((GMANAGER, STANDBY), (STANDBY, GMANAGER))
+    )
+    for number in range(300):
+      now[0] = number * step_s
+      if number % 16 == 0 and number < died:
+        leader.tick()
+        for word in leader.drain_messages():
+          standby.on_message(word)
+      if number % 16 == late:
+        standby.tick()
+      if standby.is_leader:
+        break
+    assert standby.is_leader
+    assert number > died
+    longest_s = max(longest_s, (number - died) * step_s)
+  assert longest_s <= lending.heartbeat_every_s
+  assert longest_s > lending.leader_lease_s
 
 
 def test_no_word_of_the_dead_leader_counts_once_another_leads(cluster, network):
@@ -135,14 +187,39 @@ def test_no_word_of_the_dead_leader_counts_once_another_leads(cluster, network):
   assert manager.plans.num_declined == 0
   # The same words of the one that leads now do count.
   new = dataclasses.replace(late, sender=STANDBY, leader_epoch=3)
-  for body in plans:
-    manager.on_message(dataclasses.replace(new, body=body))
+  for number, body in enumerate(plans, 1000):
+    manager.on_message(dataclasses.replace(new, seq=number, body=body))
   assert manager.lendable_elsewhere() == 9
   assert manager.plans.num_declined == 1  # The move is under way by then.
   assert {type(m.body) for m in manager.drain_messages()} == {
     Reserve,
     Heartbeat,
   }
+
+
+def test_what_the_dead_leader_allotted_ends_with_its_epoch(cluster):
+  manager = cluster.managers[0]
+  old = Envelope(
+    sender=GMANAGER,
+    receiver=0,
+    incarnation=1,
+    seq=100,
+    body=ClusterStatus(lendable=9, allotted_to=5),
+    leader_epoch=2,
+  )
+  manager.on_message(old)
+  assert manager.allotted_to == 5
+  # Whatever the new leader says first, it may have allotted that to another.
+  first = dataclasses.replace(
+    old, sender=STANDBY, seq=1, body=FullHeartbeatRequest(), leader_epoch=3
+  )
+  manager.on_message(first)
+  assert manager.allotted_to == 0
+
+  own = dataclasses.replace(first, seq=2, body=old.body)
+  manager.on_message(own)
+  manager.on_message(dataclasses.replace(first, seq=3))
+  assert manager.allotted_to == 5  # Its own word is not undone by itself.
 
 
 def test_a_question_to_the_dead_leader_is_put_to_the_new_one(cluster):

@@ -29,6 +29,12 @@ _HEARTBEAT = Heartbeat(
   requests=(RequestBlocks(uid=7, holders=((0, 3), (2, 1)), movable=2),),
   leader_epoch=7,
 )
+_MOST = {
+  "next_blocks": 30,
+  "next_arrival": 2**63 - 1,
+  "promised": 30,
+  "local_blocks": 10,
+}
 _CHANGE = dataclasses.replace(_HEARTBEAT, base=8, lent=((1, 0),))
 
 
@@ -53,6 +59,7 @@ def _request(**fields):
   [
     (_HEARTBEAT, {}),
     (_CHANGE, {}),
+    (dataclasses.replace(_HEARTBEAT, **_MOST), {}),
     (dataclasses.replace(_CHANGE, requests=_request(holders=())), {}),
     (CandidatesRequest(num_blocks=1), {}),
     (Leadership(), {"sender": STANDBY, "leader_epoch": 9}),
@@ -98,7 +105,25 @@ def test_who_says_what_is_checked(body, change, fault):
       "counts must add up to a total of at least 1; got",
     ),
     ({"lendable": 4}, "lendable must be at most 3; got 4."),
-    ({"num_waiting": 0}, "next_blocks must be 0 if nobody waits; got 5."),
+    ({"num_waiting": 0}, "next_blocks must be at most 30, and 0 if nobody wa"),
+    (
+      {"next_blocks": 31},
+      "next_blocks must be at most 30, and 0 if nobody wa",
+    ),
+    ({"promised": -1}, "numbers must be in [0, 2147483647]; got (3, 3, 3, 1,"),
+    ({"promised": 2**62}, "numbers must be in [0, 2147483647]; got (3, 3, 3,"),
+    (
+      {"promised": 31},
+      "promised must be at most 30 for each of 1 requests; g",
+    ),
+    ({"local_blocks": -1}, "numbers must be in [0, 2147483647]; got (3, 3, 3,"),
+    ({"local_blocks": 11}, "local_blocks must be at most 10; got 11."),
+    ({"next_arrival": -1}, "next_arrival must be in [0, 9223372036854775807]"),
+    ({"next_arrival": 2**63}, "next_arrival must be in [0, 92233720368547758"),
+    (
+      {"num_waiting": 0, "next_blocks": 0, "next_arrival": 1},
+      "next_arrival must be in [0, 9223372036854775807], and 0 if nobody waits",
+    ),
     ({"lent": ((1, 2),)}, "lent must add up to [3, 4], as hosted and reserved"),
     ({"lent": ((1, 5),)}, "lent must add up to [3, 4], as hosted and reserved"),
     ({"lent": ((0, 3),)}, "lent must name others; got 0 itself."),

@@ -28,6 +28,7 @@ from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.types import PoolCounts
 from tests.scheduler.cluster_views import MODEL, placement
 
+_BEAT_S = 0.25  # Three are a leader's lease.
 _EPOCH = 2  # Even ones are the first gManager's, odd ones the standby's.
 
 
@@ -47,7 +48,7 @@ def _gmanager(clock, policy="borrow", **options):
   lending = {
     "heartbeat_every_s": 1.0,
     "expire_after_s": 5.0,
-    "leader_lease_s": 3.0,
+    "leader_lease_s": 0.75,
     "plan_every_s": 2.0,
     "freeze_s": 4.0,
   }
@@ -81,10 +82,10 @@ def _drain(gmanager):
   return [(m.receiver, m.body) for m in gmanager.drain_messages()]
 
 
-def _wait(gmanager, clock, seconds):
-  """Time passes with a tick each second."""
-  for _ in range(seconds):
-    clock.now += 1.0
+def _wait(gmanager, clock, num_ticks, tick_s=1.0):
+  """Time passes from tick to tick."""
+  for _ in range(num_ticks):
+    clock.now += tick_s
     gmanager.tick()
 
 
@@ -435,7 +436,9 @@ class TestConstruction:
       ("policy", "best", "policy must be one of borrow, greedy, migrate, stat"),
       ("full_heartbeat_every", 0, "full_heartbeat_every must be at least 1"),
       ("expire_after_s", 0.2, "expire_after_s must be more than twice heartb"),
-      ("leader_lease_s", 0.1, "leader_lease_s must be more than twice heartb"),
+      ("leader_lease_s", 0.0, "leader_lease_s must be positive; got 0.0"),
+      ("leader_lease_s", 0.081, "leader_lease_s must be at most 0.8 of heart"),
+      ("heartbeat_every_s", 0.09, "leader_lease_s must be at most 0.8 of hea"),
       ("plan_every_s", 0, "plan_every_s must be positive; got 0"),
       ("freeze_s", -1, "freeze_s must be positive; got -1"),
     ],
@@ -481,6 +484,22 @@ def test_links_are_fast_inside_a_domain():
   assert LinkCosts().cost_s(0, 99) == 0.0
 
 
+def test_an_absurd_need_takes_nothing_from_those_who_wait(clock):
+  gmanager = _gmanager(clock, num_instances=3)
+  waits = {"num_waiting": 1, "next_blocks": 120, "next_arrival": 5}
+  gmanager.on_message(_heartbeat(0, 1, 99, **waits))
+  gmanager.on_message(_heartbeat(1, 1, 99))
+  gmanager.drain_messages()
+
+  for seq, absurd in enumerate((2**62, 2**31 - 1, 298, -1), 2):
+    gmanager.on_message(_heartbeat(1, seq, 99, num_running=1, promised=absurd))
+  gmanager.on_message(_heartbeat(0, 2, 99, **waits))
+
+  (status,) = [m.body for m in gmanager.drain_messages()]
+  assert status == ClusterStatus(lendable=99, allotted_to=5)
+  assert gmanager.refused == {"Heartbeat": 4}
+
+
 class TestLeadership:
   @pytest.fixture
   def standby(self, clock):
@@ -491,17 +510,17 @@ class TestLeadership:
     envelope = _envelope(sender, 1, Leadership(), receiver=receiver)
     return dataclasses.replace(envelope, leader_epoch=epoch)
 
-  def test_a_leader_tells_the_standby_each_period_that_it_lives(self, clock):
+  def test_a_leader_tells_the_standby_each_beat_that_it_lives(self, clock):
     leader = _gmanager(clock, peers=[STANDBY])
     leader.tick()
     (message,) = leader.drain_messages()
     assert (message.receiver, message.body) == (STANDBY, Leadership())
     assert message.leader_epoch == leader.epoch == _EPOCH
 
-    clock.now += 0.5
+    clock.now += 0.125
     leader.tick()
     assert leader.drain_messages() == []
-    clock.now += 0.5
+    clock.now += 0.0625
     leader.tick()
     assert _drain(leader) == [(STANDBY, Leadership())]
 
@@ -513,7 +532,7 @@ class TestLeadership:
     )
     for _ in range(9):
       standby.on_message(self._leadership(_EPOCH))
-      _wait(standby, clock, 1)
+      _wait(standby, clock, 1, _BEAT_S)
 
     assert not standby.is_leader
     assert standby.drain_messages() == []
@@ -527,7 +546,7 @@ class TestLeadership:
       standby.on_message(_heartbeat(0, seq, 9, receiver=STANDBY))
       standby.on_message(_heartbeat(1, seq, 4, receiver=STANDBY))
       assert not standby.is_leader
-      _wait(standby, clock, 1)
+      _wait(standby, clock, 1, _BEAT_S)
 
     assert standby.is_leader
     assert standby.epoch == 3
@@ -547,7 +566,7 @@ class TestLeadership:
   ):
     standby.on_message(_heartbeat(0, 1, 9, receiver=STANDBY))
     standby.on_message(_heartbeat(0, 3, 9, base=2, receiver=STANDBY))
-    _wait(standby, clock, 3)
+    _wait(standby, clock, 3, _BEAT_S)
 
     assert (0, FullHeartbeatRequest()) in _drain(standby)
 
@@ -571,7 +590,7 @@ class TestLeadership:
     leader.on_message(_envelope(0, 7, CandidatesRequest(num_blocks=3)))
     assert leader.drain_messages() == []
     # And leads again, under a still newer epoch, if that one dies.
-    _wait(leader, clock, 3)
+    _wait(leader, clock, 3, _BEAT_S)
     assert (leader.is_leader, leader.epoch) == (True, 2 + 512)
 
   def test_epochs_are_never_shared_nor_used_twice(self, clock):
@@ -596,7 +615,7 @@ class TestLeadership:
         is_leader=False,
       )
       standby.on_message(self._leadership(2))
-      _wait(standby, clock, 3)
+      _wait(standby, clock, 3, _BEAT_S)
       assert standby.is_leader
       epochs.append(standby.epoch)
 

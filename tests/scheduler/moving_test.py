@@ -5,7 +5,12 @@ import pytest
 from infinite_llm.cache.rblock import BlockState, Location
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Phase
-from infinite_llm.scheduler.effects import GrantEpochs, Move, MoveBlocks
+from infinite_llm.scheduler.effects import (
+  GrantEpochs,
+  MigrateRequest,
+  Move,
+  MoveBlocks,
+)
 from infinite_llm.scheduler.lease_messages import (
   Fetch,
   FetchedEntry,
@@ -472,14 +477,14 @@ class TestFreeze:
 
 
 class TestPlans:
-  def _tell(self, cluster, body):
+  def _tell(self, cluster, body, seq=1):
     manager = cluster.managers[0]
     manager.on_message(
       Envelope(
         sender=GMANAGER,
         receiver=0,
         incarnation=1,
-        seq=1,
+        seq=seq,
         body=body,
         leader_epoch=9,
       )
@@ -494,6 +499,19 @@ class TestPlans:
     assert manager.borrowed() == {1: 4, 2: 1}
     assert manager.plans.num_declined == 0
     assert _is_covered(cluster)
+
+  def test_a_plan_that_comes_again_is_not_followed_again(self, cluster):
+    for _ in range(3):
+      manager = self._tell(cluster, MoveKvcache(uid=UID, num_blocks=1, dst=2))
+      cluster.settle()
+    assert manager.borrowed() == {1: 4, 2: 1}
+
+    recall = RecallKvcache(uid=UID, num_blocks=2, src=1, freeze_s=2.0)
+    for _ in range(2):
+      self._tell(cluster, recall, seq=2)
+      cluster.settle()
+    assert manager.borrowed() == {1: 2, 2: 1}
+    assert manager.plans.num_declined == 0
 
   def test_a_recall_is_followed_and_freezes_until_it_is_over(self, cluster):
     plan = RecallKvcache(uid=UID, num_blocks=3, src=1, freeze_s=2.0)
@@ -538,3 +556,59 @@ class TestPlans:
     assert not manager.is_frozen
     assert manager.borrowed() == {1: 4}
     assert manager.refused == {}
+
+
+class TestMigration:
+  _PLAN = MoveKvcache(uid=UID, num_blocks=6, dst=2, with_request=True)
+
+  def _tell(self, manager, seq=1):
+    manager.on_message(
+      Envelope(
+        sender=GMANAGER,
+        receiver=0,
+        incarnation=1,
+        seq=seq,
+        body=self._PLAN,
+        leader_epoch=9,
+      )
+    )
+    return manager.drain_effects()
+
+  def _manager(self, **options):
+    cluster = FakeCluster(3, 9, **({"policy": "migrate"} | options))
+    cluster.introduce()
+    cluster.open(0, UID, 6 * BLOCK_SIZE)
+    return cluster.managers[0]
+
+  def test_a_request_that_may_leave_is_handed_out(self):
+    manager = self._manager()
+
+    assert self._tell(manager) == [MigrateRequest(uid=UID, dst=2)]
+    assert manager.plans.num_declined == 0
+    # Whoever carries it out ends the request here.
+    assert manager.table(UID).num_blocks == 6
+    manager.close(UID)
+    assert manager.counts().free == 8
+    assert self._tell(manager, seq=2) == []
+    assert manager.plans.num_declined == 1
+
+  def test_other_policies_migrate_nothing(self):
+    manager = self._manager(policy="borrow")
+
+    assert self._tell(manager) == []
+    assert manager.plans.num_declined == 1
+
+  def test_what_lies_elsewhere_stays(self):
+    manager = self._manager()
+    assert manager.move_kvcache(UID, 1, 1)
+    manager.drain_effects()
+
+    assert self._tell(manager) == []
+    assert manager.plans.num_declined == 1
+
+  def test_a_frozen_instance_keeps_its_requests(self):
+    manager = self._manager()
+    manager.plans.freeze(1.0)
+
+    assert self._tell(manager) == []
+    assert manager.plans.num_declined == 1

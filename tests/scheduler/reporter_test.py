@@ -8,7 +8,10 @@ from infinite_llm.scheduler.messages import (
   CandidatesRequest,
   ClusterStatus,
   Envelope,
+  FullHeartbeatRequest,
   Heartbeat,
+  MoveKvcache,
+  RecallKvcache,
   RequestBlocks,
 )
 from infinite_llm.scheduler.reporter import Reporter
@@ -101,13 +104,13 @@ def test_heartbeats_are_due_once_a_period(reporter, clock):
   assert reporter.is_due()
 
 
-def _word(sender, epoch):
+def _word(sender, epoch, seq=1, body=None):
   return Envelope(
     sender=sender,
     receiver=0,
     incarnation=1,
-    seq=1,
-    body=ClusterStatus(lendable=1),
+    seq=seq,
+    body=body or ClusterStatus(lendable=1),
     leader_epoch=epoch,
   )
 
@@ -120,14 +123,46 @@ def test_older_epochs_do_not_count(reporter):
       (STANDBY, 1),
       (STANDBY, 3),
       (GMANAGER, 2),
-      (STANDBY, 3),
-      (GMANAGER, 4),
+      (STANDBY, 4),
+      (GMANAGER, 6),
     )
   ]
 
   assert verdicts == [True, False, True, False, True, True]
   assert reporter.num_fenced == 2
-  assert reporter.leader_epoch == 4
+  assert reporter.leader_epoch == 6
+
+
+def test_a_status_or_a_plan_counts_once_and_in_order(reporter):
+  status = ClusterStatus(lendable=1)
+  move = MoveKvcache(uid=7, num_blocks=1, dst=1)
+  recall = RecallKvcache(uid=7, num_blocks=1, src=1, freeze_s=1.0)
+
+  verdicts = [
+    reporter.follow(_word(GMANAGER, epoch, seq, body))
+    for epoch, seq, body in (
+      (2, 5, status),
+      (2, 5, status),
+      (2, 4, status),
+      (2, 4, move),  # Statuses and plans do not wait for each other.
+      (2, 4, move),
+      (2, 3, recall),
+      (2, 6, recall),
+      (2, 7, status),
+      (4, 1, status),  # It numbers anew in its next life.
+      (4, 1, move),
+    )
+  ]
+
+  assert verdicts == [
+    True, False, False, True, False, False, True, True, True, True
+  ]  # fmt: skip
+  assert reporter.num_overtaken == 4
+
+
+def test_a_question_for_everything_is_answered_each_time(reporter):
+  question = _word(GMANAGER, 2, 1, FullHeartbeatRequest())
+  assert [reporter.follow(question) for _ in range(2)] == [True, True]
 
 
 def test_open_questions_go_to_the_new_leader_at_once(reporter, outbox):

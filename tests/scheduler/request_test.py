@@ -40,3 +40,8 @@ def test_a_uid_that_is_no_positive_uint32_is_refused(uid):
 def test_an_empty_prompt_is_refused():
   with pytest.raises(ValueError, match=r"prompt_token_ids must not be empty"):
     make_request(1, 0)
+
+
+def test_an_arrival_is_a_number_that_messages_can_name():
+  with pytest.raises(ValueError, match=r"arrival must be at least 1; got 0\."):
+    make_request(1, 3, arrival=0)

@@ -596,7 +596,6 @@ class TestMessages:
       heartbeat_every_s=10.0,
       lease_s=30.0,
       expire_after_s=30.0,
-      leader_lease_s=30.0,
     )
     cluster.open(0, UID, 4 * BLOCK_SIZE)
     _borrow(cluster, 2)

@@ -131,6 +131,11 @@ def test_messages_that_make_sense_pass(body, change):
     (Candidates(instances=(1,)), {"sender": GMANAGER}, "instances must be oth"),
     (Candidates(instances=(3,)), {"sender": GMANAGER}, "instances must be oth"),
     (ClusterStatus(lendable=-1), {"sender": GMANAGER}, "lendable must"),
+    (
+      ClusterStatus(lendable=1, allotted_to=-7),
+      {"sender": GMANAGER},
+      "allotted_to must be in [0, 9223372036854775807]; got -7.",
+    ),
   ],
 )
 def test_who_says_what_to_whom_is_checked(body, change, fault):

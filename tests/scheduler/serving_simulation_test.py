@@ -104,7 +104,7 @@ class Run:
     num_tokens = self.rng.randint(1, max(longest - max_tokens, 1))
     self.engine.add(
       self.rng.randrange(self.num_instances),
-      make_request(uid, num_tokens, max_tokens=max_tokens, arrival=-uid),
+      make_request(uid, num_tokens, max_tokens=max_tokens, arrival=100 - uid),
     )
 
   def _disturb(self):

@@ -42,22 +42,39 @@ def test_steps_take_exactly_what_their_rows_do():
     (pytest.approx(0.836), pytest.approx(1.226)),
     (pytest.approx(1.246), pytest.approx(1.246)),
   ]
-  assert result.instance_steps == result.num_plans == 5
+  assert result.instance_steps == 5
   assert result.duration_s == pytest.approx(1.436)
 
 
-def test_several_steps_at_once_take_as_long_as_one_by_one():
-  requests = [make_request(8, 7), make_request(8, 12), make_request(4, 3)]
+def test_who_arrives_enters_with_the_next_step():
+  # Of one row and n tokens a step takes 0.1 + 0.01 n, a prompt of 4 0.41.
+  #   0.0 .. 0.836: request 0's prompt of 8
+  #   0.836 .. 1.026 .. 1.226: it decodes, at 9 and 10 tokens
+  #   1.1: request 1 arrives
+  #   1.226 .. 1.846: the step after: 0.1 + 0.11, and the prompt's 0.41
+  #   1.846 .. 2.216: both: 0.2 + 0.12 + 0.05
+  requests = [make_request(8, 5), make_request(4, 2, arrival_s=1.1)]
 
-  one_by_one = make_simulator(requests, policy="static").run()
-  at_once = make_simulator(requests, policy="static", decode_steps=8).run()
+  result = make_simulator(requests, policy="static", num_instances=1).run()
 
-  assert _times(at_once) == [
-    (pytest.approx(first), pytest.approx(finish))
-    for first, finish in _times(one_by_one)
+  assert _times(result) == [
+    (pytest.approx(0.836), pytest.approx(2.216)),
+    (pytest.approx(1.846), pytest.approx(2.216)),
   ]
-  assert at_once.instance_steps == one_by_one.instance_steps
-  assert at_once.num_plans < one_by_one.num_plans
+
+
+def test_no_rblock_is_taken_ahead_of_need():
+  # In a pool of 4, request 0 has 1 until its ninth token needs another; so
+  # there are 3 for request 1, which is over by then.
+  #   0.0 .. 0.515 .. 0.675: request 0's prompt of 5, and one token at 6
+  #   0.675 .. 2.581: 0.1 + 0.07, and 16 of request 1's tokens: 1.6 + 0.136
+  #   2.581 .. 3.031: one token each: 0.2 + 0.08 + 0.17
+  requests = [make_request(5, 9), make_request(17, 1, arrival_s=0.6)]
+
+  result = make_simulator(requests, policy="static", num_instances=1).run()
+
+  assert result.records[1].finish_s == pytest.approx(3.031)
+  assert result.num_preempted == 0
 
 
 def test_only_sharing_serves_what_no_pool_holds():
@@ -97,8 +114,6 @@ def test_rblocks_add_up_after_every_event(policy, seed):
     _mixed_trace(seed),
     policy=policy,
     num_instances=3,
-    host_tokens=100,
-    decode_steps=1 + seed,
   )
   while not simulator.is_over:
     simulator.network.step()
@@ -130,24 +145,39 @@ def test_other_seeds_delay_messages_otherwise():
 
 def test_swapped_requests_come_back_by_a_copy():
   # Two requests of 24 tokens in the end, in one pool of 32.
-  requests = [make_request(12, 12), make_request(12, 12)]
+  requests = [make_request(12, 12), make_request(13, 11)]
 
   def run(policy):
     return make_simulator(
-      requests, policy=policy, num_instances=1, host_tokens=100
+      requests, policy=policy, num_instances=1, host_blocks=5
     ).run()
 
   computed, copied = run("static"), run("swap")
 
   assert computed.num_preempted == copied.num_preempted == 1
-  # The second request goes with 15 of its 16 tokens computed: the first one
-  # waits for that copy. Later the other one comes back:
+  assert computed.num_blocks_swapped == 0
+  assert copied.num_blocks_swapped == 4
+  assert copied.num_blocks_leaked == 0
+  # The second request goes with 16 of its 17 tokens computed, and the first one
+  # waits until these 2 rBlocks are copied. Later the other one comes back:
   #   computed: 16 x 0.1 + 136 pairs x 0.001
-  #   copied: 15 x 0.001, then one token: 0.1 + 16 pairs x 0.001
+  #   copied: 16 x 0.001
   (_, alone_s), (_, computed_s) = _times(computed)
   (_, delayed_s), (_, copied_s) = _times(copied)
-  assert delayed_s - alone_s == pytest.approx(0.015)
-  assert computed_s - copied_s == pytest.approx(1.736 - 0.131 - 0.015)
+  assert delayed_s - alone_s == pytest.approx(0.016)
+  assert computed_s - copied_s == pytest.approx(1.736 - 2 * 0.016)
+
+
+def test_a_host_tier_that_is_full_takes_nothing():
+  requests = [make_request(12, 12), make_request(13, 11)]
+
+  def run(host_blocks):
+    return make_simulator(
+      requests, policy="swap", num_instances=1, host_blocks=host_blocks
+    ).run()
+
+  assert run(2).num_blocks_swapped == 0
+  assert run(3).num_blocks_swapped == 4
 
 
 def test_requests_migrate_to_where_there_is_room():
@@ -190,11 +220,16 @@ def test_a_run_ends_when_its_time_is_up():
 
 @pytest.mark.parametrize(
   ("name", "value"),
-  [("num_instances", 0), ("num_blocks", 1), ("decode_steps", 0), ("most_s", 0)],
+  [
+    ("num_instances", 0),
+    ("num_blocks", 1),
+    ("host_blocks", 1),
+    ("most_s", 0),
+  ],
 )
 def test_impossible_clusters_are_refused(name, value):
   with pytest.raises(ConfigError, match=name):
-    make_simulator([make_request(8, 2)], **{name: value})
+    make_simulator([make_request(8, 2)], policy="swap", **{name: value})
 
 
 def test_steps_take_longer_with_overhead():

@@ -45,6 +45,33 @@ def test_copies_take_their_bytes_over_their_speed():
   assert cost.swap_s(8) == pytest.approx(0.8)
 
 
+def test_a_prompt_is_computed_at_the_speed_of_a_chunk():
+  cost = make_cost(step_overhead_s=1.0)
+
+  # 4 tokens and 10 pairs in 0.4 + 0.01 + 1.0 seconds.
+  assert cost.prefill_tokens_per_s(4) == pytest.approx(4 / 1.41)
+
+
+def test_devices_of_an_instance_share_its_work_and_add_up():
+  work = Work(rows=2, tokens=30, prefill_tokens=4, prefill_pairs=100)
+  cost = make_cost(reduce_s=0.25, reduce_bytes_per_token=10).sharded(4)
+
+  # A quarter of the work; for both programs two all-reduces, in which each
+  # device sends 1.5 times 10 bytes for each of 6 tokens at 1000 bytes/s.
+  assert cost.step_s(work) == pytest.approx(
+    (0.2 + 0.3 + 0.4 + 0.1) / 4 + 2 * (2 * 0.25 + 6 * 0.015)
+  )
+  assert cost.move_s(8) == pytest.approx(0.008 / 4)
+  assert cost.swap_s(8) == pytest.approx(0.008 / 4)
+  assert make_cost(reduce_s=0.25).sharded(1) == make_cost(reduce_s=0.25)
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_devices_are_shared_out_once(devices):
+  with pytest.raises(ConfigError, match=f"tensor_parallel .* got {devices}"):
+    make_cost().sharded(2).sharded(devices)
+
+
 def test_the_default_is_what_was_measured():
   cost = load_cost_model(_COSTS)
   anchors = json.loads((_ANCHORS / "h200_2026-11-21.json").read_text())

@@ -15,6 +15,7 @@ from infinite_llm.scheduler import (
   gmanager,
   gmanager_screening,
   reception,
+  reporter,
   screening,
 )
 from infinite_llm.scheduler.creditor import Creditor
@@ -22,7 +23,7 @@ from infinite_llm.scheduler.fault_points import Place
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.leases import LeaseDeadlines
-from infinite_llm.scheduler.messages import Leadership
+from infinite_llm.scheduler.messages import ClusterStatus, Leadership
 from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane
@@ -123,6 +124,27 @@ def _forward_borrows(monkeypatch):
   monkeypatch.setattr(RManager, "on_message", forward)
 
 
+def _forward_borrows_later(monkeypatch):
+  """Whoever was asked for rBlocks asks somebody else at its next tick."""
+  on_message, tick = RManager.on_message, RManager.tick
+  asked = set()
+
+  def note(self, envelope):
+    on_message(self, envelope)
+    if isinstance(envelope.body, Reserve):
+      asked.add(self)
+
+  def forward(self):
+    if self in asked:
+      asked.remove(self)
+      for uid in self._debtor._accounts:
+        self.borrow(uid, 1)
+    tick(self)
+
+  monkeypatch.setattr(RManager, "on_message", note)
+  monkeypatch.setattr(RManager, "tick", forward)
+
+
 def _count_refused_grants(monkeypatch):
   count_lent = Creditor._count_lent
   monkeypatch.setattr(
@@ -133,10 +155,32 @@ def _count_refused_grants(monkeypatch):
 
 
 def _obey_former_leaders(monkeypatch):
+  """Whatever any gManager says counts, also what came before."""
   follow = Reporter.follow
-  monkeypatch.setattr(
-    Reporter, "follow", lambda self, envelope: follow(self, envelope) or True
-  )
+
+  def obey(self, envelope):
+    is_old = envelope.leader_epoch < self.leader_epoch
+    return follow(self, envelope) or is_old
+
+  monkeypatch.setattr(Reporter, "follow", obey)
+
+
+def _follow_plans_again(monkeypatch):
+  """Whatever the leader says counts, however late or often it comes."""
+  monkeypatch.setattr(reporter, "_IN_ORDER", {})
+
+
+def _keep_the_old_allotment(monkeypatch):
+  """What a leader allotted is in force until its successor's first status."""
+  on_message = RManager.on_message
+
+  def keep(self, envelope):
+    allotted_to = self.allotted_to
+    on_message(self, envelope)
+    if not isinstance(envelope.body, ClusterStatus):
+      self.allotted_to = allotted_to
+
+  monkeypatch.setattr(RManager, "on_message", keep)
 
 
 def _lead_twice_under_one_epoch(monkeypatch):
@@ -179,8 +223,10 @@ def _take_over_a_period_late(monkeypatch):
 
   def late(self):
     lending = self._lending
-    patience_s = lending.leader_lease_s + 1.5 * lending.heartbeat_every_s
-    self._lending = dataclasses.replace(lending, leader_lease_s=patience_s)
+    period_s = 3 * lending.heartbeat_every_s
+    self._lending = dataclasses.replace(
+      lending, leader_lease_s=period_s / 2, heartbeat_every_s=period_s
+    )
     tick(self)
     self._lending = lending
 
@@ -261,7 +307,11 @@ _PLACES = {
   Place.PROOF_SKIPPED: (_with_lost_payloads, 20, "whose copy was not proved"),
   Place.FREED_TWICE: (_borrowing, 20, "cannot free"),
   Place.RELEASE_FORGOTTEN: (_borrowing, 20, "were never given back"),
-  Place.HOME_EPOCHS_KEPT: (_borrowing, 40, "receives under epoch"),
+  Place.HOME_EPOCHS_KEPT: (
+    _borrowing,
+    40,
+    "receives under epoch|was written over",
+  ),
   Place.HOME_FREED_EARLY: (_swapping, 10, "its HBM rBlock is"),
   Place.DROPPED_EARLY: (_swapping, 20, "its HOST rBlock is"),
   Place.HOST_KEPT: (_swapping, 10, "in HOST for nobody"),
@@ -269,12 +319,15 @@ _PLACES = {
 
 _REPLACED = {
   _forward_borrows: (_borrowing, 30, "forwards a borrow"),
+  _forward_borrows_later: (_borrowing, 30, "forwards a borrow"),
   _count_refused_grants: (_borrowing, 10, "says that it lent"),
-  _obey_former_leaders: (_borrowing, 20, "and obeys"),
+  _obey_former_leaders: (_drawn, 20, "and obeys"),
+  _follow_plans_again: (_drawn, 20, "and obeys .* came before"),
+  _keep_the_old_allotment: (_borrowing, 40, "still counts on what"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
   _obey_any_instance: (_drawn, 10, "must be refused and counted|Error"),
   _believe_any_number: (_drawn, 10, "must be refused and counted"),
-  _believe_any_heartbeat: (_drawn, 10, "must be refused and counted"),
+  _believe_any_heartbeat: (_drawn, 60, "must be refused and counted"),
   _refuse_in_silence: (_drawn, 10, "must be refused and counted"),
   _never_take_over: (_drawn, 20, "stands by"),
   _take_over_a_period_late: (_drawn, 20, "stands by"),
@@ -316,6 +369,16 @@ def test_a_replaced_function_is_found(bug, monkeypatch):
   bug(monkeypatch)
 
   assert re.search(words, _first_found(scenario, num_seeds))
+
+
+def test_a_standby_that_waits_longer_than_it_may_is_found():
+  def patient(seed):
+    scenario = _drawn(seed)
+    # No configuration can say so: five heartbeat periods.
+    object.__setattr__(scenario.lending, "leader_lease_s", 0.5)
+    return scenario
+
+  assert re.search("after the leader's death", _first_found(patient, 40))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def make_simulator(
   num_blocks=5,
   cost=None,
   chunk_tokens=16,
+  host_blocks=13,
   **options,
 ) -> ClusterSimulator:
   """Two instances of 4 rBlocks of 8 tokens, if nothing else is said."""
@@ -52,6 +53,7 @@ def make_simulator(
     num_instances=num_instances,
     num_blocks=num_blocks,
     block_size=BLOCK_SIZE,
+    host_blocks=host_blocks,
     lending=LendingConfig(
       policy=policy, group_prefill_buckets=(8, 16), headroom_blocks=0
     ),

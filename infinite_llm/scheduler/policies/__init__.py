@@ -29,8 +29,9 @@ class Policy:
 
   Attributes:
     borrows: Whether instances that run short ask others for rBlocks.
-    swaps_to_host: Whether a simulated instance has host memory for preempted
-      requests.
+    migrates: Whether requests that run go elsewhere as a whole.
+    swaps_to_host: Whether it rests on host memory, so that each instance must
+      have some. Under any other policy those that have it swap, too.
     rank_creditors: Proposes whom a debtor may ask for so many rBlocks, best
       first.
     choose_victim: Picks the request whose rBlocks make room, from what each
@@ -40,6 +41,7 @@ class Policy:
   """
 
   borrows: bool = False
+  migrates: bool = False
   swaps_to_host: bool = False
   rank_creditors: Callable[
     [ClusterView, InstanceId, int], tuple[InstanceId, ...]
@@ -65,7 +67,7 @@ _BORROW = Policy(
 POLICIES = {
   "borrow": _BORROW,
   "greedy": dataclasses.replace(_BORROW, plan_moves=greedy.plan_moves),
-  "migrate": Policy(plan_moves=migrate.plan_moves),
+  "migrate": Policy(migrates=True, plan_moves=migrate.plan_moves),
   "static": Policy(),
   "swap": Policy(swaps_to_host=True),
 }

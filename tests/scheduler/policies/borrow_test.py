@@ -101,6 +101,7 @@ def test_policies_differ_in_what_an_instance_does_that_runs_short(
   policy = policies.get_policy(name)
 
   assert (borrows, swaps) == (policy.borrows, policy.swaps_to_host)
+  assert policy.migrates == (name == "migrate")
   candidates = policy.rank_creditors(_view(i0=9, i1=9), 0, 1)
   assert candidates == ((1,) if borrows else ())
   assert policy.choose_victim([(7, 5)]) == (7 if borrows else None)
