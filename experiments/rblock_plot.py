@@ -302,7 +302,7 @@ def _legend(
     for use in uses
   )
   if is_any_pale:
-    pale = Patch(facecolor=_INK, alpha=_PALE, label="pale: being filled")
+    pale = Patch(facecolor=_SHORT[0], alpha=_PALE, label="pale: being filled")
     patches.append(pale)
   patches.append(Patch(facecolor=_FREE, label="free"))
   return patches
