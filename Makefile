@@ -41,6 +41,13 @@ test: lint types  ## Lint, types and the CPU tests.
 test-benches: $(ENVIRONMENT)  ## Benchmarks and their baselines, in small.
 	$(PYTHON) -m pytest -q -m bench tests/experiments $(PYTEST_ARGS)
 
+# With `transformers` and torch installed beside it, models are compared with
+# theirs live; without, those tests say so and are skipped.
+.PHONY: test-slow
+test-slow: $(ENVIRONMENT)  ## The README's example; models against transformers.
+	$(PYTHON) -m pytest -q -rs -m slow tests/readme_test.py tests/models \
+	  $(PYTEST_ARGS)
+
 .PHONY: test-multihost
 test-multihost: $(ENVIRONMENT)  ## The tests that start several processes.
 	$(PYTHON) -m pytest -q -m multihost tests/multihost

@@ -6,6 +6,7 @@ import jax
 
 from infinite_llm import LLM
 from infinite_llm.config import EngineConfig
+from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.distributed.runtime import current_group
 
 
@@ -24,11 +25,16 @@ def build_llm(
     platform: "cpu" makes a device of the processor for each tensor rank of each
       instance; "gpu" takes the GPUs that are there.
     show_progress: Show bars.
+
+  Raises:
+    ConfigError: If JAX does not run on that platform.
   """
   group = current_group()
-  if group is None and platform == "cpu":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-      "jax_num_cpu_devices", config.num_instances * config.tensor_parallel
-    )
+  if group is None:
+    choose_platform(platform)
+    if platform == "cpu":
+      jax.config.update(
+        "jax_num_cpu_devices", config.num_instances * config.tensor_parallel
+      )
+    check_platform(platform)
   return LLM(checkpoint, config, show_progress=show_progress, group=group)

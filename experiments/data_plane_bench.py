@@ -26,6 +26,7 @@ from matplotlib import figure
 
 from experiments import attention_bench, exchange_bench, tier_bench
 from experiments.report import table
+from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.errors import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin")
@@ -102,13 +103,8 @@ def run(
 
 def _devices(config: ml_collections.ConfigDict) -> int:
   """Takes the platform that is asked for; how many devices to use."""
-  if config.platform == "cpu":
-    jax.config.update("jax_platforms", "cpu")
-  if jax.default_backend() != config.platform:
-    raise ConfigError(
-      f"platform must be what JAX runs on, {jax.default_backend()}; got"
-      f" {config.platform!r}."
-    )
+  choose_platform(config.platform)
+  check_platform(config.platform)
   found = jax.device_count()
   if not 0 <= config.num_devices <= found:
     raise ConfigError(

@@ -27,6 +27,7 @@ from experiments.report import table
 from infinite_llm.cache.host_memory import check_host_memory, host_memory
 from infinite_llm.cache.kv_pool import POOL_SPECS
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.errors import ConfigError
 
 
@@ -42,13 +43,8 @@ def run(
   Returns:
     One row for each length, and whether all logits were finite (`correct`).
   """
-  if config.platform == "cpu":
-    jax.config.update("jax_platforms", "cpu")
-  if jax.default_backend() != config.platform:
-    raise ConfigError(
-      f"platform must be what JAX runs on, {jax.default_backend()}; got"
-      f" {config.platform!r}."
-    )
+  choose_platform(config.platform)
+  check_platform(config.platform)
   _check(config)
   mesh = make_mesh(config.num_instances, config.tensor_parallel)
   decode = LayeredDecode(

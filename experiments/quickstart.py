@@ -6,11 +6,12 @@ rBlocks and borrows from the others; the answer is right only if it attends to
 every rBlock, wherever it lies.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_collections
 import tokenizers
@@ -25,7 +26,7 @@ from infinite_llm import LLM, RequestOutput, SamplingParams
 from infinite_llm.config import EngineConfig
 from infinite_llm.config import engine_config as config_from_options
 from infinite_llm.engine.admission import check_request
-from infinite_llm.errors import ConfigError
+from infinite_llm.errors import ConfigError, RequestError
 from infinite_llm.models.needle import build_needle_checkpoint
 from infinite_llm.types import InstanceId
 
@@ -49,26 +50,25 @@ def run(
   start_s = time.perf_counter()
   checkpoint = _build_checkpoint(config, workdir)
   tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-  long = document.make_document(
-    tokenizer,
-    num_tokens=config.document.num_tokens,
-    num_needles=config.document.num_needles,
-    depths=_depths(config.document.depths),
-    path=config.document.path,
-    seed=config.seed,
-  )
+  with _naming("document"):
+    long = document.make_document(
+      tokenizer,
+      num_tokens=config.document.num_tokens,
+      num_needles=config.document.num_needles,
+      depths=_depths(config.document.depths),
+      path=config.document.path,
+      seed=config.seed,
+    )
   engine_config = make_engine_config(
     config,
     context_tokens=len(long.prompt_ids) + len(long.answer_ids) + _SPARE_TOKENS,
   )
   # Now rather than after minutes of compilation.
-  check_request(
-    long.prompt_ids,
-    SamplingParams(),
-    _OWNER,
-    engine_config,
-    tokenizer.get_vocab_size(),
-  )
+  vocab_size = tokenizer.get_vocab_size()
+  with _naming("document"):
+    _check(long, engine_config, vocab_size)
+  with _naming("short_requests"):
+    _check(_make_short(tokenizer, config, number=1), engine_config, vocab_size)
   llm = build_llm(
     checkpoint,
     engine_config,
@@ -127,10 +127,44 @@ def make_engine_config(
   return engine_config.with_num_blocks(cache["num_blocks"])
 
 
+@contextlib.contextmanager
+def _naming(section: str) -> Iterator[None]:
+  """Names the part of the config that an error is about."""
+  try:
+    yield
+  except (ConfigError, RequestError) as error:
+    raise type(error)(f"{section}: {error}") from error
+
+
+def _check(
+  wanted: document.Document, config: EngineConfig, vocab_size: int
+) -> None:
+  check_request(wanted.prompt_ids, SamplingParams(), _OWNER, config, vocab_size)
+
+
+def _make_short(
+  tokenizer: tokenizers.Tokenizer,
+  config: ml_collections.ConfigDict,
+  *,
+  number: int,
+) -> document.Document:
+  """The prompt of a short request; the long one has number 0."""
+  num_in_flight = config.short_requests.num_in_flight
+  if num_in_flight < 0:
+    raise ConfigError(
+      f"num_in_flight must not be negative; got {num_in_flight}."
+    )
+  return document.make_short_prompt(
+    tokenizer,
+    num_tokens=config.short_requests.num_tokens,
+    seed=config.seed + number,
+  )
+
+
 def _depths(depths: Sequence[object]) -> tuple[float, ...] | None:
   if not all(isinstance(depth, int | float) for depth in depths):
     raise ConfigError(
-      f"document.depths must be numbers in [0, 1]; got {tuple(depths)!r}."
+      f"depths must be numbers in [0, 1]; got {tuple(depths)!r}."
     )
   return tuple(depths) or None
 
@@ -151,14 +185,17 @@ def _plot(
   result: Mapping[str, object],
   path: pathlib.Path,
 ) -> None:
+  title = f"One request of {result['context_tokens']:,} tokens"
+  if result["context_tokens"] > result["capacity_tokens_per_instance"]:
+    title += (
+      "; no instance has room for more than"
+      f" {result['capacity_tokens_per_instance']:,}"
+    )
   plot_block_map(
     block_map,
     _LONG,
     path,
-    title=(
-      f"One request of {result['context_tokens']:,} tokens; no instance has"
-      f" room for more than {result['capacity_tokens_per_instance']:,}"
-    ),
+    title=title,
     marks={f"#{needle.name}": needle.span.start for needle in long.needles},
   )
 
@@ -266,7 +303,8 @@ class _Job:
       "error": None if output.error is None else str(output.error),
       "num_short_requests": len(shorts),
       "short_requests_right": num_right,
-      "short_requests_correct": num_right == len(shorts),
+      # None of none is neither right nor wrong.
+      "short_requests_correct": num_right == len(shorts) if shorts else None,
       "blocks_leaked": self._num_leaked(),
       "books_correct": self._num_leaked() == 0,
       "blocks_moved": use.num_blocks_moved,
@@ -298,11 +336,8 @@ class _Job:
 
   def _add_short(self, instance: InstanceId) -> None:
     number = len(self._wanted)
-    short = document.make_short_prompt(
-      self._llm.model.tokenizer,
-      num_tokens=self._config.short_requests.num_tokens,
-      seed=self._config.seed + number,
-    )
+    tokenizer = self._llm.model.tokenizer
+    short = _make_short(tokenizer, self._config, number=number)
     self._add(f"short-{number}", short, instance)
 
   def _take(self, output: RequestOutput, start_s: float) -> None:

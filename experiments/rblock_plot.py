@@ -20,6 +20,7 @@ _OTHER = "#7f8fa6"
 _FREE = "#ececec"
 _INK = "#333333"
 _HATCH = "////"
+_PALE = 0.55  # Of a colour: reserved rBlocks, whose KV is yet to come.
 _MOST_CUTS = 300  # Of the bar.
 _LEFT, _WIDTH = 0.035, 0.93  # Of the figure.
 _MOST_LINED_BLOCKS = 4000  # Of a pool; more would be all lines.
@@ -91,10 +92,11 @@ def plot_block_map(
       color=_INK,
       linespacing=1.4,
     )
+  legend = _legend(block_map, colors, request)
   figure.legend(
-    handles=_legend(colors, request),
+    handles=legend,
     loc="lower center",
-    ncols=len(colors) + 2,
+    ncols=len(legend),
     frameon=False,
     fontsize=9.5,
     columnspacing=1.3,
@@ -203,13 +205,13 @@ def _draw_pool(
     color = _FREE if use.request is None else colors.get(use.request, _OTHER)
     if use.owner not in (None, instance):
       hosted.append((run, color))
-    elif use.state is BlockState.RESERVED:
+    elif _is_filling(use, instance):
       reserved.append((run, color))
     else:
       plain.append((run, color))
   for colored, style in (
     (plain, {}),
-    (reserved, {"alpha": 0.55}),
+    (reserved, {"alpha": _PALE}),
     (hosted, {"hatch": _HATCH}),
   ):
     if colored:
@@ -225,6 +227,12 @@ def _draw_pool(
   axes.set_ylim(height, 0)
   axes.set_aspect("equal", anchor="N")
   axes.axis("off")
+
+
+def _is_filling(use: BlockUse, instance: InstanceId) -> bool:
+  """Whether an rBlock at home is taken, but has not all of its KV yet."""
+  is_home = use.owner in (None, instance)
+  return is_home and use.state is BlockState.RESERVED
 
 
 def _add_rectangles(
@@ -268,7 +276,9 @@ def _pool_title(
   return f"Instance {instance}: {role}\n{use}"
 
 
-def _legend(colors: Mapping[str, str], request: str) -> list[Patch]:
+def _legend(
+  block_map: BlockMap, colors: Mapping[str, str], request: str
+) -> list[Patch]:
   patches = [
     Patch(facecolor=_LONG, label=f"{request}, at home"),
     Patch(
@@ -286,5 +296,13 @@ def _legend(colors: Mapping[str, str], request: str) -> list[Patch]:
   ]
   if _OTHER in colors.values():
     patches.append(Patch(facecolor=_OTHER, label="other requests"))
+  is_any_pale = any(
+    _is_filling(use, instance)
+    for instance, uses in enumerate(block_map.pools)
+    for use in uses
+  )
+  if is_any_pale:
+    pale = Patch(facecolor=_SHORT[0], alpha=_PALE, label="pale: being filled")
+    patches.append(pale)
   patches.append(Patch(facecolor=_FREE, label="free"))
   return patches

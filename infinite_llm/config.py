@@ -6,16 +6,17 @@ the project only these dataclasses travel.
 
 import dataclasses
 import difflib
-import math
 
+from infinite_llm.cache_config import DTYPES, CacheConfig
 from infinite_llm.errors import ConfigError
 from infinite_llm.rules import (
   require,
   require_buckets,
+  require_choice,
   require_integer,
-  require_one_of,
+  require_numbers,
   require_positive,
-  scales_as_tuples,
+  require_texts,
 )
 
 MAX_GROUP_CHUNK_TOKENS = 1024
@@ -27,12 +28,6 @@ MAX_GROUP_ROWS = 512
 MAX_PROGRAM_KINDS = 24
 """Compiled programs that differ in more than the instance; more are a lot."""
 
-DTYPES = ("float32", "bfloat16")
-"""What weights and activations can be."""
-
-KV_DTYPES = (*DTYPES, "float8_e4m3fn")
-"""What keys and values can be."""
-
 _WITHOUT_LENDERS = ("static", "swap")
 """Policies under which no instance lends."""
 
@@ -42,83 +37,6 @@ POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
 small pool would lend nothing otherwise."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-  """The rBlock pools of each instance.
-
-  Attributes:
-    block_size: Tokens per rBlock, a multiple of 8.
-    num_blocks: rBlocks per instance, the null block included. None has the
-      engine find out what fits on the devices.
-    memory_fraction: Part of a device's memory that may be used, if `num_blocks`
-      is to be found out; the rest is a margin.
-    kv_dtype: Dtype of keys and values, of `KV_DTYPES`; None takes the model's.
-    kv_scales: What keys and values in float8_e4m3fn are multiplied by when they
-      are read: an array `[L, 2, K]` or the `.npy` file of one. None takes those
-      of the checkpoint; 1 where it has none.
-    host_blocks: rBlocks of host memory per instance, the null block included;
-      0 is no such pool. Preempted requests wait there if that is faster than
-      to compute their KV again.
-    host_link_bytes_per_s: Speed of copies between an instance and its host
-      memory, each way, to tell what is faster.
-    recompute_tokens_per_s: Speed of prefill, for the same.
-    verify_moves: Whether to compare checksums of both ends of every move
-      between the tiers. It blocks the host: for debugging.
-  """
-
-  block_size: int = 64
-  num_blocks: int | None = None
-  memory_fraction: float = 0.92
-  kv_dtype: str | None = None
-  kv_scales: str | tuple[tuple[tuple[float, ...], ...], ...] | None = None
-  host_blocks: int = 0
-  host_link_bytes_per_s: float = 40e9
-  recompute_tokens_per_s: float = 40e3
-  verify_moves: bool = False
-
-  def __post_init__(self):
-    require_integer("block_size", self.block_size)
-    require(
-      self.block_size > 0 and self.block_size % 8 == 0,
-      "block_size",
-      "a positive multiple of 8",
-      self.block_size,
-    )
-    if self.num_blocks is not None:
-      require_integer("num_blocks", self.num_blocks)
-      require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
-    require(
-      0 < self.memory_fraction <= 1,
-      "memory_fraction",
-      "in (0, 1]",
-      self.memory_fraction,
-    )
-    if self.kv_dtype is not None:
-      require_one_of("kv_dtype", self.kv_dtype, KV_DTYPES, "None or ")
-    if self.kv_scales is not None:
-      rule = "float8_e4m3fn where kv_scales are given"
-      require(self.kv_dtype == "float8_e4m3fn", "kv_dtype", rule, self.kv_dtype)
-      scales = scales_as_tuples("kv_scales", self.kv_scales)
-      object.__setattr__(self, "kv_scales", scales)
-    require_integer("host_blocks", self.host_blocks)
-    is_pool = self.host_blocks == 0 or self.host_blocks >= 2
-    require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
-    for name in ("host_link_bytes_per_s", "recompute_tokens_per_s"):
-      value = getattr(self, name)
-      require(0 < value < math.inf, name, "positive and finite", value)
-
-  @property
-  def capacity_tokens(self) -> int:
-    """Tokens of KV that one instance can hold.
-
-    Raises:
-      ConfigError: If `num_blocks` is yet to be found out.
-    """
-    if self.num_blocks is None:
-      raise ConfigError("num_blocks must be known by now; got None.")
-    return (self.num_blocks - 1) * self.block_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +98,8 @@ class LendingConfig:
   freeze_s: float = 1.0
 
   def __post_init__(self):
-    require_one_of("policy", self.policy, POLICIES)
+    require_choice(self, "policy", POLICIES)
+    require_texts(self, "performance_profile")
     require_positive(
       self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
     )
@@ -196,15 +115,9 @@ class LendingConfig:
       if value is not None:
         require_integer(name, value)
         require(value >= 0, name, "None or not negative", value)
-    for name in (
-      "group_chunk_s",
-      "resend_after_s",
-      "heartbeat_every_s",
-      "lease_s",
-      "leader_lease_s",
-      "plan_every_s",
-      "freeze_s",
-    ):
+    times = [f.name for f in dataclasses.fields(self) if f.name.endswith("_s")]
+    require_numbers(self, *times)
+    for name in times:
       require(getattr(self, name) > 0, name, "positive", getattr(self, name))
     # One lost renewal, or one lost answer, must not end a lease.
     for name in ("resend_after_s", "heartbeat_every_s"):
@@ -299,7 +212,7 @@ class EngineConfig:
 
   num_instances: int = 1
   tensor_parallel: int = 1
-  cache: CacheConfig = CacheConfig()
+  cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
   lending: LendingConfig = LendingConfig()
   scheduler: SchedulerConfig = SchedulerConfig()
   dtype: str = "auto"
@@ -307,6 +220,9 @@ class EngineConfig:
   seed: int = 0
 
   def __post_init__(self):
+    for name, part in _PARTS.items():
+      value = getattr(self, name)
+      require(isinstance(value, part), name, f"a {part.__name__}", value)
     require_positive(self, "num_instances", "tensor_parallel")
     require(
       self.num_instances * self.lending.spill_slots <= MAX_GROUP_ROWS,
@@ -314,14 +230,12 @@ class EngineConfig:
       f"at most {MAX_GROUP_ROWS}, the rows of a group step",
       self.num_instances * self.lending.spill_slots,
     )
-    require_one_of("dtype", self.dtype, ("auto", *DTYPES))
+    require_choice(self, "dtype", ("auto", *DTYPES))
+    require_integer("seed", self.seed)
     require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
-    require(
-      0 <= self.max_logprobs <= 20,
-      "max_logprobs",
-      "in [0, 20]",
-      self.max_logprobs,
-    )
+    count = self.max_logprobs
+    require_integer("max_logprobs", count)
+    require(0 <= count <= 20, "max_logprobs", "in [0, 20]", count)
 
   def with_num_blocks(self, num_blocks: int) -> "EngineConfig":
     """The same with pools of a known size, and what follows from it.

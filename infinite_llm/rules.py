@@ -1,9 +1,10 @@
 """Rules that values of a configuration keep, and what a message says."""
 
 import itertools
+import numbers
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -30,18 +31,41 @@ def require_integer(name: str, value: object) -> None:
   require(is_integer, name, "an integer", value)
 
 
-def require_one_of(
-  name: str, value: object, choices: Sequence[str], other: str = ""
-) -> None:
-  """Refuses what is none of the choices; `other` names one that was seen to."""
-  rule = f"{other}one of {', '.join(choices)}"
-  require(value in choices, name, rule, value)
+def require_numbers(config: object, *names: str) -> None:
+  """Refuses fields that are no real numbers; a bool is none, a NaN is one."""
+  for name in names:
+    value = getattr(config, name)
+    is_number = not isinstance(value, bool) and isinstance(value, numbers.Real)
+    require(is_number, name, "a number", value)
+
+
+def require_flags(config: object, *names: str) -> None:
+  """Refuses fields that are neither True nor False: a "no" would be true."""
+  for name in names:
+    value = getattr(config, name)
+    require(isinstance(value, bool), name, "True or False", value)
+
+
+def require_texts(config: object, *names: str) -> None:
+  """Refuses fields that are neither a text nor None."""
+  for name in names:
+    value = getattr(config, name)
+    require(isinstance(value, str | None), name, "None or a text", value)
+
+
+def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
+  """Refuses a field that is none of the choices."""
+  value = getattr(config, name)
+  require(value in choices, name, f"one of {', '.join(choices)}", value)
 
 
 def require_buckets(config: object, *names: str) -> None:
   """Makes fields tuples; they must be rising token or row counts."""
   for name in names:
-    buckets = tuple(getattr(config, name))
+    value = cast(object, getattr(config, name))
+    is_sequence = not isinstance(value, str) and isinstance(value, Sequence)
+    require(is_sequence, name, "a sequence of integers", cast(object, value))
+    buckets = tuple(cast(Sequence[int], value))
     object.__setattr__(config, name, buckets)
     for bucket in buckets:
       require_integer(f"{name}[...]", bucket)

@@ -3,10 +3,13 @@
 import dataclasses
 import math
 import numbers
+import types
 from collections.abc import Iterable
 from typing import ClassVar, cast
 
 from infinite_llm.types import Text
+
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,12 @@ class SamplingParams:
       (("seed", "logprobs"), numbers.Integral | None, "None or an integer"),
     ):
       for name in names:
-        if not isinstance(getattr(self, name), kind):
+        if not _is(getattr(self, name), kind):
           raise _wrong(name, rule, getattr(self, name))
+    for name in _FLAGS:
+      # A "no" would count as true.
+      if not isinstance(getattr(self, name), bool):
+        raise _wrong(name, "True or False", getattr(self, name))
     for name, kind, rule in (
       ("stop", str, "a string or a sequence of them"),
       ("stop_token_ids", numbers.Integral, "a sequence of integers"),
@@ -114,9 +121,14 @@ class SamplingParams:
     return self.temperature == 0
 
 
+def _is(value: object, kind: type | types.UnionType) -> bool:
+  """Whether a value is of a kind; a bool is an int in Python, but no number."""
+  return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _all_are(items: object, kind: type) -> bool:
   return isinstance(items, Iterable) and all(
-    isinstance(item, kind) for item in cast(Iterable[object], items)
+    _is(item, kind) for item in cast(Iterable[object], items)
   )
 
 

@@ -1,5 +1,6 @@
 """The rBlock pools on the devices, and what they prove about their content."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache import rows as mesh_rows
 from infinite_llm.cache.table_store import EntryWrites, table_capacity
+from infinite_llm.errors import ConfigError
+from infinite_llm.types import TENSOR_AXIS
 from pallas_kernels.micro_attention.api import BlockTables
 from pallas_kernels.pool_layout import held_dtype
 
@@ -78,6 +81,9 @@ class KVPool:
       block_size: P, tokens per rBlock.
       head_dim: D.
       dtype: Dtype of keys and values.
+
+    Raises:
+      ConfigError: If the devices have no room for them.
     """
     self._mesh = mesh
     num_entries = table_capacity(num_blocks)
@@ -92,15 +98,31 @@ class KVPool:
         logical_ids=jnp.zeros((num_entries,), jnp.int32),
       )
 
-    self._rows = [
-      jax.jit(
-        empty,
-        out_shardings=jax.tree.map(
-          lambda spec, row=row: NamedSharding(row, spec), POOL_SPECS
-        ),
-      )()
-      for row in rows
-    ]
+    pool_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    device_bytes = pool_bytes // mesh.shape[TENSOR_AXIS]
+    no_room = ConfigError(
+      f"num_blocks x block_size must fit on the devices; got {num_blocks} x"
+      f" {block_size}, which takes {device_bytes} bytes of each, more than is"
+      " free."
+    )
+    # XLA cannot even name a shape of that size.
+    if pool_bytes >= 2**63:
+      raise no_room
+    try:
+      self._rows = [
+        jax.jit(
+          empty,
+          out_shardings=jax.tree.map(
+            lambda spec, row=row: NamedSharding(row, spec), POOL_SPECS
+          ),
+        )()
+        for row in rows
+      ]
+      jax.block_until_ready(self._rows)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise no_room from error
     self._row_meshes = rows
 
   @property

@@ -19,6 +19,7 @@ from infinite_llm.distributed.group_messages import (
   Refused,
   Welcome,
 )
+from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.distributed.transport.grpc_options import (
   GrpcOptions,
   TlsFiles,
@@ -166,8 +167,8 @@ class ProcessGroup:
       tensor_parallel: Devices of each.
 
     Raises:
-      ConfigError: If the instances cannot be shared out, or this process was
-        started with other settings, or twice.
+      ConfigError: If the instances cannot be shared out, JAX does not run on
+        the platform, or this process was started with other settings, or twice.
       GroupError: If a process is missing.
     """
     if _groups:
@@ -180,8 +181,8 @@ class ProcessGroup:
         f" has as many; got {num_instances} with {options.num_processes}"
         " processes."
       )
+    choose_platform(platform)
     if platform == "cpu":
-      jax.config.update("jax_platforms", "cpu")
       jax.config.update("jax_num_cpu_devices", count * tensor_parallel)
     host = options.host or _own_address(options.coordinator)
     first = options.process * count
@@ -202,6 +203,7 @@ class ProcessGroup:
         self.link, welcome = self._follow(hello)
       self._connect(welcome)
       _start_jax(options)
+      check_platform(platform)
     except BaseException:
       self.transport.close()
       raise

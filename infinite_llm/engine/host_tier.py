@@ -9,7 +9,7 @@ from absl import logging
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.host_memory import check_host_memory, host_memory
 from infinite_llm.cache.host_pool import Copy, HostPool
-from infinite_llm.config import CacheConfig
+from infinite_llm.cache_config import CacheConfig
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.effects import SwapBlocks

@@ -61,6 +61,8 @@ class LLM:
       ConfigError: If an option is wrong, or there are too few devices.
       CheckpointError: If the checkpoint cannot be read.
     """
+    if not isinstance(model, str | os.PathLike):
+      raise ConfigError(f"model must be the path of a folder; got {model!r}.")
     if config is not None and options:
       raise ConfigError(
         f"Give either config or options; got both: {', '.join(options)}."
@@ -102,7 +104,8 @@ class LLM:
 
     Args:
       prompts: A text, a list of token ids, or a list of these.
-      sampling: For all prompts, or one for each; None is greedy.
+      sampling: For all prompts, or one for each; None takes the defaults of the
+        checkpoint (`generation_config.json`), greedy if it has none.
 
     Returns:
       One finished output per prompt, in their order. One that ended for an
@@ -112,7 +115,7 @@ class LLM:
       RequestError: If any prompt or parameter is wrong; then none is run.
     """
     batch = _as_batch(prompts)
-    params = _one_each(sampling, len(batch))
+    params = self._one_each(sampling, len(batch))
     tokens = [self.tokenize(prompt) for prompt in batch]
     for ids, each in zip(tokens, params, strict=True):
       self.engine.check(ids, each)
@@ -150,7 +153,7 @@ class LLM:
     Args:
       messages: A conversation: `[{"role": "user", "content": "Hello"}]`, or a
         list of conversations.
-      sampling: For all conversations, or one for each; None is greedy.
+      sampling: For all conversations, or one for each; None as in `generate`.
       add_generation_prompt: Whether the template is to begin an answer.
 
     Returns:
@@ -187,7 +190,7 @@ class LLM:
 
     Args:
       prompt: A text or token ids.
-      sampling: How to choose tokens; None is greedy.
+      sampling: How to choose tokens; None is as in `generate`.
       instance: Which instance owns the request; None takes the least loaded.
 
     Returns:
@@ -199,9 +202,8 @@ class LLM:
     Raises:
       RequestError: If the prompt or a parameter is wrong.
     """
-    return self._open(
-      self.tokenize(prompt), sampling or SamplingParams(), instance
-    )
+    sampling = sampling or self.model.generation.sampling
+    return self._open(self.tokenize(prompt), sampling, instance)
 
   def _open(
     self,
@@ -254,6 +256,20 @@ class LLM:
     if not self._is_stepping:
       self.engine.abort(self._left.pop())
       self.engine.settle()
+
+  def _one_each(
+    self, sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
+  ) -> list[SamplingParams]:
+    if sampling is None:
+      sampling = self.model.generation.sampling
+    if not isinstance(sampling, Sequence):
+      return [sampling] * count
+    if len(sampling) != count:
+      raise RequestError(
+        f"sampling must be one for all or one per prompt ({count}); got"
+        f" {len(sampling)}."
+      )
+    return list(sampling)
 
   def tokenize(self, prompt: Prompt) -> list[int]:
     """Turns a prompt into token ids, as the checkpoint's tokenizer does.
@@ -344,18 +360,3 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
   if batch and not any(hasattr(item, "__len__") for item in batch):
     return [batch]
   return batch
-
-
-def _one_each(
-  sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-  if sampling is None:
-    sampling = SamplingParams()
-  if not isinstance(sampling, Sequence):
-    return [sampling] * count
-  if len(sampling) != count:
-    raise RequestError(
-      f"sampling must be one for all or one per prompt ({count}); got"
-      f" {len(sampling)}."
-    )
-  return list(sampling)

@@ -6,11 +6,13 @@ tokenizer, defaults for generation, and the size of each file of the weights.
 copy is found before anything is read.
 """
 
+import contextlib
 import dataclasses
 import json
+import operator
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,16 +22,18 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer
 
-from infinite_llm.errors import CheckpointError, ConfigError
+from infinite_llm.errors import CheckpointError
 from infinite_llm.models.loaded_model import (
   GenerationDefaults,
   LoadedModel,
   resolve_dtype,
 )
+from infinite_llm.models.model_files import read_json
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.rope import RopeConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
 from infinite_llm.rules import require_kv_scales
+from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.types import TENSOR_AXIS
 
 _FORMAT = "infinite-llm-1"
@@ -109,14 +113,15 @@ def restore(
 
   Raises:
     CheckpointError: If the folder is no such checkpoint, a file of it is
-      missing or damaged, or its weights do not fit its configuration.
+      missing, unreadable or of another size, or its weights do not fit its
+      configuration.
     ConfigError: If `dtype` is not supported or the mesh cannot shard the model.
   """
   path = pathlib.Path(path).absolute()
-  model = _read_model_file(path)
-  config = _read_config(path, model)
-  _check_files(path, model)
-  dtype = resolve_dtype(model["dtype"] if dtype is None else dtype)
+  saved = _read_model_file(path)
+  config = saved.config
+  _check_files(path, saved.sizes)
+  dtype = saved.dtype if dtype is None else resolve_dtype(dtype)
   graphdef, abstract = abstract_transformer(
     config, dtype=dtype, tensor_axis=TENSOR_AXIS
   )
@@ -128,21 +133,38 @@ def restore(
     abstract,
     param_specs(config, mesh),
   )
-  try:
+  with _reading(path):
     state = ocp.load(path / _WEIGHTS, on_mesh)
-  # Which exception a damaged file causes depends on the storage driver.
-  except Exception as error:
-    raise CheckpointError(f"{path}: weights are unreadable: {error}") from error
-  tokenizer = model["tokenizer"]
   return LoadedModel(
     config=config,
     graphdef=graphdef,
     state=state,
     mesh=mesh,
-    tokenizer=None if tokenizer is None else Tokenizer.from_str(tokenizer),
-    generation=GenerationDefaults(**model["generation"]),
-    kv_scales=_read_scales(path, model, config),
+    tokenizer=saved.tokenizer,
+    generation=saved.generation,
+    kv_scales=saved.kv_scales,
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Saved:
+  """What `model.json` says.
+
+  Attributes:
+    config: Shape of the model.
+    dtype: Of its weights.
+    tokenizer: Its tokenizer, if it has one.
+    generation: Its defaults for generation.
+    sizes: Bytes of each file of the weights.
+    kv_scales: `[L, 2, K]` float32 scales of its keys and values, if any.
+  """
+
+  config: ModelConfig
+  dtype: np.dtype
+  tokenizer: Tokenizer | None
+  generation: GenerationDefaults
+  sizes: Mapping[str, int]
+  kv_scales: np.ndarray | None
 
 
 def _by_name(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -153,51 +175,72 @@ def _by_name(tree: Any) -> dict[tuple[str, ...], Any]:
   }
 
 
-def _read_model_file(path: pathlib.Path) -> Mapping[str, Any]:
+def _read_model_file(path: pathlib.Path) -> _Saved:
   file = path / _MODEL_FILE
-  if not file.is_file():
-    raise CheckpointError(f"{file} does not exist.")
-  try:
-    model = json.loads(file.read_text(encoding="utf-8"))
-  except (ValueError, OSError) as error:
-    raise CheckpointError(f"{file} is not readable JSON: {error}.") from error
-  found = model.get("format") if isinstance(model, dict) else None
+  model = read_json(file)
+  found = model.get("format")
   if found != _FORMAT:
     raise CheckpointError(
       f"{file} must have format {_FORMAT!r}; found {found!r}."
     )
-  return model
+  values = {}
+  for name, read in _READERS.items():
+    if name not in model:
+      raise CheckpointError(f"{file} has no field {name!r}.")
+    try:
+      values[name] = read(model[name])
+    # The tokenizer's binding raises bare `Exception`, wrong types raise theirs.
+    except Exception as error:
+      raise CheckpointError(f"{file} holds a wrong {name}: {error}") from error
+  values["sizes"] = values.pop("bytes")
+  scales = _read_scales(file, model.get("kv_scales"), values["config"])
+  return _Saved(**values, kv_scales=scales)
 
 
-def _read_config(path: pathlib.Path, model: Mapping[str, Any]) -> ModelConfig:
-  try:
-    fields = dict(model["config"])
-    return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"])})
-  except (ConfigError, KeyError, TypeError) as error:
-    raise CheckpointError(
-      f"{path / _MODEL_FILE} holds a wrong configuration: {error}"
-    ) from error
+def _read_config(fields: dict[str, Any]) -> ModelConfig:
+  return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"])})
 
 
 def _read_scales(
-  path: pathlib.Path, model: Mapping[str, Any], config: ModelConfig
+  file: pathlib.Path, scales: Any, config: ModelConfig
 ) -> np.ndarray | None:
-  # Folders from before there were scales do not speak of them.
-  if model.get("kv_scales") is None:
+  # Files from before there were scales do not speak of them.
+  if scales is None:
     return None
   shape = (config.num_layers, 2, config.num_kv_heads)
   try:
-    scales = np.asarray(model["kv_scales"], np.float32)
-    require_kv_scales("kv_scales", scales, shape)
+    array = np.asarray(scales, np.float32)
+    require_kv_scales("kv_scales", array, shape)
   except (TypeError, ValueError) as error:
-    raise CheckpointError(
-      f"{path / _MODEL_FILE} holds wrong scales: {error}"
-    ) from error
-  return scales
+    raise CheckpointError(f"{file} holds wrong scales: {error}") from error
+  return array
 
 
-def _check_files(path: pathlib.Path, model: Mapping[str, Any]) -> None:
-  for name, expected in model["bytes"].items():
+def _read_tokenizer(text: str | None) -> Tokenizer | None:
+  return None if text is None else Tokenizer.from_str(text)
+
+
+def _read_generation(fields: dict[str, Any]) -> GenerationDefaults:
+  # Checkpoints of before have no sampling: requests are greedy.
+  sampling = SamplingParams(**fields.get("sampling", {}))
+  return GenerationDefaults(**fields | {"sampling": sampling})
+
+
+def _read_sizes(sizes: Mapping[str, int]) -> Mapping[str, int]:
+  return {name: operator.index(size) for name, size in sizes.items()}
+
+
+_READERS: Mapping[str, Callable[[Any], object]] = {
+  "config": _read_config,
+  "dtype": resolve_dtype,
+  "tokenizer": _read_tokenizer,
+  "generation": _read_generation,
+  "bytes": _read_sizes,
+}
+
+
+def _check_files(path: pathlib.Path, sizes: Mapping[str, int]) -> None:
+  for name, expected in sizes.items():
     file = path / name
     if not file.is_file():
       raise CheckpointError(f"{file} does not exist.")
@@ -208,10 +251,20 @@ def _check_files(path: pathlib.Path, model: Mapping[str, Any]) -> None:
       )
 
 
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  # Which exception an unreadable file causes depends on the storage driver.
+  except Exception as error:
+    raise CheckpointError(f"{path}: weights are unreadable: {error}") from error
+
+
 def _check_tensors(path: pathlib.Path, abstract: Any) -> None:
   """Compares names and shapes, which Orbax would report less clearly."""
   expected = _by_name(abstract)
-  saved = _by_name(ocp.metadata(path / _WEIGHTS).metadata)
+  with _reading(path):
+    saved = _by_name(ocp.metadata(path / _WEIGHTS).metadata)
   for name in sorted(expected.keys() - saved.keys()):
     raise CheckpointError(
       f"{path} lacks tensor {'.'.join(name)} of shape "

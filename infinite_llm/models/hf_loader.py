@@ -7,7 +7,6 @@ bfloat16 through NumPy, so no other framework is needed.
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from infinite_llm.errors import CheckpointError
+from infinite_llm.models.hf_generation import read_generation, read_tokenizer
 from infinite_llm.models.kv_scales import is_unused, join_scales, scale_names
-from infinite_llm.models.loaded_model import (
-  GenerationDefaults,
-  LoadedModel,
-  resolve_dtype,
-)
+from infinite_llm.models.loaded_model import LoadedModel, resolve_dtype
+from infinite_llm.models.model_files import read_json
 from infinite_llm.models.registry import from_hf
 from infinite_llm.models.transformer import abstract_transformer, param_specs
 from infinite_llm.types import TENSOR_AXIS
@@ -34,7 +30,13 @@ _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_DTYPE_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "bfloat16"}
+# What a stored dtype is computed with; no weight is stored in any other.
+_DTYPE_OF = {
+  "F64": "float32",
+  "F32": "float32",
+  "BF16": "bfloat16",
+  "F16": "bfloat16",
+}
 _COMPARE_ROWS = 8192  # Of embedding and head at once, to bound memory.
 
 
@@ -59,17 +61,18 @@ def load_hf(
 
   Raises:
     CheckpointError: If a file is missing or unreadable, a tensor is missing,
-      unexpected or of another shape than the configuration says, the embedding
-      is said to be tied but is not, scales of keys and values are incomplete or
-      not positive, or the architecture is not implemented.
+      unexpected or of another shape than the configuration says or of no
+      floating-point dtype, the embedding is said to be tied but is not, scales
+      of keys and values are incomplete or not positive, or the architecture is
+      not implemented.
     ConfigError: If the dtype is neither, or the mesh cannot shard this model.
   """
   folder = pathlib.Path(path)
-  hf_config = _read_json(folder / "config.json")
+  hf_config = read_json(folder / "config.json")
   config = from_hf(hf_config)
   specs = param_specs(config, mesh)
-  tokenizer = _read_tokenizer(folder)
-  generation = _read_generation(folder, hf_config, tokenizer)
+  tokenizer = read_tokenizer(folder)
+  generation = read_generation(folder, hf_config, tokenizer)
 
   with contextlib.ExitStack() as stack:
     if dtype is not None:
@@ -151,24 +154,24 @@ class _Tensors:
 
   @property
   def dtype(self) -> str:
-    """Dtype of the weights, to be computed with.
+    """Dtype of the weights, to be computed with: that of the embedding.
 
-    That of the embedding: quantised checkpoints keep it as it was. Without one
-    the checkpoint is refused later, by `check`.
+    Without one, or with one of another dtype, the checkpoint is refused later,
+    by `check`.
     """
     if _EMBEDDING not in self._files:
       return "float32"
     stored = self._files[_EMBEDDING].get_slice(_EMBEDDING).get_dtype()
-    return _DTYPE_OF.get(stored, stored)
+    return _DTYPE_OF.get(stored, "float32")
 
   def check(self, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Compares names and shapes with the model's, before anything is read.
+    """Compares names, shapes and dtypes, before anything is read.
 
     Args:
       expected: The whole weights by name.
 
     Raises:
-      CheckpointError: Naming what is missing, unexpected or of another shape.
+      CheckpointError: Naming what is missing, unexpected or of another kind.
     """
     missing = [name for name in expected if name not in self._files]
     if missing:
@@ -191,7 +194,7 @@ class _Tensors:
         f"the model of config.json does not use{_and_more(unexpected)}."
       )
     for name, leaf in expected.items():
-      self._check_shape(name, leaf.shape)
+      self._check_tensor(name, leaf.shape)
 
   def check_tied(self) -> None:
     """Checks that a head stored beside a tied embedding is equal to it.
@@ -202,7 +205,7 @@ class _Tensors:
     embedding = self._files[_EMBEDDING].get_slice(_EMBEDDING)
     head = self._files[_HEAD].get_slice(_HEAD)
     vocab_size, _ = embedding.get_shape()
-    self._check_shape(_HEAD, embedding.get_shape())
+    self._check_tensor(_HEAD, embedding.get_shape())
     for start in range(0, vocab_size, _COMPARE_ROWS):
       rows = slice(start, min(start + _COMPARE_ROWS, vocab_size))
       if not np.array_equal(embedding[rows], head[rows]):
@@ -241,12 +244,20 @@ class _Tensors:
       leaf.shape, sharding, shard, dtype=leaf.dtype
     )
 
-  def _check_shape(self, name: str, expected) -> None:
-    found = self._files[name].get_slice(name).get_shape()
-    if list(found) != list(expected):
+  def _check_tensor(self, name: str, expected) -> None:
+    """Compares the shape of a tensor; its dtype must be one to cast from."""
+    source = self._files[name].get_slice(name)
+    shape, dtype = source.get_shape(), source.get_dtype()
+    if list(shape) != list(expected):
       raise CheckpointError(
         f"{self._file_names[name]}: {name} must have shape {list(expected)} as "
-        f"config.json says; found {list(found)}."
+        f"config.json says; found {list(shape)}."
+      )
+    # Integers are codes of a quantised weight: as numbers they mean nothing.
+    if dtype not in _DTYPE_OF:
+      raise CheckpointError(
+        f"{self._file_names[name]}: {name} must be stored as one of "
+        f"{', '.join(_DTYPE_OF)}; found {dtype}."
       )
 
 
@@ -262,11 +273,16 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
     raise CheckpointError(
       f"{folder} has neither {_SINGLE_FILE} nor {_INDEX_FILE}."
     )
-  weight_map = _read_json(folder / _INDEX_FILE).get("weight_map")
+  weight_map = read_json(folder / _INDEX_FILE).get("weight_map")
   if not isinstance(weight_map, dict):
     raise CheckpointError(f"{folder / _INDEX_FILE} has no weight_map.")
   files: dict[str, set[str] | None] = {}
   for name, file_name in weight_map.items():
+    if not isinstance(file_name, str):
+      raise CheckpointError(
+        f"{folder / _INDEX_FILE}: weight_map must name a file for each tensor; "
+        f"got {file_name!r} for {name}."
+      )
     files.setdefault(file_name, set()).add(name)
   return files
 
@@ -281,77 +297,3 @@ def _open_safetensors(file: pathlib.Path):
       f"{file} ({file.stat().st_size} bytes) is truncated or no safetensors "
       f"file: {error}."
     ) from error
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  if not file.is_file():
-    raise CheckpointError(f"{file} does not exist.")
-  try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except (ValueError, OSError) as error:
-    raise CheckpointError(f"{file} is not readable JSON: {error}.") from error
-  if not isinstance(content, dict):
-    raise CheckpointError(f"{file} must hold a JSON object.")
-  return content
-
-
-def _read_optional_json(file: pathlib.Path) -> dict[str, Any]:
-  return _read_json(file) if file.is_file() else {}
-
-
-def _read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
-  file = folder / "tokenizer.json"
-  if not file.is_file():
-    return None
-  try:
-    return Tokenizer.from_file(str(file))
-  # The binding raises bare `Exception` whatever is wrong with the file.
-  except Exception as error:
-    raise CheckpointError(f"{file} is not a tokenizer: {error}.") from error
-
-
-def _read_generation(
-  folder: pathlib.Path,
-  hf_config: Mapping[str, Any],
-  tokenizer: Tokenizer | None,
-) -> GenerationDefaults:
-  """Reads what `transformers` would use; the more specific file wins."""
-  generation = _read_optional_json(folder / "generation_config.json")
-  texts = _read_optional_json(folder / "tokenizer_config.json")
-  bos_token, eos_token = (
-    _token_text(texts.get(name)) for name in ("bos_token", "eos_token")
-  )
-
-  def token_ids(name: str, text: str | None) -> tuple[int, ...]:
-    for source in (generation, hf_config):
-      value = source.get(name)
-      if value is not None:
-        return tuple(value) if isinstance(value, list) else (value,)
-    if tokenizer is None or text is None:
-      return ()
-    token = tokenizer.token_to_id(text)
-    return () if token is None else (token,)
-
-  bos_token_ids = token_ids("bos_token_id", bos_token)
-  return GenerationDefaults(
-    eos_token_ids=token_ids("eos_token_id", eos_token),
-    bos_token_id=bos_token_ids[0] if bos_token_ids else None,
-    bos_token=bos_token,
-    eos_token=eos_token,
-    chat_template=_read_chat_template(folder, texts.get("chat_template")),
-  )
-
-
-def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
-  """Special tokens are written as text or as an object with a content."""
-  return token["content"] if isinstance(token, Mapping) else token
-
-
-def _read_chat_template(folder: pathlib.Path, inline: Any) -> str | None:
-  file = folder / "chat_template.jinja"
-  if file.is_file():
-    return file.read_text(encoding="utf-8")
-  if isinstance(inline, list):
-    named = {entry["name"]: entry["template"] for entry in inline}
-    return named.get("default")
-  return inline

@@ -10,15 +10,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from infinite_llm.config import DTYPES
+from infinite_llm.cache_config import DTYPES
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Transformer
+from infinite_llm.rules import require_integer, require_texts
+from infinite_llm.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-  """What a checkpoint says about ending and framing a text.
+  """What a checkpoint says about framing, choosing and ending a text.
 
   Attributes:
     eos_token_ids: Tokens that end an answer; may be empty.
@@ -26,6 +28,7 @@ class GenerationDefaults:
     bos_token: The same as text, for chat templates.
     eos_token: The first end token as text, for chat templates.
     chat_template: Jinja source that renders a conversation, if there is one.
+    sampling: For requests that bring none.
   """
 
   eos_token_ids: tuple[int, ...] = ()
@@ -33,9 +36,15 @@ class GenerationDefaults:
   bos_token: str | None = None
   eos_token: str | None = None
   chat_template: str | None = None
+  sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
 
   def __post_init__(self):
     object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+    for token in self.eos_token_ids:
+      require_integer("eos_token_ids[...]", token)
+    if self.bos_token_id is not None:
+      require_integer("bos_token_id", self.bos_token_id)
+    require_texts(self, "bos_token", "eos_token", "chat_template")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

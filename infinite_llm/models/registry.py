@@ -5,6 +5,7 @@ them out, and each supported architecture is one function that fills them in.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,8 +83,10 @@ class ModelConfig:
         f"num_q_heads must be a multiple of num_kv_heads ({self.num_kv_heads});"
         f" got {self.num_q_heads}."
       )
-    if self.norm_eps < 0:
-      raise ConfigError(f"norm_eps must not be negative; got {self.norm_eps}.")
+    if not 0 <= self.norm_eps < math.inf:
+      raise ConfigError(
+        f"norm_eps must be finite and not negative; got {self.norm_eps}."
+      )
     if self.windowed_layers is not None:
       object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
       if not set(self.windowed_layers) <= set(range(self.num_layers)):
@@ -126,12 +129,16 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 def _architecture(config: Mapping[str, Any]) -> str:
   names = config.get("architectures") or []
+  if not _are_texts(names):
+    raise CheckpointError(
+      f"config.json: architectures must be a list of names; got {names!r}."
+    )
   if not names:
     model_type = str(config.get("model_type"))
     names = [_BY_MODEL_TYPE.get(model_type, f"model_type {model_type!r}")]
   if len(names) != 1 or names[0] not in _ARCHITECTURES:
     raise CheckpointError(
-      f"Unknown architecture: {', '.join(map(str, names))}. Implemented are "
+      f"Unknown architecture: {', '.join(names)}. Implemented are "
       f"{', '.join(_ARCHITECTURES)}."
     )
   return names[0]
@@ -170,10 +177,50 @@ def _is_of_kv_alone(quantization: Any) -> bool:
   )
 
 
-def _required(config: Mapping[str, Any], name: str) -> Any:
-  if config.get(name) is None:
+def _are_texts(value: object) -> bool:
+  return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _required(config: Mapping[str, Any], name: str) -> int:
+  """An integer that must be there."""
+  value = _optional(config, name)
+  if value is None:
     raise CheckpointError(f"config.json has no field {name!r}.")
-  return config[name]
+  return value
+
+
+def _optional(config: Mapping[str, Any], name: str) -> int | None:
+  """An integer, or None; that sizes are positive is for `ModelConfig`."""
+  value = config.get(name)
+  # JSON may hold a float or a bool (which is an int): neither is a size.
+  if value is not None and type(value) is not int:
+    raise CheckpointError(
+      f"config.json: {name} must be an integer; got {value!r}."
+    )
+  return value
+
+
+def _number(
+  config: Mapping[str, Any], name: str, default: float | None = None
+) -> float:
+  """A number; an error if it is not there and has no default."""
+  value = config.get(name)
+  value = default if value is None else value
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise CheckpointError(
+      f"config.json: {name} must be a number; got {value!r}."
+    )
+  return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+  """A flag, false unless said; a text like "false" would count as true."""
+  value = config.get(name)
+  if not isinstance(value, bool | None):
+    raise CheckpointError(
+      f"config.json: {name} must be true or false; got {value!r}."
+    )
+  return bool(value)
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
@@ -182,16 +229,22 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
   Raises:
     CheckpointError: If the scaling is of an unknown type or incomplete.
   """
-  parameters = dict(
-    config.get("rope_parameters") or config.get("rope_scaling") or {}
-  )
+  for name in ("rope_parameters", "rope_scaling"):
+    parameters = config.get(name) or {}
+    if not isinstance(parameters, Mapping):
+      raise CheckpointError(
+        f"config.json: {name} must be an object; got {parameters!r}."
+      )
+    if parameters:
+      break
   if any(isinstance(value, Mapping) for value in parameters.values()):
     raise CheckpointError(
       "RoPE parameters that differ between layer types "
       f"({', '.join(parameters)}) are not implemented."
     )
-  theta = parameters.get("rope_theta", config.get("rope_theta"))
-  theta = 10_000.0 if theta is None else float(theta)
+  theta = _number(
+    parameters if "rope_theta" in parameters else config, "rope_theta", 10_000.0
+  )
   kind = parameters.get("rope_type", parameters.get("type")) or "default"
   if parameters.get("partial_rotary_factor", 1.0) != 1.0:
     raise CheckpointError(
@@ -214,13 +267,14 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     raise CheckpointError(
       f"RoPE scaling of type {kind!r} lacks {', '.join(missing)}."
     )
-  scaling = {name: float(parameters[name]) for name in fields}
+  scaling = {name: _number(parameters, name) for name in fields}
   if kind == "llama3":
     # transformers 5 falls back to the trained context, so does this.
-    scaling["original_max_position_embeddings"] = int(
-      parameters.get("original_max_position_embeddings")
-      or _required(config, "max_position_embeddings")
-    )
+    name = "original_max_position_embeddings"
+    trained = _optional(parameters, name)
+    if trained is None:
+      trained = _required(config, "max_position_embeddings")
+    scaling[name] = trained
   return RopeConfig(theta=theta, scaling=kind, **scaling)
 
 
@@ -228,31 +282,34 @@ def _common(config: Mapping[str, Any], **fields: Any) -> ModelConfig:
   """Fills in what all architectures spell alike; `fields` come on top."""
   model_dim = _required(config, "hidden_size")
   num_q_heads = _required(config, "num_attention_heads")
+  num_kv_heads = _optional(config, "num_key_value_heads")
+  head_dim = _optional(config, "head_dim")
   shared = {
     "vocab_size": _required(config, "vocab_size"),
     "model_dim": model_dim,
     "mlp_dim": _required(config, "intermediate_size"),
     "num_layers": _required(config, "num_hidden_layers"),
     "num_q_heads": num_q_heads,
-    "num_kv_heads": config.get("num_key_value_heads") or num_q_heads,
-    "head_dim": config.get("head_dim") or model_dim // num_q_heads,
-    "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+    "num_kv_heads": num_q_heads if num_kv_heads is None else num_kv_heads,
+    "head_dim": model_dim // num_q_heads if head_dim is None else head_dim,
+    "norm_eps": _number(config, "rms_norm_eps", 1e-6),
     "rope": _rope(config),
-    "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-    "max_position_embeddings": config.get("max_position_embeddings"),
+    "tie_embeddings": _flag(config, "tie_word_embeddings"),
+    "max_position_embeddings": _optional(config, "max_position_embeddings"),
   }
   return ModelConfig(**shared | fields)
 
 
 def _llama(config: Mapping[str, Any]) -> ModelConfig:
-  bias = bool(config.get("attention_bias", False))
-  mlp_bias = bool(config.get("mlp_bias", False))
+  bias = _flag(config, "attention_bias")
+  mlp_bias = _flag(config, "mlp_bias")
   return _common(config, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 
 def _mistral(config: Mapping[str, Any]) -> ModelConfig:
   # Null means no window; a file without the field has the architecture's own.
-  return _common(config, sliding_window=config.get("sliding_window", 4096))
+  window = {"sliding_window": 4096, **config}
+  return _common(config, sliding_window=_optional(window, "sliding_window"))
 
 
 def _qwen2(config: Mapping[str, Any]) -> ModelConfig:
@@ -260,11 +317,12 @@ def _qwen2(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _qwen3(config: Mapping[str, Any]) -> ModelConfig:
-  bias = bool(config.get("attention_bias", False))
+  bias = _flag(config, "attention_bias")
+  head_dim = _optional(config, "head_dim")
   return _common(
     config,
     # Older files leave out head_dim where it has the architecture's default.
-    head_dim=config.get("head_dim") or 128,
+    head_dim=128 if head_dim is None else head_dim,
     qkv_bias=bias,
     out_bias=bias,
     qk_norm=True,
@@ -274,7 +332,7 @@ def _qwen3(config: Mapping[str, Any]) -> ModelConfig:
 
 def _qwen_windows(config: Mapping[str, Any]) -> dict[str, Any]:
   """Windows of Qwen models: the layers from `max_window_layers` on have one."""
-  if not config.get("use_sliding_window", False):
+  if not _flag(config, "use_sliding_window"):
     return {}
   window = _required(config, "sliding_window")
   num_layers = _required(config, "num_hidden_layers")
@@ -283,6 +341,10 @@ def _qwen_windows(config: Mapping[str, Any]) -> dict[str, Any]:
     first = _required(config, "max_window_layers")
     layers = range(min(first, num_layers), num_layers)
     return {"sliding_window": window, "windowed_layers": tuple(layers)}
+  if not _are_texts(types):
+    raise CheckpointError(
+      f"config.json: layer_types must be a list of names; got {types!r}."
+    )
   unknown = set(types) - {"full_attention", "sliding_attention"}
   if unknown:
     raise CheckpointError(

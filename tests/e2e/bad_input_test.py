@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import safetensors.numpy
 
 from experiments import run
 from infinite_llm import LLM, EngineConfig, SamplingParams
+from infinite_llm.config import engine_config
 from infinite_llm.errors import CheckpointError, ConfigError
 from tests.testing import write_shallow_checkpoint
 
@@ -56,6 +58,10 @@ def _no_half_state():
     ),
     ({"block_size": -8}, r"block_size must be a positive .*; got -8\."),
     ({"num_blocks": 2.5}, r"num_blocks must be an integer; got 2\.5\."),
+    (
+      {"num_blocks": 2**33},
+      r"num_blocks x block_size must fit on the devices; got 8589934592 x 64,",
+    ),
     ({"memory_fraction": 0}, r"memory_fraction must be in \(0, 1\]; got 0\."),
     ({"num_blocks": 1}, r"num_blocks must be at least 2; got 1\."),
     (
@@ -199,10 +205,63 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("name", "value", "rule"),
+  [
+    ("memory_fraction", "x", "a number"),
+    ("host_link_bytes_per_s", "x", "a number"),
+    ("recompute_tokens_per_s", None, "a number"),
+    ("verify_moves", "yes", "True or False"),
+    ("performance_profile", 5, "None or a text"),
+    ("group_chunk_s", "x", "a number"),
+    ("resend_after_s", True, "a number"),
+    ("lease_s", "x", "a number"),
+    ("expire_after_s", [1.0], "a number"),
+    ("leader_lease_s", 0, "positive"),
+    ("group_prefill_buckets", "128", "a sequence of integers"),
+    ("decode_buckets", 5, "a sequence of integers"),
+    ("decode_buckets", {4: 1}, "a sequence of integers"),
+    ("prefill_buckets", None, "a sequence of integers"),
+    ("seed", "x", "an integer"),
+    ("seed", 1.5, "an integer"),
+    ("max_logprobs", "3", "an integer"),
+    ("max_logprobs", 2.5, "an integer"),
+  ],
+)
+def test_an_option_of_a_wrong_type_is_named(name, value, rule):
+  message = f"^{re.escape(f'{name} must be {rule}; got {value!r}.')}$"
+  with pytest.raises(ConfigError, match=message):
+    engine_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["cache", "lending", "scheduler"])
+def test_a_part_of_a_configuration_must_be_one(name):
+  with pytest.raises(ConfigError, match=rf"{name} must be a \w+Config; got 5"):
+    EngineConfig(**{name: 5})
+
+
+@pytest.mark.parametrize("model", [None, 5, b"model"])
+def test_a_model_that_is_no_path_is_refused(model):
+  with pytest.raises(ConfigError, match=rf"model must be the .* got {model}\."):
+    LLM(model=model)
+
+
+@pytest.mark.parametrize(
   ("options", "message"),
   [
     ({"max_tokens": 0}, r"max_tokens must be at least 1; got 0\."),
     ({"max_tokens": 1.5}, r"max_tokens must be an integer; got 1\.5\."),
+    ({"max_tokens": True}, r"max_tokens must be an integer; got True\."),
+    ({"temperature": True}, r"temperature must be a number; got True\."),
+    ({"stop_token_ids": [True]}, r"stop_token_ids must .*; got \[True\]\."),
+    ({"ignore_eos": "no"}, r"ignore_eos must be True or False; got 'no'\."),
+    (
+      {"include_stop_str_in_output": 1},
+      r"include_stop_str_in_output must be True or False; got 1\.",
+    ),
+    (
+      {"skip_special_tokens": None},
+      r"skip_special_tokens must be True or False; got None\.",
+    ),
     ({"max_tokens": None}, r"max_tokens must be an integer; got None\."),
     ({"temperature": -0.1}, r"temperature must be .* not negative; got -0\.1"),
     ({"temperature": float("nan")}, r"temperature must be finite .*; got nan"),

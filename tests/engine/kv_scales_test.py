@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from infinite_llm.config import CacheConfig, engine_config
+from infinite_llm.cache_config import CacheConfig
+from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine import member
 from infinite_llm.engine.kv_scales import place_kv_scales

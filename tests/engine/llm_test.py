@@ -4,6 +4,7 @@ One `LLM` serves all tests of this module, since compiling is what costs. After
 each of them nothing may be left, and nothing may have been compiled.
 """
 
+import dataclasses
 import gc
 import math
 
@@ -122,6 +123,18 @@ class TestGenerate:
     (output,) = llm.generate([9, 8, 7])
     assert len(output.token_ids) <= SamplingParams().max_tokens
     check(oracle, output, SamplingParams())
+
+  def test_what_the_checkpoint_says_is_the_default(self, llm, monkeypatch):
+    generation = dataclasses.replace(
+      llm.model.generation, sampling=greedy(3, temperature=0.7, seed=5)
+    )
+    model = dataclasses.replace(llm.model, generation=generation)
+    monkeypatch.setattr(llm, "model", model)
+    wanted = llm.generate("Hello", generation.sampling)[0].token_ids
+    assert len(wanted) == 3
+    assert llm.generate("Hello")[0].token_ids == wanted
+    *_, last = llm.stream("Hello")
+    assert last.token_ids == wanted
 
   def test_an_interrupt_in_a_step_leaves_nothing_behind(
     self, llm, oracle, monkeypatch

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from configs.quickstart import get_config
-from experiments import quickstart, run
-from infinite_llm.config import CacheConfig, LendingConfig, SchedulerConfig
+from experiments import cluster, quickstart, run
+from infinite_llm.cache_config import CacheConfig
+from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.engine.model_runner import ModelRunner
 
 _SMALL = (
@@ -122,13 +123,33 @@ def test_pools_together_hold_the_context_but_none_does_alone(num_instances):
     ("lending.policy=static", "all reachable rBlocks hold"),
     ("lending.policy=give", "policy must be"),
     ("cluster.num_instances=0", "num_instances must be at least 1"),
-    ("document.num_tokens=3", "num_tokens must be at least"),
-    ("document.depths=(0.1,a)", "document.depths must be numbers"),
+    ("document.num_tokens=3", "document: num_tokens must be at least"),
+    ("document.depths=(0.1,a)", "document: depths must be numbers"),
+    ("short_requests.num_tokens=3", "short_requests: num_tokens must be at le"),
+    ("short_requests.num_tokens=9999", "short_requests: The prompt needs room"),
+    (
+      "short_requests.num_in_flight=-1",
+      "short_requests: num_in_flight must not be negative; got -1.",
+    ),
+    (
+      "cluster.platform=banana",
+      "platform must be one of cpu, gpu; got 'b",
+    ),
+    (
+      "cluster.platform=gpu",
+      "platform must be what JAX runs on, cpu; got 'gpu'.",
+    ),
     ("document.path=no/such/file", "path must be a readable file"),
     ("model.dtype=int4", "dtype must be one of"),
   ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, workdir, capsys, arg, message):
+def test_bad_input_is_one_clear_line(
+  tmp_path, workdir, capsys, monkeypatch, arg, message
+):
+  def load(*args, **kwargs):
+    raise AssertionError("Bad input must be found before anything is loaded.")
+
+  monkeypatch.setattr(cluster, "LLM", load)
   checkpoint = workdir / "checkpoint"
   status = _call(
     tmp_path, *_SMALL, f"--config.model.path={checkpoint}", f"--config.{arg}"

@@ -62,6 +62,25 @@ def test_area_follows_the_number_of_blocks(tmp_path):
   assert 5.5 < free / short < 7.5
 
 
+@pytest.mark.parametrize(
+  ("state", "owner", "is_pale"),
+  [
+    (BlockState.LIVE, 0, False),
+    (BlockState.RESERVED, 0, True),
+    # What is lent is hatched, whatever its state.
+    (BlockState.RESERVED, 1, False),
+  ],
+)
+def test_the_legend_tells_what_pale_rblocks_are(state, owner, is_pale):
+  use = BlockUse(state=state, request="short", owner=owner)
+  pools = ((use, *_uses(3, "long", 0, 0)), tuple(_uses(3, "long", 0, 1)))
+  block_map = BlockMap(block_size=64, pools=pools, holders={"long": (0, 1)})
+  colors_of = rblock_plot._colors(block_map, "long")
+  legend = rblock_plot._legend(block_map, colors_of, "long")
+  labels = [patch.get_label() for patch in legend]
+  assert ("pale: being filled" in labels) == is_pale
+
+
 def test_a_large_pool_can_be_drawn(tmp_path):
   block_map = BlockMap(
     block_size=16,

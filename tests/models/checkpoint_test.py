@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from infinite_llm.errors import CheckpointError, ConfigError
 from infinite_llm.models import checkpoint
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.models.transformer import param_specs
+from infinite_llm.sampling_params import SamplingParams
 from tests import testing
 
 
@@ -29,7 +31,9 @@ def saved(loaded, tmp_path_factory):
     loaded.config,
     loaded.state,
     tokenizer=loaded.tokenizer,
-    generation=loaded.generation,
+    generation=dataclasses.replace(
+      loaded.generation, sampling=SamplingParams(top_k=3, stop=("a",))
+    ),
   )
   return path
 
@@ -67,7 +71,9 @@ def test_everything_but_the_weights_comes_back_too(loaded, saved):
   restored = checkpoint.restore(saved, make_mesh(1, 1))
 
   assert restored.config == loaded.config
-  assert restored.generation == loaded.generation
+  assert restored.generation == dataclasses.replace(
+    loaded.generation, sampling=SamplingParams(top_k=3, stop=("a",))
+  )
   assert restored.graphdef == loaded.graphdef
   assert restored.tokenizer.to_str() == loaded.tokenizer.to_str()
 
@@ -101,7 +107,7 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path, folder):
     ('{"format": "other"}', "must have format 'infinite-llm-1'; found 'other'"),
     (
       '{"format": "infinite-llm-1", "config": {"vocab": 3}}',
-      "holds a wrong configuration",
+      "holds a wrong config: ",
     ),
   ],
 )
@@ -147,6 +153,55 @@ def test_a_truncated_file_is_named_with_both_sizes(saved, tmp_path):
   message = f"{file.name} must have {len(content)} bytes; found "
   with pytest.raises(CheckpointError, match=f"{message}{len(content) - 1}"):
     checkpoint.restore(damaged, make_mesh(1, 1))
+
+
+@pytest.mark.parametrize(
+  "field", ["config", "dtype", "tokenizer", "generation", "bytes"]
+)
+def test_a_missing_field_is_named(saved, tmp_path, field):
+  model = json.loads((saved / "model.json").read_text())
+  del model[field]
+  (tmp_path / "model.json").write_text(json.dumps(model))
+
+  message = rf"model\.json has no field '{field}'"
+  with pytest.raises(CheckpointError, match=message):
+    checkpoint.restore(tmp_path, make_mesh(1, 1))
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("config", []),
+    ("dtype", "int8"),
+    ("dtype", {}),
+    ("tokenizer", 5),
+    ("tokenizer", "{}"),
+    ("generation", {"eos_token": "</s>", "end": 2}),
+    ("generation", {"eos_token_ids": ["x"]}),
+    ("generation", {"sampling": {"temperature": -1}}),
+    ("bytes", 5),
+    ("bytes", {"weights/a": "5"}),
+  ],
+)
+def test_a_wrong_field_is_named(saved, tmp_path, field, value):
+  model = json.loads((saved / "model.json").read_text())
+  model[field] = value
+  (tmp_path / "model.json").write_text(json.dumps(model))
+
+  message = rf"model\.json holds a wrong {field}: "
+  with pytest.raises(CheckpointError, match=message):
+    checkpoint.restore(tmp_path, make_mesh(1, 1))
+
+
+def test_a_checkpoint_from_before_sampling_was_kept_is_greedy(saved, tmp_path):
+  older = shutil.copytree(saved, tmp_path / "model")
+  model = json.loads((older / "model.json").read_text())
+  del model["generation"]["sampling"]
+  (older / "model.json").write_text(json.dumps(model))
+
+  restored = checkpoint.restore(older, make_mesh(1, 1))
+
+  assert restored.generation.sampling == SamplingParams()
 
 
 def test_a_missing_file_is_named(saved, tmp_path):

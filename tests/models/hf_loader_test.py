@@ -14,6 +14,7 @@ from infinite_llm.errors import CheckpointError, ConfigError
 from infinite_llm.models import hf_loader
 from infinite_llm.models.hf_loader import load_hf, param_specs
 from infinite_llm.models.loaded_model import GenerationDefaults
+from infinite_llm.sampling_params import SamplingParams
 from tests import testing
 
 
@@ -75,6 +76,9 @@ class _CountingSlice:
 
   def get_shape(self):
     return self._source.get_shape()
+
+  def get_dtype(self):
+    return self._source.get_dtype()
 
   def __getitem__(self, index):
     self._reads[self._name].append(index)
@@ -184,7 +188,12 @@ def test_bfloat16_files_load_exactly(folder):
 
 @pytest.mark.parametrize(
   ("stored", "loaded"),
-  [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+  [
+    ("float32", "float32"),
+    ("float64", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "bfloat16"),
+  ],
 )
 def test_without_a_dtype_the_checkpoints_own_is_kept(folder, stored, loaded):
   def cast(tensors):
@@ -250,6 +259,27 @@ def test_the_generation_config_wins_over_the_model_config(folder):
   _edit_json(folder / "generation_config.json", eos_token_id=[7, 9])
 
   assert _load(folder).generation.eos_token_ids == (7, 9)
+
+
+def test_requests_are_greedy_unless_the_makers_sample(folder):
+  file = folder / "generation_config.json"
+  likes = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "max_new_tokens": 7}
+
+  _edit_json(file, do_sample=False, repetition_penalty=1.5, **likes)
+  greedy = SamplingParams(repetition_penalty=1.5, max_tokens=7)
+  assert _load(folder).generation.sampling == greedy
+
+  _edit_json(file, do_sample=True)
+  assert _load(folder).generation.sampling == SamplingParams(
+    temperature=0.6,
+    top_p=0.9,
+    top_k=50,
+    repetition_penalty=1.5,
+    max_tokens=7,
+  )
+
+  file.write_text('{"do_sample": true, "top_k": null}')
+  assert _load(folder).generation.sampling == SamplingParams(temperature=1.0)
 
 
 def test_end_tokens_named_only_as_text_are_looked_up(folder):
@@ -335,6 +365,15 @@ def test_an_index_that_promises_too_much_is_named(sharded_folder):
     _load(sharded_folder)
 
 
+def test_an_index_whose_map_names_no_file_is_named(sharded_folder):
+  index = sharded_folder / "model.safetensors.index.json"
+  _edit_json(index, weight_map={"model.norm.weight": 5})
+
+  message = r"index\.json: weight_map must name a file .*; got 5 for model\.nor"
+  with pytest.raises(CheckpointError, match=message):
+    _load(sharded_folder)
+
+
 def test_an_index_without_a_map_is_named(sharded_folder):
   _edit_json(sharded_folder / "model.safetensors.index.json", weight_map=None)
 
@@ -364,6 +403,39 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
   message = r"k_proj\.weight must have shape \[32, 64\] .* found \[16, 64\]"
   with pytest.raises(CheckpointError, match=message):
     _load(folder)
+
+
+def _store_as(folder, name, dtype):
+  """Rewrites one tensor of a file as zeros of a dtype that NumPy may lack."""
+  file = folder / "model.safetensors"
+  tensors = load_file(file)
+  item_bytes = 4 if dtype == "I32" else 1
+  header, data = {}, b""
+  for key, tensor in tensors.items():
+    is_odd = key == name
+    part = bytes(tensor.size * item_bytes) if is_odd else tensor.tobytes()
+    header[key] = {
+      "dtype": dtype if is_odd else "F32",
+      "shape": tensor.shape,
+      "data_offsets": [len(data), len(data) + len(part)],
+    }
+    data += part
+  text = json.dumps(header).encode()
+  # Eight bytes of length, the header, the data: that is the whole format.
+  file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("asked", ["float32", None])
+@pytest.mark.parametrize("dtype", ["I8", "I32", "BOOL", "F8_E4M3"])
+@pytest.mark.parametrize(
+  "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_weights_that_are_no_plain_floats_are_named(folder, name, dtype, asked):
+  _store_as(folder, name, dtype)
+
+  message = rf"model\.safetensors: {name} must be stored as .*; found {dtype}\."
+  with pytest.raises(CheckpointError, match=message):
+    _load(folder, dtype=asked)
 
 
 def test_tensors_that_the_model_would_ignore_are_named(folder):
@@ -401,6 +473,61 @@ def test_a_broken_tokenizer_is_named(folder):
 
   message = r"tokenizer\.json is not a tokenizer"
   with pytest.raises(CheckpointError, match=message):
+    _load(folder)
+
+
+@pytest.mark.parametrize(
+  ("file", "fields", "message"),
+  [
+    (
+      "generation_config",
+      {"eos_token_id": "x"},
+      r"eos_token_id must .*; got 'x",
+    ),
+    (
+      "generation_config",
+      {"eos_token_id": 1.5},
+      r"eos_token_id must .* got 1\.5",
+    ),
+    ("generation_config", {"eos_token_id": [True]}, r"eos_token_id .*\[True\]"),
+    (
+      "generation_config",
+      {"bos_token_id": {"a": 1}},
+      r"bos_token_id .*\{'a': 1",
+    ),
+    ("config", {"bos_token_id": -1}, r"bos_token_id must be a .* got -1"),
+    ("generation_config", {"do_sample": "no"}, r"do_sample must .*; got 'no'"),
+    (
+      "generation_config",
+      {"do_sample": True, "top_p": 2},
+      r"top_p must be in \(0, 1\]; got 2",
+    ),
+    ("tokenizer_config", {"eos_token": {"foo": 1}}, r"eos_token must .*'foo'"),
+    (
+      "tokenizer_config",
+      {"eos_token": 5},
+      r"eos_token must be a text .* got 5",
+    ),
+    ("tokenizer_config", {"chat_template": 5}, r"chat_template must .* got 5"),
+    ("tokenizer_config", {"chat_template": [{"a": 1}]}, r"chat_template must"),
+  ],
+)
+def test_wrong_defaults_for_generation_are_named(folder, file, fields, message):
+  if file == "config":  # The more specific file would win.
+    _edit_json(folder / "generation_config.json", bos_token_id=None)
+  _edit_json(folder / f"{file}.json", **fields)
+
+  with pytest.raises(CheckpointError, match=rf"/{file}\.json: {message}"):
+    _load(folder)
+
+
+@pytest.mark.parametrize(
+  "name", ["chat_template.jinja", "config.json", "generation_config.json"]
+)
+def test_text_that_is_not_utf_8_is_named(folder, name):
+  (folder / name).write_bytes(b"{\xfc}")
+
+  with pytest.raises(CheckpointError, match=rf"{name} is not readable UTF-8"):
     _load(folder)
 
 

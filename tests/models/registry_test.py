@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -185,7 +186,33 @@ def test_llama_biases_are_read():
       {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
       r"RoPE parameters that differ between layer types \(full_attention\)",
     ),
-    ({"hidden_size": "64"}, r"config\.json of LlamaForCausalLM: unsupported"),
+    (
+      {"architectures": "LlamaForCausalLM"},
+      r"architectures must be a list of names; got 'LlamaForCausalLM'",
+    ),
+    ({"architectures": 5}, r"architectures must be a list of names; got 5"),
+    ({"architectures": [["x"]]}, r"must be a list of names; got \[\['x'\]\]"),
+    (
+      {"architectures": None, "model_type": ["x"]},
+      r"Unknown architecture: model_type",
+    ),
+    (
+      {"tie_word_embeddings": "false"},
+      r"tie_word_embeddings must be true or false; got 'false'",
+    ),
+    ({"attention_bias": 1}, r"attention_bias must be true or false; got 1"),
+    ({"mlp_bias": "no"}, r"mlp_bias must be true or false; got 'no'"),
+    ({"rms_norm_eps": math.nan}, r"norm_eps must be finite .*; got nan"),
+    ({"rms_norm_eps": "1"}, r"rms_norm_eps must be a number; got '1'"),
+    ({"rope_theta": "x"}, r"rope_theta must be a number; got 'x'"),
+    ({"rope_scaling": 5}, r"rope_scaling must be an object; got 5"),
+    (
+      {"rope_scaling": {"type": "linear", "factor": "2"}},
+      r"factor must be a number; got '2'",
+    ),
+    ({"num_key_value_heads": 0}, r"num_kv_heads must be a positive .* got 0"),
+    ({"head_dim": 16.0}, r"head_dim must be an integer; got 16\.0"),
+    ({"hidden_size": "64"}, r"hidden_size must be an integer; got '64'"),
     ({"num_attention_heads": 0}, r"config\.json of LlamaForCausalLM: .* zero"),
     ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not implemented"),
     (
@@ -197,7 +224,7 @@ def test_llama_biases_are_read():
       {"num_key_value_heads": 3},
       r"num_q_heads must be a multiple of num_kv_heads \(3\); got 4",
     ),
-    ({"vocab_size": 1.5}, r"vocab_size must be a positive integer; got 1\.5"),
+    ({"vocab_size": 1.5}, r"vocab_size must be an integer; got 1\.5"),
     ({"hidden_size": 60}, r"head_dim must be even; got 15"),
     ({"rope_theta": -1}, r"theta must be positive and finite; got -1\.0"),
   ],
@@ -211,6 +238,7 @@ def test_what_is_unknown_or_not_implemented_is_named(fields, message):
   ("types", "message"),
   [
     (["full_attention"], r"layer_types must name num_hidden_layers=3 .* got 1"),
+    ("full_attention", r"layer_types must be a list of names; got 'full_att"),
     (["chunked_attention"] * 3, r"layer_types chunked_attention are not impl"),
   ],
 )
@@ -222,6 +250,12 @@ def test_wrong_layer_types_are_refused(types, message):
       sliding_window=4,
       layer_types=types,
     )
+
+
+def test_a_window_is_not_asked_for_by_a_text():
+  message = r"use_sliding_window must be true or false; got 'false'"
+  with pytest.raises(CheckpointError, match=message):
+    _of("Qwen2ForCausalLM", use_sliding_window="false")
 
 
 def test_windowed_layers_must_exist():
