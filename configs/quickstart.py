@@ -2,7 +2,7 @@
 
 Every field is a flag of the runner: `--config.document.num_tokens=131072`. The
 fields of `cache`, `lending` and `scheduler` are those of the dataclasses in
-`infinite_llm/config.py`, which say what they mean.
+`infinite_llm/config.py` and `lending_config.py`, which say what they mean.
 """
 
 from ml_collections import ConfigDict

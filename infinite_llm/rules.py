@@ -1,6 +1,7 @@
 """Rules that values of a configuration keep, and what a message says."""
 
 import itertools
+import math
 
 from infinite_llm.errors import ConfigError
 
@@ -19,6 +20,21 @@ def require_integer(name: str, value: object) -> None:
   """Refuses what is no integer; a bool is none."""
   is_integer = isinstance(value, int) and not isinstance(value, bool)
   require(is_integer, name, "an integer", value)
+
+
+def require_seconds(config: object, *names: str) -> None:
+  """Refuses fields that are no positive, finite numbers."""
+  for name in names:
+    value = getattr(config, name)
+    holds = _is_number(value) and 0 < value < math.inf
+    require(holds, name, "positive and finite", value)
+
+
+def require_shares(config: object, *names: str) -> None:
+  """Refuses fields that are no numbers from 0 to 1."""
+  for name in names:
+    value = getattr(config, name)
+    require(_is_number(value) and 0 <= value <= 1, name, "in [0, 1]", value)
 
 
 def require_buckets(config: object, *names: str) -> None:
@@ -44,3 +60,7 @@ def require_positive(config: object, *names: str) -> None:
     value = getattr(config, name)
     require_integer(name, value)
     require(value >= 1, name, "at least 1", value)
+
+
+def _is_number(value: object) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)

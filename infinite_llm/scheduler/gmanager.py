@@ -8,6 +8,7 @@ from absl import logging
 
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.rules import require
 from infinite_llm.scheduler.allotment import allot
 from infinite_llm.scheduler.cluster_view import ClusterView
 from infinite_llm.scheduler.gmanager_screening import fault_in
@@ -15,7 +16,7 @@ from infinite_llm.scheduler.ledger import Ledger, Recorded
 from infinite_llm.scheduler.link_costs import LinkCosts
 from infinite_llm.scheduler.messages import (
   GMANAGER,
-  STANDBY,
+  GMANAGERS,
   Address,
   Body,
   Candidates,
@@ -33,8 +34,6 @@ from infinite_llm.scheduler.placement_map import PlacementMap
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.types import NO_EPOCH, Epoch, InstanceId
-
-_GMANAGERS: tuple[GManagerAddress, ...] = (GMANAGER, STANDBY)
 
 _LIVES = 256
 """Starts of one gManager after which its epochs may repeat."""
@@ -92,8 +91,8 @@ class GManager:
       num_instances: I, instances that report to it; None if any may.
 
     Raises:
-      ConfigError: If the policy does not exist, lacks what it needs, or nobody
-        could ever lead.
+      ConfigError: If the policy does not exist or lacks what it needs, an
+        address or a number makes no sense, or nobody could ever lead.
     """
     self._policy = get_policy(lending.policy)
     self._planning = planning or PlanningConfig()
@@ -102,12 +101,21 @@ class GManager:
         "performance (LendingConfig.performance_profile) must be a model for"
         " the policy 'greedy'; got None."
       )
-    if address in peers:
-      raise ConfigError(
-        f"peers must be others than address ({address!r}); got {peers!r}."
-      )
-    if incarnation < 1:
-      raise ConfigError(f"incarnation must be at least 1; got {incarnation}.")
+    names = ", ".join(GMANAGERS)
+    require(address in GMANAGERS, "address", f"one of {names}", address)
+    require(
+      set(peers) <= set(GMANAGERS) - {address},
+      "peers",
+      f"some of {names}, and others than address ({address!r})",
+      peers,
+    )
+    require(incarnation >= 1, "incarnation", "at least 1", incarnation)
+    require(
+      num_instances is None or num_instances >= 1,
+      "num_instances",
+      "None or at least 1",
+      num_instances,
+    )
     self._lending = lending
     self._clock = clock
     self._links = links or LinkCosts()
@@ -260,9 +268,9 @@ class GManager:
   def _lead(self) -> None:
     """Begins to lead, under the next epoch that is this gManager's own."""
     self.is_leader = True
-    own = self._incarnation % _LIVES * len(_GMANAGERS)
-    own += _GMANAGERS.index(self._address)
-    self.epoch += 1 + (own - self.epoch - 1) % (_LIVES * len(_GMANAGERS))
+    own = self._incarnation % _LIVES * len(GMANAGERS)
+    own += GMANAGERS.index(self._address)
+    self.epoch += 1 + (own - self.epoch - 1) % (_LIVES * len(GMANAGERS))
     self._announced_s = -math.inf
     self._planned_s = self._clock()
     self._has_news = True

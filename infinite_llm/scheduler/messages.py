@@ -43,6 +43,10 @@ STANDBY: Final = "standby"
 """Address of a second gManager, which takes over when the first one falls."""
 
 type GManagerAddress = Literal["gmanager", "standby"]
+
+GMANAGERS: Final[tuple[GManagerAddress, ...]] = (GMANAGER, STANDBY)
+"""Addresses of all gManagers that there may be."""
+
 type Address = InstanceId | GManagerAddress
 
 type BlocksOf = tuple[tuple[InstanceId, int], ...]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
-from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.errors import InvariantError
+from infinite_llm.rules import require
 from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.condition import Condition
 from infinite_llm.scheduler.creditor import Creditor
@@ -88,15 +89,14 @@ class RManager:
       host: Its rBlocks in host memory, all free; None if it has none.
 
     Raises:
-      ConfigError: If `instance` is not one of the group, it may lend more than
-        it has, or `host` is somebody else's.
+      ConfigError: If a number makes no sense, it may lend more than it has or
+        never anything, or a pool or an address is not what it should be.
     """
-    most, total = lending.max_lent_blocks, pool.counts().total
-    if most is not None and most > total:
-      raise ConfigError(
-        f"max_lent_blocks must be at most the pool's {total} rBlocks; got"
-        f" {most}."
-      )
+    total = pool.counts().total
+    require(pool.instance == instance, "pool", f"of {instance}", pool.instance)
+    require(block_size >= 1, "block_size", "at least 1", block_size)
+    if num_instances > 1:
+      lending.check_pool(total)
     self.instance = instance
     self.pool = pool
     self._lending = lending
@@ -180,15 +180,7 @@ class RManager:
     return self._debtor.account(uid).table
 
   def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
-    """Adds local rBlocks to a request.
-
-    Args:
-      uid: An open request.
-      num_blocks: How many.
-
-    Returns:
-      Whether there were enough; if not, none was added.
-    """
+    """Adds local rBlocks to an open request, all or none; whether it did."""
     return self._debtor.allocate(uid, num_blocks)
 
   def confirm(self, uid: RequestUid, num_tokens: int) -> None:

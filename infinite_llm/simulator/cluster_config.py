@@ -1,9 +1,11 @@
 """What a simulated cluster is made of."""
 
 import dataclasses
+import math
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.rules import require, require_seconds
 from infinite_llm.scheduler.performance_model import PerformanceModel
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
@@ -59,8 +61,15 @@ class ClusterConfig:
       value = getattr(self, name)
       if value < least:
         raise ConfigError(f"{name} must be at least {least}; got {value!r}.")
-    if not self.most_s > 0:
-      raise ConfigError(f"most_s must be positive; got {self.most_s!r}.")
+    if self.num_instances > 1:
+      self.lending.check_pool(self.num_blocks - 1)
+    require(
+      0 <= self.min_delay_s <= self.max_delay_s < math.inf,
+      "min_delay_s and max_delay_s",
+      "not negative, finite and in this order",
+      (self.min_delay_s, self.max_delay_s),
+    )
+    require_seconds(self, "most_s")
 
   def planning(self, performance: PerformanceModel) -> PlanningConfig:
     """What the gManager of the cluster plans by."""

@@ -422,7 +422,18 @@ class TestConstruction:
     ("policy", "options", "text"),
     [
       ("greedy", {}, "performance .* must be a model for the policy 'greedy'"),
-      ("borrow", {"peers": [GMANAGER]}, r"peers must be others than address"),
+      (
+        "borrow",
+        {"peers": [GMANAGER]},
+        r"peers must be .* others than address",
+      ),
+      ("borrow", {"peers": ["zz"]}, r"peers must be .*; got \['zz'\]"),
+      ("borrow", {"address": "x"}, "address must be one of gmanager, standby"),
+      (
+        "borrow",
+        {"num_instances": 0},
+        "num_instances must be None or at least",
+      ),
       ("borrow", {"incarnation": 0}, "incarnation must be at least 1; got 0"),
     ],
   )
@@ -436,11 +447,24 @@ class TestConstruction:
       ("policy", "best", "policy must be one of borrow, greedy, migrate, stat"),
       ("full_heartbeat_every", 0, "full_heartbeat_every must be at least 1"),
       ("expire_after_s", 0.2, "expire_after_s must be more than twice heartb"),
-      ("leader_lease_s", 0.0, "leader_lease_s must be positive; got 0.0"),
+      (
+        "leader_lease_s",
+        0.0,
+        "leader_lease_s must be positive and finite; got 0.0",
+      ),
       ("leader_lease_s", 0.081, "leader_lease_s must be at most 0.8 of heart"),
       ("heartbeat_every_s", 0.09, "leader_lease_s must be at most 0.8 of hea"),
-      ("plan_every_s", 0, "plan_every_s must be positive; got 0"),
-      ("freeze_s", -1, "freeze_s must be positive; got -1"),
+      ("plan_every_s", 0, "plan_every_s must be positive and finite; got 0"),
+      ("plan_every_s", float("inf"), "plan_every_s must be positive and finit"),
+      ("lease_s", float("inf"), "lease_s must be positive and finite; got inf"),
+      ("lease_s", "10", "lease_s must be positive and finite; got '10'"),
+      ("expire_after_s", float("inf"), "expire_after_s must be positive and f"),
+      (
+        "freeze_s",
+        10.5,
+        r"freeze_s must be at most lease_s \(10.0\); got 10.5",
+      ),
+      ("freeze_s", -1, "freeze_s must be positive and finite; got -1"),
     ],
   )
   def test_impossible_rules_are_refused(self, field, value, text):
