@@ -75,6 +75,7 @@ def run(
   kinds: collections.Counter[str] = collections.Counter()
   faults: collections.Counter[str] = collections.Counter()
   troubles: collections.Counter[str] = collections.Counter()
+  plans_followed: collections.Counter[str] = collections.Counter()
   longest_takeover_s = 0.0
   fewest = dict.fromkeys(
     ("num_events", "num_delivered", "num_faults"), sys.maxsize
@@ -89,6 +90,7 @@ def run(
       longest_takeover_s = max(longest_takeover_s, result.longest_takeover_s)
       faults.update(result.faults)
       troubles.update(result.troubles)
+      plans_followed.update(result.plans_followed)
       for name in fewest:
         fewest[name] = min(fewest[name], getattr(result, name))
       if result.violation is not None:
@@ -113,6 +115,7 @@ def run(
     "messages_sent": dict(sorted(kinds.items())),
     "faults": dict(sorted(faults.items())),
     "troubles": dict(sorted(troubles.items())),
+    "plans_followed": dict(sorted(plans_followed.items())),
   }
   _print(summary)
   return summary
@@ -176,6 +179,7 @@ def _replay(
     "totals": {name: getattr(result, name) for name in _SUMS},
     "faults": dict(sorted(result.faults.items())),
     "troubles": dict(sorted(result.troubles.items())),
+    "plans_followed": dict(sorted(result.plans_followed.items())),
   }
 
 
@@ -240,8 +244,8 @@ def _print(summary: Mapping[str, Any]) -> None:
     f" {totals['num_rows']} rows ({totals['num_unproved']} not proved),"
     f" {totals['num_moved']} rBlocks moved"
   )
-  for name in ("faults", "troubles"):
+  for name in ("faults", "troubles", "plans_followed"):
     counts = ", ".join(f"{k} {n}" for k, n in summary[name].items())
-    print(f"{name}: {counts}")
+    print(f"{name.replace('_', ' ')}: {counts}")
   print(f"fewest of a seed: {summary['fewest_of_a_seed']}")
   print(f"violations: {summary['num_violations']}")

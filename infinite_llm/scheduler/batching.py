@@ -1,7 +1,6 @@
 """Continuous batching of one instance: which rows its next step has."""
 
 import collections
-import operator
 from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
@@ -23,8 +22,6 @@ from infinite_llm.types import PoolCounts, RequestUid
 _BORROW_CHUNKS = 2
 """Room that a borrow makes, in prefill chunks: moving blocks takes a few rounds
 of messages, so one borrow serves several steps."""
-
-_ARRIVAL = operator.attrgetter("arrival")
 
 
 class Batcher:
@@ -73,7 +70,7 @@ class Batcher:
   @property
   def running(self) -> tuple[Request, ...]:
     """Requests with rBlocks, by arrival."""
-    return tuple(sorted(self._running.values(), key=_ARRIVAL))
+    return tuple(sorted(self._running.values(), key=lambda r: r.arrival))
 
   @property
   def has_work(self) -> bool:
@@ -125,6 +122,14 @@ class Batcher:
     """Gives up a running request's KV; it waits as its arrival says."""
     self._rmanager.close(uid)
     self._await_admission(uid)
+
+  def set_aside(self, uid: RequestUid) -> None:
+    """Has a running request wait: in HOST if it can and copies are faster."""
+    swapping = self._rmanager.swapping
+    if swapping.is_preferred(uid) and swapping.swap_out(uid):
+      self._await_admission(uid)
+    else:
+      self.preempt(uid)
 
   def _await_admission(self, uid: RequestUid) -> None:
     request = self._running.pop(uid)
@@ -376,14 +381,10 @@ class Batcher:
     return self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
-    swapping = self._rmanager.swapping
     uid = max(self._running.values(), key=_ARRIVAL).uid
-    if uid == request.uid or swapping.is_making_room:
+    if uid == request.uid or self._rmanager.swapping.is_making_room:
       return False
-    if swapping.is_preferred(uid) and swapping.swap_out(uid):
-      self._await_admission(uid)
-    else:
-      self.preempt(uid)
+    self.set_aside(uid)
     return True
 
   def _capacity(self, request: Request) -> int:

@@ -40,12 +40,15 @@ class Borrowing(Mover):
   Attributes:
     has_room: Whether others are thought to have room: the cluster's status says
       so, and no borrow that got nothing from anybody has shown otherwise since.
+    num_begun: Borrows that were begun.
   """
 
   has_room = False
+  num_begun = 0
 
   def begin(self, account: Account, num_blocks: int) -> None:
     """Starts a borrow for an idle account that has a spill slot."""
+    self.num_begun += 1
     account.borrow = Borrow(wanted=num_blocks)
     account.phase = Phase.ASKING
     request = CandidatesRequest(num_blocks=num_blocks)
@@ -55,6 +58,7 @@ class Borrowing(Mover):
     self, account: Account, num_blocks: int, creditor: InstanceId
   ) -> None:
     """As `begin`, but to one creditor that was named."""
+    self.num_begun += 1
     account.borrow = Borrow(
       wanted=num_blocks, candidates=[creditor], is_planned=True
     )

@@ -217,8 +217,13 @@ class Debtor:
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone."""
     return tuple(
-      [uid for uid, account in self._accounts.items() if account.is_lost]
+      uid for uid, account in self._accounts.items() if account.is_lost
     )
+
+  @property
+  def num_borrows(self) -> int:
+    """Borrows that were ever begun, planned ones included."""
+    return self._transfers.borrowing.num_begun
 
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
@@ -273,11 +278,9 @@ class Debtor:
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
     return tuple(
-      [
-        uid
-        for uid, account in self._accounts.items()
-        if account.phase is Phase.SWITCHED
-      ]
+      uid
+      for uid, account in self._accounts.items()
+      if account.phase is Phase.SWITCHED
     )
 
   def on_verified(self, uid: RequestUid, is_proved: bool) -> None:

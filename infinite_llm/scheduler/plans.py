@@ -18,7 +18,8 @@ class PlanFollower:
   circular debt is dissolved (DGFM), and what becomes free brings rBlocks home.
 
   Attributes:
-    num_declined: Plans that were not followed.
+    num_followed: Plans that were begun.
+    num_declined: Plans that were not.
   """
 
   def __init__(
@@ -38,6 +39,7 @@ class PlanFollower:
       lending: The policy, and the longest time to be frozen: that of a lease.
       clock: Monotonic seconds.
     """
+    self.num_followed = 0
     self.num_declined = 0
     self._creditor = creditor
     self._debtor = debtor
@@ -63,6 +65,7 @@ class PlanFollower:
         is_followed = self._migrate(uid, dst)
       case MoveKvcache(dst=dst):
         is_followed = self._debtor.move_kvcache(uid, num_blocks, dst)
+    self.num_followed += is_followed
     self.num_declined += not is_followed
 
   def _migrate(self, uid: RequestUid, dst: InstanceId) -> bool:

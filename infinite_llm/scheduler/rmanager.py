@@ -268,6 +268,11 @@ class RManager:
     movable = [(uid, self.movable_blocks(uid)) for uid in uids]
     return self._policy.choose_victim(movable)
 
+  @property
+  def num_borrows(self) -> int:
+    """Borrows that were ever begun, planned moves included."""
+    return self._debtor.num_borrows
+
   def is_borrowing(self) -> bool:
     """Whether a borrow of any open request is under way."""
     return self._debtor.is_borrowing()
@@ -379,9 +384,8 @@ class RManager:
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
-    effects = self._effects + self.swapping.drain_effects()
-    self._effects.clear()  # Both halves hold on to this list.
-    return effects
+    effects, self._effects[:] = self._effects[:], []
+    return effects + self.swapping.drain_effects()
 
   def _tell(self, *, is_full: bool = False) -> None:
     heartbeat = self.condition.heartbeat(self._reporter.leader_epoch)

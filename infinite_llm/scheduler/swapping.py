@@ -183,6 +183,8 @@ class Swapping:
     """Closes a request and keeps its proved full rBlocks in HOST.
 
     Those in HBM are free when the copies are acknowledged, all others at once.
+    If they fill HBM, the last one is given up: back there, the step that proves
+    them needs an rBlock to write to, and until then none of them can move.
 
     Args:
       uid: An open request.
@@ -196,7 +198,7 @@ class Swapping:
       self._return_to_host(swapped)
       return True
     account = self._debtor.account(uid)
-    num_blocks = self._num_full(uid)
+    num_blocks = min(self._num_full(uid), self._pool.counts().total - 1)
     if self._host is None or not num_blocks or not account.can_leave():
       return False
     host = self._host.pool.allocate(num_blocks, uid)

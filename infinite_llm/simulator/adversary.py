@@ -175,9 +175,14 @@ class Adversary:
       return
     running = instance.batcher.running
     if running:
-      instance.batcher.preempt(self._rng.choice(running).uid)
+      uid = self._rng.choice(running).uid
+      if self._rng.random() < 0.7:
+        instance.batcher.set_aside(uid)
+        self.counts["set aside"] += 1
+      else:
+        instance.batcher.preempt(uid)
+        self.counts["preempt"] += 1
       instance.settle()
-      self.counts["preempt"] += 1
 
   def _move(self) -> None:
     """A planned move, as a gManager may order it."""
@@ -187,9 +192,8 @@ class Adversary:
     rng, count = self._rng, self._scenario.num_instances
     uid = rng.choice(instance.batcher.running).uid
     dst = (instance.number + rng.randrange(1, count)) % count
-    if instance.manager.move_kvcache(uid, rng.randint(1, 4), dst):
+    if instance.move(uid, rng.randint(1, 4), dst):
       self.counts["move"] += 1
-    instance.settle()
 
   def _recall(self) -> None:
     """A recall, as a gManager may order it."""

@@ -33,6 +33,7 @@ class SeedResult:
     kinds: Messages that were sent, by kind.
     faults: How often each fault happened.
     troubles: How often the adversary did what else.
+    plans_followed: Plans of gManagers that instances began, by kind.
     num_requests: Requests that were accepted.
     num_rows: Rows that steps computed.
     num_unproved: Rows of them whose KV was not proved, so that they were not
@@ -61,6 +62,9 @@ class SeedResult:
     default_factory=collections.Counter[str]
   )
   troubles: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter[str]
+  )
+  plans_followed: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter[str]
   )
   num_requests: int = 0
@@ -139,6 +143,7 @@ def run_seed(
   result.kinds.update(world.network.kinds_sent())
   result.faults.update(_faults(cluster))
   result.troubles.update(adversary.counts)
+  result.plans_followed.update(world.plans_followed)
   result.num_requests = cluster.num_accepted
   result.num_rows = world.num_steps
   result.num_unproved = world.num_unproved

@@ -138,17 +138,13 @@ class Instance:
       hand_over_nonsense(self.manager, envelope)
       return
     self.watch.hand_over(envelope)
-    self.settle(envelope)
+    self.settle()
 
-  def settle(self, cause: Envelope | None = None) -> None:
-    """Sends what the manager says, does what it wants, checks what it has.
-
-    Args:
-      cause: The message that it has just taken, if that was it.
-    """
+  def settle(self) -> None:
+    """Sends what the manager says, does what it wants, checks what it has."""
     world = self._world
     for envelope in self.manager.drain_messages():
-      self.watch.check_outgoing(envelope, cause)
+      self.watch.check_outgoing(envelope)
       world.network.send(envelope)
     for effect in self.manager.drain_effects():
       match effect:
@@ -173,6 +169,17 @@ class Instance:
     """Ends a request at somebody's wish."""
     self.batcher.abort(uid)
     self.settle()
+
+  def move(self, uid: RequestUid, num_blocks: int, dst: InstanceId) -> bool:
+    """Moves rBlocks of a request elsewhere, at somebody's wish.
+
+    Returns:
+      Whether that was begun.
+    """
+    is_begun = self.manager.move_kvcache(uid, num_blocks, dst)
+    self.watch.want_borrows()
+    self.settle()
+    return is_begun
 
   def stop(self) -> tuple[Request, ...]:
     """Crashes: all that it had is gone.
@@ -222,6 +229,7 @@ class Instance:
     if not self.batcher.has_work:
       return
     rows = self.batcher.plan().rows
+    self.watch.want_borrows()
     self._take_ended()
     if rows:
       self._flight = tuple([(row, self._compute(row)) for row in rows])

@@ -135,14 +135,21 @@ def draw_scenario(rng: random.Random) -> Scenario:
   Args:
     rng: Decides.
   """
-  num_instances = rng.randint(2, 5)
-  num_blocks = rng.choice((7, 10, 14))
   policy = rng.choice(_POLICIES)
-  swaps = get_policy(policy).swaps_to_host
-  host_blocks = rng.choice((num_blocks // 2, 2 * num_blocks)) if swaps else 0
+  # Few instances with long requests that are moved all the time, and some room:
+  # debts go both ways, and recalls dissolve them.
+  has_circles = get_policy(policy).borrows and rng.random() < 0.3
+  num_instances = rng.randint(2, 3 if has_circles else 5)
+  num_blocks = 20 if has_circles else rng.choice((7, 10, 14))
+  # HOST, with any policy, as engines have it.
+  host_blocks = rng.choice((0, num_blocks // 2, 2 * num_blocks))
+  if get_policy(policy).swaps_to_host:
+    host_blocks = host_blocks or num_blocks
+  # Several with answers that grow are what makes running ones give way.
+  is_crowded = host_blocks > 0 and not has_circles and rng.random() < 0.6
   lending = LendingConfig(
     policy=policy,
-    spill_slots=rng.choice((1, 2, 4)),
+    spill_slots=4 if has_circles else rng.choice((1, 2, 4)),
     max_lent_blocks=rng.choice((None, None, num_blocks // 2)),
     headroom_blocks=rng.choice((0, 0, 1)),
     resend_after_s=0.3,
@@ -151,7 +158,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
     full_heartbeat_every=rng.choice((3, 10)),
     expire_after_s=2.0,
     leader_lease_s=0.075,
-    plan_every_s=0.5,
+    plan_every_s=0.2 if has_circles else 0.5,
     freeze_s=0.5,
   )
   scheduler = SchedulerConfig(
@@ -176,12 +183,13 @@ def draw_scenario(rng: random.Random) -> Scenario:
     lending=lending,
     scheduler=scheduler,
     network=network,
-    # Several with answers that grow are what makes running ones give way.
-    request_every_s=rng.choice((0.2, 0.5)) / (3 if swaps else 1),
-    most_open=(3 if swaps else 1) * num_instances + 2,
-    long_answers=rng.choice((0.6, 0.9)) if swaps else 0.15,
-    trouble_every_s=rng.choice((0.15, 0.4)),
-    plan_every_s=rng.choice((0.05, 0.2)),
+    request_every_s=rng.choice((0.2, 0.5)) / (3 if is_crowded else 1),
+    most_open=(3 if is_crowded else 1) * num_instances + 2,
+    long_answers=(
+      rng.choice((0.6, 0.9)) if is_crowded or has_circles else 0.15
+    ),
+    trouble_every_s=0.4 if has_circles else rng.choice((0.15, 0.4)),
+    plan_every_s=0.05 if has_circles else rng.choice((0.05, 0.2)),
     crash_s=rng.choice((0.5, 2.0, 2 * lease_s)),
     partition_s=rng.choice((0.5, 2.0, 3 * lease_s)),
     clock_jump=rng.choice((0.0, 0.3)),

@@ -4,6 +4,7 @@ The checks concern what this instance does and says, and are cheap; those over
 all instances are in `invariants.py`.
 """
 
+import collections
 import dataclasses
 import math
 import random
@@ -17,6 +18,7 @@ from infinite_llm.scheduler.messages import (
   Address,
   CandidatesRequest,
   Envelope,
+  MoveKvcache,
 )
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane, Piece
@@ -62,6 +64,7 @@ class World:
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
     num_copies_lost: Copies between tiers that brought nothing.
+    plans_followed: Plans of gManagers that were begun, by kind.
     num_steps: Rows that were computed.
     num_unproved: Rows of them whose KV was not proved.
     num_tokens: Tokens that were emitted.
@@ -87,6 +90,9 @@ class World:
   num_payloads_lost: int = 0
   num_payloads_repeated: int = 0
   num_copies_lost: int = 0
+  plans_followed: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter[str]
+  )
   num_steps: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
@@ -139,6 +145,7 @@ class Watch:
     self._world = world
     self._heard: dict[tuple[InstanceId, int, int], Envelope] = {}
     self._newest_seq = 0
+    self._num_wanted = 0
     self._num_counted = -1
     self._obedience = Obedience(manager)
     self._incarnation_of: dict[InstanceId, int] = {}
@@ -164,7 +171,14 @@ class Watch:
         self._incarnation_of[sender] = incarnation
         self._check_restart(sender, incarnation, lent)
     else:
-      self._obedience.hand_over(envelope)
+      self._hand_over_guidance(envelope)
+
+  def want_borrows(self) -> None:
+    """Notes that those borrows are wanted that have just been begun.
+
+    The instance's own requests want them, or whoever plans; nobody else may.
+    """
+    self._num_wanted = self.manager.num_borrows
 
   def tick(self) -> None:
     """Has the manager do what is due."""
@@ -249,12 +263,11 @@ class Watch:
         f"Request {uid} on instance {self.number} uses a foreign {block}."
       )
 
-  def check_outgoing(self, envelope: Envelope, cause: Envelope | None) -> None:
-    """Answers are right, and being asked for rBlocks makes nobody ask.
+  def check_outgoing(self, envelope: Envelope) -> None:
+    """Answers are right, and nobody asks for rBlocks that are not wanted.
 
     Args:
       envelope: What the manager says.
-      cause: The message that it has just taken, if that was it.
     """
     body, receiver = envelope.body, envelope.receiver
     if isinstance(body, LEASE_REPLIES) and isinstance(receiver, int):
@@ -266,22 +279,19 @@ class Watch:
     if envelope.seq <= self._newest_seq:
       return  # Said before.
     self._newest_seq = envelope.seq
-    if (
-      cause is not None
-      and isinstance(cause.body, Reserve)
-      and isinstance(body, (Reserve, CandidatesRequest))
+    if isinstance(body, (Reserve, CandidatesRequest)) and (
+      self.manager.num_borrows != self._num_wanted
     ):
       raise ViolationError(
-        f"Instance {self.number} forwards a borrow: {cause.body} made it ask"
-        f" {receiver!r}: {body}."
+        f"Instance {self.number} forwards a borrow: it asks {receiver!r} for"
+        f" rBlocks that nobody here wants: {body}."
       )
 
   def check_books(self) -> None:
     """Nothing is lost from count, and leases are those of the history."""
     pool, swapping = self.manager.pool, self.manager.swapping
     self.history.check_books(self.manager.lent())
-    # Hundreds of times a second of the simulation, so it builds nothing, and
-    # counts again only what may have changed.
+    # So often that it builds nothing, and counts only what may have changed.
     num_changes = pool.num_changes + swapping.num_changes
     if num_changes != self._num_counted:
       self._num_counted = num_changes
@@ -325,6 +335,16 @@ class Watch:
     block = self.manager.pool.block(move.dst_block)
     if (block.uid, block.epoch) != (move.uid, move.dst_epoch):
       raise ViolationError(f"{move} was written over {block}.")
+
+  def _hand_over_guidance(self, envelope: Envelope) -> None:
+    """What the leading gManager says may be a plan, to move or to recall."""
+    plans = self.manager.plans
+    before = plans.num_followed
+    self._obedience.hand_over(envelope)
+    if plans.num_followed > before:
+      self._world.plans_followed[type(envelope.body).__name__] += 1
+      if isinstance(envelope.body, MoveKvcache):
+        self.want_borrows()
 
   def _lent_to(self, owner: InstanceId) -> Sequence[tuple[BlockId, Epoch]]:
     """What is kept for an instance, in whatever incarnation."""

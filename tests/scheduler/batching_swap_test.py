@@ -10,7 +10,7 @@ from infinite_llm.config import SchedulerConfig
 from infinite_llm.scheduler.request import RequestStatus
 from infinite_llm.scheduler.step_plan import Row, StepPlan
 from infinite_llm.scheduler.swapping import Stage
-from infinite_llm.types import PoolCounts
+from infinite_llm.types import PoolCounts, Tier
 from tests.scheduler.fake_cluster import FakeCluster, until
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
@@ -113,6 +113,31 @@ def test_while_copies_make_room_nobody_else_is_preempted():
     r.status is RequestStatus.FINISHED_LENGTH for r in engine.requests.values()
   )
   engine.cluster.check_empty()
+
+
+def test_a_request_that_fills_the_pool_comes_back_to_where_it_can_go_on():
+  cluster = FakeCluster(
+    2, 9, policy="borrow", host_blocks=9, group_prefill_buckets=(32,)
+  )
+  cluster.introduce()
+  cluster.heartbeat()
+  engine = FakeEngine(cluster, _SCHEDULER)
+  batcher, manager = engine.batchers[0], cluster.managers[0]
+  request = engine.add(0, make_request(1, 80))
+  for _ in until(lambda: request.num_computed_tokens == 64):
+    engine.step()
+  assert manager.counts().free == 0
+  assert manager.spill(1) is None
+
+  batcher.set_aside(1)
+
+  # The 8th rBlock is free at once, and there to be written to afterwards.
+  assert manager.swapping.stage(1) is Stage.LEAVING
+  assert (manager.counts().used, manager.counts().free) == (7, 1)
+  assert manager.counts(Tier.HOST).reserved == 7
+  engine.run()
+  assert request.output_token_ids == [80, 81, 82, 83]
+  cluster.check_empty()
 
 
 @pytest.mark.parametrize(

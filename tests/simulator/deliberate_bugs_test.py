@@ -124,6 +124,27 @@ def _forward_borrows(monkeypatch):
   monkeypatch.setattr(RManager, "on_message", forward)
 
 
+def _forward_borrows_later(monkeypatch):
+  """Whoever was asked for rBlocks asks somebody else at its next tick."""
+  on_message, tick = RManager.on_message, RManager.tick
+  asked = set()
+
+  def note(self, envelope):
+    on_message(self, envelope)
+    if isinstance(envelope.body, Reserve):
+      asked.add(self)
+
+  def forward(self):
+    if self in asked:
+      asked.remove(self)
+      for uid in self._debtor._accounts:
+        self.borrow(uid, 1)
+    tick(self)
+
+  monkeypatch.setattr(RManager, "on_message", note)
+  monkeypatch.setattr(RManager, "tick", forward)
+
+
 def _count_refused_grants(monkeypatch):
   count_lent = Creditor._count_lent
   monkeypatch.setattr(
@@ -134,6 +155,7 @@ def _count_refused_grants(monkeypatch):
 
 
 def _obey_former_leaders(monkeypatch):
+  """Whatever any gManager says counts, also what came before."""
   follow = Reporter.follow
 
   def obey(self, envelope):
@@ -297,14 +319,15 @@ _PLACES = {
 
 _REPLACED = {
   _forward_borrows: (_borrowing, 30, "forwards a borrow"),
+  _forward_borrows_later: (_borrowing, 30, "forwards a borrow"),
   _count_refused_grants: (_borrowing, 10, "says that it lent"),
-  _obey_former_leaders: (_borrowing, 20, "and obeys .* former leader"),
+  _obey_former_leaders: (_drawn, 20, "and obeys"),
   _follow_plans_again: (_drawn, 20, "and obeys .* came before"),
   _keep_the_old_allotment: (_borrowing, 40, "still counts on what"),
   _lead_twice_under_one_epoch: (_drawn, 60, "lead under epoch"),
   _obey_any_instance: (_drawn, 10, "must be refused and counted|Error"),
   _believe_any_number: (_drawn, 10, "must be refused and counted"),
-  _believe_any_heartbeat: (_drawn, 10, "must be refused and counted"),
+  _believe_any_heartbeat: (_drawn, 60, "must be refused and counted"),
   _refuse_in_silence: (_drawn, 10, "must be refused and counted"),
   _never_take_over: (_drawn, 20, "stands by"),
   _take_over_a_period_late: (_drawn, 20, "stands by"),

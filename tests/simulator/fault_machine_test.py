@@ -98,8 +98,7 @@ class FaultMachine(stateful.RuleBasedStateMachine):
     if instance and instance.batcher.running:
       uid = data.draw(st.sampled_from(instance.batcher.running)).uid
       dst = (number + to) % _INSTANCES
-      instance.manager.move_kvcache(uid, num_blocks, dst)
-      instance.settle()
+      instance.move(uid, num_blocks, dst)
 
   @stateful.rule(
     number=st.integers(0, _INSTANCES - 1), num_blocks=st.integers(1, 4)

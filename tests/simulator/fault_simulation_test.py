@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
 import pytest
 
+from infinite_llm.scheduler.policies import POLICIES
 from infinite_llm.simulator.fault_simulation import run_seed
+from infinite_llm.simulator.scenario import draw_scenario
 from infinite_llm.simulator.trace import TraceHash
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -33,9 +36,12 @@ def test_nothing_goes_wrong_whatever_goes_wrong(seed):
   assert result.num_tokens > 0
 
 
-def test_all_kinds_of_faults_and_moves_happen():
-  results = [run_seed(seed) for seed in range(100, 160)]
+@pytest.fixture(scope="module")
+def results():
+  return [run_seed(seed) for seed in range(100, 160)]
 
+
+def test_all_kinds_of_faults_and_moves_happen(results):
   happened = {
     kind
     for result in results
@@ -60,6 +66,7 @@ def test_all_kinds_of_faults_and_moves_happen():
     "preempt",
     "recall",
     "repeated",
+    "set aside",
     "skew",
     "spoil",
     "unheard",
@@ -71,6 +78,24 @@ def test_all_kinds_of_faults_and_moves_happen():
   assert sum(result.num_deaths for result in results) > 0
   assert 0.075 < max(result.longest_takeover_s for result in results) <= 0.1
   assert sum(result.num_unproved for result in results) > 0
+
+
+def test_plans_to_move_and_to_dissolve_circles_are_followed(results):
+  followed = {kind for result in results for kind in result.plans_followed}
+
+  assert followed == {"MoveKvcache", "RecallKvcache"}
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_requests_wait_in_host_memory_under_every_policy(policy):
+  drawn = ((s, draw_scenario(random.Random(s))) for s in range(200))
+  seeds = [
+    seed
+    for seed, scenario in drawn
+    if scenario.lending.policy == policy and scenario.host_blocks
+  ]
+
+  assert any(run_seed(seed).num_swapped for seed in seeds)
 
 
 def test_a_seed_has_one_history_whatever_the_hash_seed():
