@@ -1,6 +1,7 @@
 """Validated configuration of what instances lend each other."""
 
 import dataclasses
+import math
 
 from infinite_llm.rules import (
   require,
@@ -59,6 +60,17 @@ class LendingConfig:
     plan_every_s: Seconds between plans of the gManager.
     freeze_s: Seconds for which the instances of a circle of debts neither lend
       nor borrow, so that they can take their rBlocks home.
+    link_domains: Domain of each instance, from instance 0 on, by any number:
+      inside one, links are fast. Empty puts all into one.
+    link_between_s: Seconds that an rBlock takes between two domains.
+    debtor_batch: An instance whose batch is smaller than this may be planned to
+      become a debtor ("greedy").
+    creditor_use: An instance of whose pool a smaller share than this is in use
+      may be planned to become a creditor ("greedy").
+    min_gain: A planned move must raise the throughput of the instances that it
+      concerns by more than this share of it ("greedy").
+    max_moves: Most moves of a plan ("greedy", "migrate").
+    max_circles: Most circles of debts that a plan dissolves.
   """
 
   policy: str = "borrow"
@@ -77,6 +89,13 @@ class LendingConfig:
   leader_lease_s: float = 0.075
   plan_every_s: float = 1.0
   freeze_s: float = 1.0
+  link_domains: tuple[int, ...] = ()
+  link_between_s: float = 1.0
+  debtor_batch: int = 32
+  creditor_use: float = 0.8
+  min_gain: float = 0.0
+  max_moves: int = 1000
+  max_circles: int = 1000
 
   def __post_init__(self):
     require(
@@ -86,8 +105,17 @@ class LendingConfig:
       self.policy,
     )
     require_positive(
-      self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
+      self,
+      "spill_slots",
+      "exchange_blocks",
+      "full_heartbeat_every",
+      "debtor_batch",
+      "max_moves",
+      "max_circles",
     )
+    object.__setattr__(self, "link_domains", tuple(self.link_domains))
+    for domain in self.link_domains:
+      require_integer("link_domains[...]", domain)
     require_buckets(self, "group_prefill_buckets")
     require(
       self.group_prefill_buckets[-1] <= MAX_GROUP_CHUNK_TOKENS,
@@ -110,6 +138,19 @@ class LendingConfig:
       "leader_lease_s",
       "plan_every_s",
       "freeze_s",
+      "link_between_s",
+    )
+    require(
+      0 < self.creditor_use <= 1,
+      "creditor_use",
+      "in (0, 1]",
+      self.creditor_use,
+    )
+    require(
+      0 <= self.min_gain < math.inf,
+      "min_gain",
+      "finite and not negative",
+      self.min_gain,
     )
     # One lost renewal, or one lost answer, must not end a lease.
     for name in ("resend_after_s", "heartbeat_every_s"):

@@ -69,7 +69,6 @@ class GManager:
     clock: Callable[[], float],
     *,
     planning: PlanningConfig | None = None,
-    links: LinkCosts | None = None,
     address: GManagerAddress = GMANAGER,
     peers: Sequence[GManagerAddress] = (),
     incarnation: int = 1,
@@ -79,10 +78,9 @@ class GManager:
     """Makes a gManager that knows nobody yet.
 
     Args:
-      lending: The policy, and how often what is due.
+      lending: The policy, what links cost, and how often what is due.
       clock: Monotonic seconds.
       planning: Rules and budgets of plans.
-      links: What moving costs.
       address: Its own.
       peers: The other gManagers.
       incarnation: Rises each time this gManager starts anew.
@@ -118,7 +116,9 @@ class GManager:
     )
     self._lending = lending
     self._clock = clock
-    self._links = links or LinkCosts()
+    self._links = LinkCosts(
+      domains=lending.link_domains or None, between_s=lending.link_between_s
+    )
     self._address: GManagerAddress = address
     self._peers = tuple(peers)
     self._incarnation = incarnation
@@ -143,7 +143,6 @@ class GManager:
   def view(self) -> ClusterView:
     """The ledger and the placement map as they are now."""
     return ClusterView(
-      now_s=self._clock(),
       lines=self._ledger.lines(),
       placements=self._placements.placements(),
       links=self._links,

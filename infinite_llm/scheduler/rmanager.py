@@ -59,6 +59,7 @@ class RManager:
     allotted_to: Arrival number of the waiting request that may come in on the
       strength of `lendable_elsewhere`; 0 if none may.
     refused: Messages that no sane sender would send, by the name of their kind.
+    void: Messages of gManagers that came too late to count, by why.
   """
 
   def __init__(
@@ -111,7 +112,7 @@ class RManager:
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
     self.swapping = Swapping(debtor, pool, host, block_size, faults)
-    self.condition = Condition(pool, self._creditor, debtor, self.swapping)
+    self.condition = Condition(pool, self._creditor, debtor)
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._group = Group(
       instance=instance,
@@ -132,6 +133,7 @@ class RManager:
     )
     self.plans = PlanFollower(self._creditor, debtor, effects, lending, clock)
     self.refused = self._reception.refused
+    self.void = self._reporter.void
     self._lendable_elsewhere = 0
     self.allotted_to = 0
 
@@ -184,12 +186,7 @@ class RManager:
     return self._debtor.allocate(uid, num_blocks)
 
   def confirm(self, uid: RequestUid, num_tokens: int) -> None:
-    """Notes that a step proved a request's KV.
-
-    Args:
-      uid: An open request.
-      num_tokens: Tokens from the first on whose KV is present and proved.
-    """
+    """Notes that a step proved the KV of a request's first tokens."""
     self._debtor.confirm(uid, num_tokens)
     self.swapping.on_proved(uid)
 

@@ -21,9 +21,6 @@ class ClusterConfig:
     block_size: P, tokens per rBlock.
     lending: Policy and periods.
     scheduler: Sizes of a step.
-    max_moves: Most moves of a plan of the gManager.
-    min_gain: What a planned move must gain, as a share of the throughput of
-      those concerned.
     has_dgfm: Whether circles of debts are dissolved; if not, what the gManager
       says about them is not passed on.
     host_blocks: rBlocks of host memory per instance with the null block, for
@@ -39,8 +36,6 @@ class ClusterConfig:
   block_size: int = 64
   lending: LendingConfig
   scheduler: SchedulerConfig
-  max_moves: int = 1000
-  min_gain: float = 0.0
   has_dgfm: bool = True
   host_blocks: int = 0
   min_delay_s: float = 0.0005
@@ -73,12 +68,7 @@ class ClusterConfig:
 
   def planning(self, performance: PerformanceModel) -> PlanningConfig:
     """What the gManager of the cluster plans by."""
-    return PlanningConfig(
-      block_size=self.block_size,
-      performance=performance,
-      max_moves=self.max_moves,
-      min_gain=self.min_gain,
-    )
+    return PlanningConfig.of(self.lending, self.block_size, performance)
 
   @property
   def reachable_tokens(self) -> int:
