@@ -381,7 +381,7 @@ class Batcher:
     return self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
-    uid = max(self._running.values(), key=_ARRIVAL).uid
+    uid = max(self._running.values(), key=lambda r: r.arrival).uid
     if uid == request.uid or self._rmanager.swapping.is_making_room:
       return False
     self.set_aside(uid)
