@@ -6,7 +6,8 @@ seed is printed with the command that replays it, with a trace to read:
     python -m experiments.run --config=configs/fault_simulation.py
       --config.seed=17
 
-A longer run: one cluster of 64 instances and a million messages.
+A longer run: one cluster of 64 instances and a million messages, with every
+kind of fault at once.
 
     python -m experiments.run --config=configs/fault_simulation.py
       --config.num_seeds=1 --config.num_instances=64
@@ -23,7 +24,8 @@ def get_config() -> ConfigDict:
   config.num_seeds = 1000
   # A seed to replay, alone and with its trace; -1 runs them all.
   config.seed = -1
-  # Instances of each cluster; 0 has the seed decide.
+  # Instances of each cluster, with every kind of fault at once; 0 has the seed
+  # decide what each is like.
   config.num_instances = 0
   # Each seed goes on until so much has happened.
   config.min_messages = 300

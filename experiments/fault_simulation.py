@@ -19,7 +19,11 @@ import tqdm
 from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler.messages import Address, Envelope
 from infinite_llm.simulator.fault_simulation import SeedResult, run_seed
-from infinite_llm.simulator.scenario import Scenario, draw_scenario
+from infinite_llm.simulator.scenario import (
+  Scenario,
+  draw_scenario,
+  with_all_troubles,
+)
 
 _SUMS = (
   "num_events",
@@ -150,7 +154,7 @@ def _scenario(seed: int, config: ml_collections.ConfigDict) -> Scenario:
   # As much happens to each instance, however many there are.
   share = scenario.num_instances / config.num_instances
   return dataclasses.replace(
-    scenario,
+    with_all_troubles(scenario),
     num_instances=config.num_instances,
     request_every_s=scenario.request_every_s * share,
     most_open=math.ceil(scenario.most_open / share),

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import re
 import resource
 import runpy
@@ -138,6 +139,7 @@ def _run(
       "platform": devices[0].platform,
       "kind": devices[0].device_kind,
       "count": len(devices),
+      "host_cpu": _cpu_model(),
       "host_cpus": os.cpu_count(),
     },
     "versions": {
@@ -323,6 +325,16 @@ def _config_files() -> str:
 
 def _one_line(error: Exception) -> str:
   return " ".join(str(error).split())
+
+
+def _cpu_model() -> str:
+  """What the host's processor calls itself; its architecture if unknown."""
+  try:
+    text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+  except OSError:
+    text = ""
+  match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+  return match[1] if match else platform.machine()
 
 
 def _version(package: str) -> str | None:

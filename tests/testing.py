@@ -19,6 +19,7 @@ from infinite_llm.engine.sampling import sample, sampling_arrays
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Attend, Transformer
 from infinite_llm.sampling_params import SamplingParams
+from tests.recount import check_engine_books
 
 if TYPE_CHECKING:
   from infinite_llm.engine.engine import Engine
@@ -169,7 +170,7 @@ def lockstep(array: jax.Array) -> bool:
 def drain(
   engine: "Engine", max_steps: int = 100_000
 ) -> dict[str, "RequestOutput"]:
-  """Steps until all requests ended; checks conservation after every step.
+  """Steps until all requests ended; recounts all rBlocks after every step.
 
   Args:
     engine: An engine with requests.
@@ -185,9 +186,7 @@ def drain(
     for output in engine.step():
       if output.is_finished:
         finished[output.request_id] = output
-    for counts in engine.pool_counts():
-      if not counts.is_conserved():
-        raise AssertionError(f"rBlocks were lost or made: {counts}")
+    check_engine_books(engine)
   raise AssertionError(f"not done after {max_steps} steps")
 
 

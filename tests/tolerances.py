@@ -13,34 +13,52 @@ import numpy as np
 class Tolerance:
   """What a result may differ by, where inputs have a given dtype.
 
+  None where nothing of these dtypes is compared in this way.
+
   Attributes:
     attention: `relative_error` of an attention output against float64.
     lse: `lse_error` of a log-sum-exp against float64.
-    logits: Largest absolute difference of two models' logits.
+    logits: Largest absolute difference of a model's logits from those of
+      `transformers` for the same weights in float32.
+    logits_rms: Root mean square of the same differences.
     greedy_tie: Two greedy continuations may part where the oracle's two best
       logits are closer than this.
   """
 
-  attention: float
-  lse: float
-  logits: float
-  greedy_tie: float
+  attention: float | None = None
+  lse: float | None = None
+  logits: float | None = None
+  logits_rms: float | None = None
+  greedy_tie: float | None = None
 
 
+# Of attention: inputs are rounded before both sides see them. What is left is a
+# kernel's own rounding of its weights: 2**-9 for bfloat16, 2**-12 for float16.
+#
+# Of logits, which have a standard deviation of 1: the golden checkpoints of all
+# families differ at most by what is given as "golden". Two programs for the
+# same model and dtypes, one on two tensor ranks and one on a single device, for
+# the prompts and answers of llama2 and llama3 by what is given as "twice".
 TOLERANCES = {
+  # Golden: 2e-5. Twice: 3e-5, and two best logits by double that.
   "float32": Tolerance(attention=2e-6, lse=2e-6, logits=1e-4, greedy_tie=2e-4),
-  # Inputs are rounded before both sides see them. What is left is a kernel's
-  # own rounding of its weights: 2**-9 for bfloat16, 2**-12 for float16.
-  "bfloat16": Tolerance(attention=4e-3, lse=1e-4, logits=6e-2, greedy_tie=0.12),
-  "float16": Tolerance(attention=5e-4, lse=1e-4, logits=8e-3, greedy_tie=16e-3),
-  # A pool of less precision than the model. Both sides round keys and values,
-  # but where their float32 values, which differ by about 1e-6, lie on two sides
-  # of a boundary, they round them one step of 2**-8 apart. With values and
-  # weights of order 1 that moves a logit by up to 2**-8 = 4e-3; it happens to
-  # few enough of a short context's values that two such moves in one logit are
-  # allowed for, and to the other best one as well.
+  # Golden: 0.473 (llama2; rms 0.045) and rms 0.046 (mistral); `transformers`
+  # itself in bfloat16 has an rms of 0.054 where it is worst. Twice: 0.27, but
+  # the best token was another one only for margins up to 0.062.
+  "bfloat16": Tolerance(
+    attention=4e-3, lse=1e-4, logits=0.6, logits_rms=0.06, greedy_tie=0.12
+  ),
+  # Of kernels alone: a checkpoint in float16 is served in bfloat16.
+  "float16": Tolerance(attention=5e-4, lse=1e-4),
+  # A pool of less precision than the model. Golden: 0.123 and rms 0.015
+  # (mistral). Twice: 6e-3. Both sides round keys and values, but where their
+  # float32 values, which differ by about 1e-6, lie on two sides of a boundary,
+  # they round them one step of 2**-8 apart. With values and weights of order 1
+  # that moves a logit by up to 2**-8 = 4e-3; it happens to few enough of a
+  # short context's values that two such moves in one logit are allowed for, and
+  # to the other best one as well.
   "float32, bfloat16 KV": Tolerance(
-    attention=2e-6, lse=2e-6, logits=8e-3, greedy_tie=16e-3
+    logits=0.15, logits_rms=0.02, greedy_tie=16e-3
   ),
 }
 
@@ -53,11 +71,11 @@ def tolerance(dtype: object, kv_dtype: object = None) -> Tolerance:
     kv_dtype: That of the pool; None is the same.
 
   Returns:
-    Their row of the table.
+    Their row of the table. A pool of more precision than the model keeps what
+    is put in, so that only the model's dtype counts.
   """
   dtype = jnp.dtype(dtype)
   kv_dtype = dtype if kv_dtype is None else jnp.dtype(kv_dtype)
-  # A pool of more precision keeps what is put in.
   if kv_dtype.itemsize >= dtype.itemsize:
     return TOLERANCES[dtype.name]
   return TOLERANCES[f"{dtype.name}, {kv_dtype.name} KV"]

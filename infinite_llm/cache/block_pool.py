@@ -77,10 +77,21 @@ class BlockPool:
     return self._num_lent
 
   @property
+  def free_ids(self) -> tuple[BlockId, ...]:
+    """The blocks that will be handed out, in no particular order."""
+    return tuple(self._free)
+
+  @property
   def is_conserved(self) -> bool:
-    """Whether every block is counted once, and none less than none."""
-    counts = self._num_in.values()
-    return sum(counts) == self._num_blocks - 1 and min(counts) >= 0
+    """Whether as many blocks can be had as are counted as free.
+
+    In O(1), so that a simulation can ask after every event. The counts of all
+    states add up by construction, but a free block is also in a list.
+    """
+    return (
+      len(self._free) == self._num_in[BlockState.FREE]
+      and min(self._num_in.values()) >= 0
+    )
 
   def counts(self) -> PoolCounts:
     """How the blocks are used, without the null block."""

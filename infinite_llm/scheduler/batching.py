@@ -359,12 +359,12 @@ class Batcher:
         return num_tokens
       if self._borrow(missing):
         return 0
-      num_free = self._rmanager.pool.num_free
-      if num_free > 0:
-        self._rmanager.allocate(request.uid, num_free)
+      some = min(self._rmanager.pool.num_free, missing)
+      if some > 0:
+        self._rmanager.allocate(request.uid, some)
       room = self._capacity(request) - start
       if room > 0:  # Also what a step that failed has left.
-        return room
+        return min(room, num_tokens)
       if not self._preempt_younger_than(request):
         return 0
 

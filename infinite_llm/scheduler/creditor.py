@@ -14,7 +14,7 @@ from infinite_llm.scheduler.effects import (
   MoveBlocks,
   full_block_move,
 )
-from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.fault_points import Mishap, Place
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import (
   Commit,
@@ -224,6 +224,8 @@ class Creditor:
       As many grants as wanted or fewer; none is a refusal.
     """
     count = min(request.num_blocks, self.lendable)
+    if self._faults(Mishap.GRANT_FAILS):
+      count //= 2
     if not count:
       self._faults(Place.REFUSAL)
     granted = self._pool.reserve_for(owner.instance, request.uid, count)

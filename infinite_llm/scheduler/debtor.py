@@ -12,7 +12,7 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.effects import Effect, Move
-from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.fault_points import Mishap, Place
 from infinite_llm.scheduler.lease_messages import Grant, Renew, Reserve
 from infinite_llm.scheduler.leases import LeaseTrust
 from infinite_llm.scheduler.mailbox import Outbox, Pending
@@ -111,7 +111,7 @@ class Debtor:
   def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
     """Adds local rBlocks to a request, all or none."""
     account = self.account(uid)
-    if self.is_frozen:
+    if self.is_frozen or self._faults(Mishap.ALLOCATION_FAILS):
       return False
     locations = self._pool.allocate(num_blocks, uid)
     if locations is None:

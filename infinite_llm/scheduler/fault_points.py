@@ -69,6 +69,34 @@ class Place(enum.StrEnum):
   HOST_KEPT = "host kept"
 
 
+class Mishap(enum.StrEnum):
+  """What may go wrong at any time, and harms nobody if the code is right.
+
+  Where somebody dies, whoever is asked raises, and all that the manager had is
+  lost.
+
+  Attributes:
+    ALLOCATION_FAILS: An owner gets no rBlocks at home.
+    GRANT_FAILS: A creditor grants half of what it could, rounded down.
+    SWAP_FAILS: A request that is to wait in HOST finds no room there.
+    HEARTBEAT_SKIPPED: An rManager says nothing for a heartbeat period, and
+      renews no lease.
+    RANKING_FAILS: A gManager proposes nobody.
+    DEATH_BEFORE_ANSWER: A creditor dies when it has executed a request, and has
+      not said so.
+    DEATH_WHILE_SENDING: A manager dies when some of its messages are sent, and
+      the rest, and what its devices were to do, is not.
+  """
+
+  ALLOCATION_FAILS = "allocation fails"
+  GRANT_FAILS = "grant fails"
+  SWAP_FAILS = "swap fails"
+  HEARTBEAT_SKIPPED = "heartbeat skipped"
+  RANKING_FAILS = "ranking fails"
+  DEATH_BEFORE_ANSWER = "death before answer"
+  DEATH_WHILE_SENDING = "death while sending"
+
+
 def no_fault(place: str) -> bool:
   """Answers no: nothing goes wrong."""
   return False

@@ -11,6 +11,7 @@ from infinite_llm.errors import ConfigError
 from infinite_llm.rules import require
 from infinite_llm.scheduler.allotment import allot
 from infinite_llm.scheduler.cluster_view import ClusterView
+from infinite_llm.scheduler.fault_points import Mishap, no_fault
 from infinite_llm.scheduler.gmanager_screening import fault_in
 from infinite_llm.scheduler.ledger import Ledger, Recorded
 from infinite_llm.scheduler.link_costs import LinkCosts
@@ -33,7 +34,7 @@ from infinite_llm.scheduler.messages import (
 from infinite_llm.scheduler.placement_map import PlacementMap
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
-from infinite_llm.types import NO_EPOCH, Epoch, InstanceId
+from infinite_llm.types import NO_EPOCH, Epoch, FaultPoint, InstanceId
 
 _LIVES = 256
 """Starts of one gManager after which its epochs may repeat."""
@@ -74,6 +75,7 @@ class GManager:
     incarnation: int = 1,
     is_leader: bool = True,
     num_instances: int | None = None,
+    faults: FaultPoint = no_fault,
   ):
     """Makes a gManager that knows nobody yet.
 
@@ -87,6 +89,7 @@ class GManager:
       is_leader: Whether it leads at once; one that starts anew beside others
         stands by.
       num_instances: I, instances that report to it; None if any may.
+      faults: What goes wrong, in a simulation.
 
     Raises:
       ConfigError: If the policy does not exist or lacks what it needs, an
@@ -123,6 +126,7 @@ class GManager:
     self._peers = tuple(peers)
     self._incarnation = incarnation
     self._num_instances = num_instances
+    self._faults = faults
     self.refused: collections.Counter[str] = collections.Counter()
     self._ledger = Ledger()
     self._placements = PlacementMap()
@@ -172,6 +176,8 @@ class GManager:
       case CandidatesRequest(num_blocks=wanted) if isinstance(sender, int):
         if self.is_leader:
           instances = self._policy.rank_creditors(self.view(), sender, wanted)
+          if self._faults(Mishap.RANKING_FAILS):
+            instances = ()
           self._answer(envelope, Candidates(instances=instances))
       case _:
         pass

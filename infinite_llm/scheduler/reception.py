@@ -9,7 +9,7 @@ from infinite_llm.scheduler.account import Account
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Move
-from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.fault_points import Mishap, Place
 from infinite_llm.scheduler.lease_messages import (
   Commit,
   CommitReply,
@@ -190,6 +190,7 @@ class Reception:
     reply = self._inbox.answer(
       envelope, lambda: self._creditor.execute(owner, envelope, request)
     )
+    self._faults(Mishap.DEATH_BEFORE_ANSWER)
     if reply is not None:
       self._outbox.reply(envelope, reply)
 

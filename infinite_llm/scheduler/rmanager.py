@@ -12,7 +12,7 @@ from infinite_llm.scheduler.condition import Condition
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.effects import Effect, Move
-from infinite_llm.scheduler.fault_points import no_fault
+from infinite_llm.scheduler.fault_points import Mishap, no_fault
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.mailbox import Outbox
 from infinite_llm.scheduler.messages import (
@@ -100,6 +100,7 @@ class RManager:
       lending.check_pool(total)
     self.instance = instance
     self.pool = pool
+    self._faults = faults
     self._lending = lending
     self._policy = get_policy(lending.policy)
     self._outbox: Outbox[Account] = Outbox(
@@ -371,7 +372,7 @@ class RManager:
     self._creditor.end_expired()
     self._debtor.tick()
     self._outbox.resend()
-    if self._reporter.is_due():
+    if self._reporter.is_due() and not self._faults(Mishap.HEARTBEAT_SKIPPED):
       self._debtor.renew()
       self._tell()
 

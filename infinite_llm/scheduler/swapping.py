@@ -26,7 +26,7 @@ from infinite_llm.scheduler.effects import (
   SwapBlocks,
   swap_blocks,
 )
-from infinite_llm.scheduler.fault_points import Place
+from infinite_llm.scheduler.fault_points import Mishap, Place
 from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
 from infinite_llm.types import FaultPoint, PoolCounts, RequestUid, Tier
 
@@ -195,6 +195,8 @@ class Swapping:
     account = self._debtor.account(uid)
     num_blocks = min(self._num_full(uid), self._pool.counts().total - 1)
     if self._host is None or not num_blocks or not account.can_leave():
+      return False
+    if self._faults(Mishap.SWAP_FAILS):
       return False
     host = self._host.pool.allocate(num_blocks, uid)
     if host is None:

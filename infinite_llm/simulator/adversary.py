@@ -4,16 +4,11 @@ import collections
 import random
 from collections.abc import Callable
 
-from infinite_llm.scheduler.messages import Address, GManagerAddress
-from infinite_llm.simulator.cluster import Cluster
+from infinite_llm.scheduler.messages import Address
+from infinite_llm.simulator.cluster import OUTSIDE, Cluster
 from infinite_llm.simulator.gmanagers import ADDRESSES
 from infinite_llm.simulator.instance import Instance
 from infinite_llm.simulator.nonsense import draw_nonsense
-from infinite_llm.types import InstanceId
-
-_SELF: Address = -1
-"""Address under which the adversary waits; nobody else has it."""
-
 
 _FEW_INSTANCES = 5
 """In larger clusters what concerns all happens as often as in one of so many;
@@ -72,7 +67,7 @@ class Adversary:
           self._cluster.abort(instance, request)
 
   def _wait(self, mean_s: float, callback: Callable[[], None]) -> None:
-    self._network.call_later(_SELF, 2 * mean_s * self._rng.random(), callback)
+    self._network.call_later(OUTSIDE, 2 * mean_s * self._rng.random(), callback)
 
   def _request_again(self) -> None:
     if self._is_active:
@@ -96,14 +91,14 @@ class Adversary:
     self._cluster.add_request(rng.choice(up), prompt, output)
 
   def _trouble(self) -> None:
-    if self._is_active:
-      self._rng.choice(self._troubles)()
+    if self._is_active:  # What it does may end in somebody's death.
       self._wait(self._scenario.trouble_every_s, self._trouble)
+      self._rng.choice(self._troubles)()
 
   def _plan(self) -> None:
     if self._is_active:
-      self._rng.choice((self._move, self._recall))()
       self._wait(self._scenario.plan_every_s, self._plan)
+      self._rng.choice((self._move, self._recall))()
 
   def _crash_instance(self) -> None:
     up = self._cluster.up
@@ -112,11 +107,7 @@ class Adversary:
       return
     number = self._rng.choice(up).number
     self._cluster.crash(number)
-    self._wait(self._scenario.crash_s / 2, lambda: self._restart(number))
-
-  def _restart(self, number: InstanceId) -> None:
-    if not self._cluster.instances[number].is_up:
-      self._cluster.restart(number)
+    self._wait(self._scenario.crash_s / 2, lambda: self._cluster.revive(number))
 
   def _crash_gmanager(self) -> None:
     address = self._rng.choice(ADDRESSES)
@@ -124,12 +115,8 @@ class Adversary:
       return
     self._cluster.gmanagers.crash(address)
     self._wait(
-      self._scenario.crash_s / 2, lambda: self._restart_gmanager(address)
+      self._scenario.crash_s / 2, lambda: self._cluster.revive(address)
     )
-
-  def _restart_gmanager(self, address: GManagerAddress) -> None:
-    if self._network.is_crashed(address):
-      self._cluster.gmanagers.restart(address)
 
   def _part(self) -> None:
     addresses: list[Address] = [

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.fault_points import no_fault
+from infinite_llm.scheduler.messages import Address
 from infinite_llm.scheduler.request import Request
 from infinite_llm.simulator.data_plane import DataPlane
+from infinite_llm.simulator.fault_points import DeathError, FaultPoints
 from infinite_llm.simulator.faults import NetworkFaults
 from infinite_llm.simulator.gmanagers import ADDRESSES, GManagers
 from infinite_llm.simulator.instance import Instance
@@ -24,6 +25,9 @@ from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import World
 from infinite_llm.types import FaultPoint, InstanceId
 
+OUTSIDE: Address = -1
+"""Address under which those wait who are no manager."""
+
 _HOUSEKEEPING_S = 0.5
 """Seconds between two full checks."""
 
@@ -38,6 +42,7 @@ class Cluster:
     world: What the instances share.
     instances: Those that are up, and the last life of those that are not.
     gmanagers: The leading one and the standby.
+    mishaps: What goes wrong inside the managers.
     accepted: Requests that were accepted and had not ended when they were last
       counted, by name; the last life of each.
     num_accepted: Requests that were ever accepted.
@@ -51,7 +56,7 @@ class Cluster:
     *,
     observer: Observer | None = None,
     note: Callable[[float, str], None] | None = None,
-    faults: Callable[[InstanceId], FaultPoint] | None = None,
+    faults: Callable[[Address], FaultPoint] | None = None,
   ):
     """Starts all instances and gManagers at time 0.
 
@@ -60,9 +65,11 @@ class Cluster:
       rng: Decides all that happens by chance.
       observer: Hears of every message; None costs nothing.
       note: Hears of all else; None costs nothing.
-      faults: Gives each instance its fault points; None has no fault.
+      faults: Gives each manager its fault points; None has them answer as
+        `Scenario.mishaps` says.
     """
     network = SimulatedNetwork(rng, scenario.network, observer)
+    self.mishaps = FaultPoints(rng, scenario.mishaps)
     self.world = World(
       scenario=scenario,
       rng=rng,
@@ -73,6 +80,7 @@ class Cluster:
         scenario.block_size,
         scenario.host_blocks,
       ),
+      faults=faults or self.mishaps.at,
       note=note,
     )
     self.instances: list[Instance] = []
@@ -80,7 +88,6 @@ class Cluster:
     self.num_accepted = 0
     self.num_migrated = 0
     self._unheeded: collections.Counter[str] = collections.Counter()
-    self._faults = faults
     self._uids = itertools.count(1)
     self._incarnations = [1] * scenario.num_instances
     self._journal: dict[InstanceId, list[Request]] = {}
@@ -180,20 +187,26 @@ class Cluster:
       self._replay(lost, instance)
     instance.start()
 
+  def revive(self, address: Address) -> None:
+    """Brings somebody back, if it is down."""
+    if not self.world.network.is_crashed(address):
+      return
+    if isinstance(address, int):
+      self.restart(address)
+    else:
+      self.gmanagers.restart(address)
+
   def heal(self) -> None:
     """Everybody is up from now on, and every message arrives."""
+    self.mishaps.end()
     network = self.world.network
     self.world.is_healed = True
     delays = network.faults
     self.world.settled_s = network.now_s + delays.max_delay_s + delays.late_s
     network.heal()
     network.faults = NetworkFaults()
-    for instance in self.instances:
-      if not instance.is_up:
-        self.restart(instance.number)
-    for address in ADDRESSES:
-      if network.is_crashed(address):
-        self.gmanagers.restart(address)
+    for address in (*range(len(self.instances)), *ADDRESSES):
+      self.revive(address)
 
   # Time.
 
@@ -208,8 +221,13 @@ class Cluster:
     """
     network = self.world.network
     while network.now_s < time_s:
-      network.run_until(min(network.now_s + _HOUSEKEEPING_S, time_s))
-      self._break_stall()
+      until_s = min(network.now_s + _HOUSEKEEPING_S, time_s)
+      while network.now_s < until_s:
+        try:
+          network.run_until(until_s)
+          self._break_stall()
+        except DeathError as death:
+          self._bury(death)
       check_ownership(self.instances, self.world.plane)
 
   # Checks.
@@ -246,6 +264,17 @@ class Cluster:
       instance.batcher.preempt(uid)
       instance.settle()
 
+  def _bury(self, death: DeathError) -> None:
+    """Takes down who died, to come back in time."""
+    world, address = self.world, death.address
+    world.tell(str(death))
+    if isinstance(address, int):
+      self.crash(address)
+    else:
+      self.gmanagers.crash(address)
+    down_s = world.scenario.crash_s * world.rng.random()
+    world.network.call_later(OUTSIDE, down_s, lambda: self.revive(address))
+
   def _replay(self, lost: Request, instance: Instance) -> None:
     """Has a request begin anew."""
     # A uid is never used twice in a lending group.
@@ -270,9 +299,8 @@ class Cluster:
       self._journal[number].append(request)
 
   def _instance(self, number: InstanceId) -> Instance:
-    faults = self._faults(number) if self._faults else no_fault
     return Instance(
-      number, self._incarnations[number], self.world, faults, self._migrate
+      number, self._incarnations[number], self.world, self._migrate
     )
 
 

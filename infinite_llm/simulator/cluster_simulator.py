@@ -163,10 +163,11 @@ class ClusterSimulator:
       InvariantError: If an instance's rBlocks are not all accounted for.
     """
     for instance in self.instances:
-      counts = instance.manager.counts()
-      if not counts.is_conserved():
+      pool = instance.manager.pool
+      if not pool.is_conserved:
         raise InvariantError(
-          f"rBlocks of instance {instance.instance} must add up; got {counts}."
+          f"rBlocks of instance {instance.instance} must add up; got"
+          f" {pool.counts()} and {len(pool.free_ids)} that can be had."
         )
 
   def _begin(self) -> None:

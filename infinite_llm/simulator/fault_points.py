@@ -11,10 +11,28 @@ import random
 from collections.abc import Mapping
 
 from infinite_llm.errors import ConfigError
+from infinite_llm.scheduler.fault_points import Mishap
+from infinite_llm.scheduler.messages import Address
+from infinite_llm.types import FaultPoint
+
+_DEATHS = (Mishap.DEATH_BEFORE_ANSWER, Mishap.DEATH_WHILE_SENDING)
+
+
+class DeathError(Exception):
+  """Somebody dies in the midst of what it does.
+
+  Attributes:
+    address: Who.
+  """
+
+  def __init__(self, address: Address, point: str):
+    """Says who dies where."""
+    super().__init__(f"{address!r} died: {point}.")
+    self.address: Address = address
 
 
 class FaultPoints:
-  """A `FaultPoint` that lets things go wrong by chance, and counts them."""
+  """Lets things go wrong by chance, and counts them."""
 
   def __init__(self, rng: random.Random, probabilities: Mapping[str, float]):
     """Makes all points ready.
@@ -34,21 +52,35 @@ class FaultPoints:
         )
     self._random = rng.random
     self._probabilities = dict(probabilities)
-    self._passed: set[str] = set()
     self._counts: collections.Counter[str] = collections.Counter()
 
-  def __call__(self, point: str) -> bool:
-    """Whether something goes wrong at a point this time."""
-    self._passed.add(point)
-    if self._random() >= self._probabilities.get(point, 0.0):
-      return False
-    self._counts[point] += 1
-    return True
+  def at(self, address: Address) -> FaultPoint:
+    """The points inside of one manager.
+
+    Args:
+      address: Whose they are.
+
+    Returns:
+      Says whether something goes wrong this time; raises a `DeathError` where
+      somebody dies.
+    """
+    probabilities = self._probabilities
+
+    def goes_wrong(point: str) -> bool:
+      probability = probabilities.get(point)
+      if probability is None or self._random() >= probability:
+        return False
+      self._counts[point] += 1
+      if point in _DEATHS:
+        raise DeathError(address, point)
+      return True
+
+    return goes_wrong
+
+  def end(self) -> None:
+    """Nothing goes wrong from now on."""
+    self._probabilities.clear()
 
   def counts(self) -> dict[str, int]:
     """How often something went wrong at each point."""
-    return dict(self._counts)
-
-  def never_passed(self) -> tuple[str, ...]:
-    """Points with a probability that no code has asked for: misspelled ones."""
-    return tuple(sorted(self._probabilities.keys() - self._passed))
+    return {str(point): count for point, count in self._counts.items()}

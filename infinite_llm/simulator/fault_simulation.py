@@ -6,13 +6,14 @@ import random
 import traceback
 from collections.abc import Callable
 
+from infinite_llm.scheduler.messages import Address
 from infinite_llm.simulator.adversary import Adversary
 from infinite_llm.simulator.cluster import Cluster
 from infinite_llm.simulator.faults import Fault
 from infinite_llm.simulator.scenario import Scenario, draw_scenario
 from infinite_llm.simulator.trace import Observer
 from infinite_llm.simulator.violation import ViolationError
-from infinite_llm.types import FaultPoint, InstanceId
+from infinite_llm.types import FaultPoint
 
 _QUIET_S = 1.0
 """Seconds without anything held by anybody, after which nobody is about to."""
@@ -117,7 +118,7 @@ def run_seed(
   scenario: Scenario | None = None,
   observer: Observer | None = None,
   note: Callable[[float, str], None] | None = None,
-  faults: Callable[[InstanceId], FaultPoint] | None = None,
+  faults: Callable[[Address], FaultPoint] | None = None,
 ) -> SeedResult:
   """Simulates one cluster.
 
@@ -126,7 +127,8 @@ def run_seed(
     scenario: Sizes and troubles; None has the seed decide.
     observer: Hears of every message; None costs nothing.
     note: Hears of all else; None costs nothing.
-    faults: Gives each instance its fault points; None has no fault.
+    faults: Gives each manager its fault points; None has them answer as the
+      scenario says.
 
   Returns:
     What came of it; a violation ends it at once.
@@ -224,6 +226,7 @@ def _faults(cluster: Cluster) -> collections.Counter[str]:
       if fault is not Fault.RESTART
     }
   )
+  faults.update(cluster.mishaps.counts())
   faults["payload lost"] = cluster.world.num_payloads_lost
   faults["payload repeated"] = cluster.world.num_payloads_repeated
   faults["copy lost"] = cluster.world.num_copies_lost

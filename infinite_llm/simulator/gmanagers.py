@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from infinite_llm.distributed.transport.base import Handler
+from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.messages import (
   GMANAGER,
@@ -178,6 +179,7 @@ class GManagers:
       incarnation=self._incarnations[address],
       is_leader=is_leader,
       num_instances=scenario.num_instances,
+      faults=self._world.faults(address),
     )
     now_s = clock()
     self._lives[address] = _Life(
@@ -280,5 +282,9 @@ class GManagers:
         raise ViolationError(
           f"Both {known} and {leader} lead under epoch {gmanager.epoch}."
         )
-    for envelope in gmanager.drain_messages():
+    faults = self._world.faults(address)
+    outgoing = gmanager.drain_messages()
+    for envelope in outgoing:
       self._world.network.send(envelope)
+      if len(outgoing) > 1:
+        faults(Mishap.DEATH_WHILE_SENDING)

@@ -15,6 +15,7 @@ from infinite_llm.scheduler.effects import (
   MoveBlocks,
   SwapBlocks,
 )
+from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
@@ -24,7 +25,7 @@ from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.simulator.nonsense import hand_over_nonsense
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import EPOCHS_PER_INCARNATION, Watch, World
-from infinite_llm.types import FaultPoint, InstanceId, RequestUid, Tier
+from infinite_llm.types import InstanceId, RequestUid, Tier
 
 _SWAP_COSTS = SwapCosts(
   block_bytes=1, link_bytes_per_s=1e9, recompute_tokens_per_s=1.0
@@ -50,7 +51,6 @@ class Instance:
     number: InstanceId,
     incarnation: int,
     world: World,
-    faults: FaultPoint,
     emigrate: Callable[[Request, InstanceId], None],
   ):
     """Starts an instance without requests.
@@ -59,7 +59,6 @@ class Instance:
       number: Which instance.
       incarnation: Rises with each start.
       world: What it shares with the others.
-      faults: What goes wrong inside of its manager.
       emigrate: Takes requests that are to run elsewhere.
     """
     scenario = world.scenario
@@ -68,6 +67,7 @@ class Instance:
     self.requests: dict[RequestUid, Request] = {}
     self.num_nonsense = 0
     self._world = world
+    self._faults = world.faults(number)
     self._emigrate = emigrate
     last_epoch = (incarnation - 1) * EPOCHS_PER_INCARNATION
     host = None
@@ -85,7 +85,7 @@ class Instance:
       clock=world.network.clock(number),
       incarnation=incarnation,
       gmanagers=(GMANAGER, STANDBY),
-      faults=faults,
+      faults=self._faults,
       host=host,
     )
     self.batcher = Batcher(
@@ -143,9 +143,12 @@ class Instance:
   def settle(self) -> None:
     """Sends what the manager says, does what it wants, checks what it has."""
     world = self._world
-    for envelope in self.manager.drain_messages():
+    outgoing = self.manager.drain_messages()
+    for envelope in outgoing:
       self.watch.check_outgoing(envelope)
       world.network.send(envelope)
+      if len(outgoing) > 1:
+        self._faults(Mishap.DEATH_WHILE_SENDING)
     for effect in self.manager.drain_effects():
       match effect:
         case MoveBlocks(moves=moves):

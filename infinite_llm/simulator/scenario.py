@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.rules import (
@@ -11,6 +12,7 @@ from infinite_llm.rules import (
   require_seconds,
   require_shares,
 )
+from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.simulator.faults import NetworkFaults
 
@@ -47,6 +49,7 @@ class Scenario:
     payload_lost: Probability that a payload of the exchange never arrives.
     payload_repeated: Probability that a payload is sent once more, later.
     copy_lost: Probability that a copy between tiers brings nothing.
+    mishaps: How often each mishap happens inside the managers where it can.
     min_s: Seconds for which there is trouble, at least.
     min_messages: Messages that are delivered while there is trouble, at least.
     min_faults: Faults that happen, at least.
@@ -75,6 +78,9 @@ class Scenario:
   payload_lost: float = 0.0
   payload_repeated: float = 0.0
   copy_lost: float = 0.0
+  mishaps: Mapping[str, float] = dataclasses.field(
+    default_factory=dict[str, float]
+  )
   min_s: float = 4.0
   min_messages: int = 300
   min_faults: int = 5
@@ -128,6 +134,17 @@ _POLICIES = (
 )
 """Each as often as there is something of it that can go wrong."""
 
+_MISHAPS = {
+  Mishap.ALLOCATION_FAILS: 0.05,
+  Mishap.GRANT_FAILS: 0.1,
+  Mishap.SWAP_FAILS: 0.2,
+  Mishap.HEARTBEAT_SKIPPED: 0.05,
+  Mishap.RANKING_FAILS: 0.1,
+  Mishap.DEATH_BEFORE_ANSWER: 0.02,
+  Mishap.DEATH_WHILE_SENDING: 0.001,
+}
+"""How often each happens where it can, in scenarios that have it."""
+
 
 def draw_scenario(rng: random.Random) -> Scenario:
   """Draws a small cluster where memory is short and much goes wrong.
@@ -136,8 +153,8 @@ def draw_scenario(rng: random.Random) -> Scenario:
     rng: Decides.
   """
   policy = rng.choice(_POLICIES)
-  # Few instances with long requests that are moved all the time, and some room:
-  # debts go both ways, and recalls dissolve them.
+  # Few instances with long requests that are moved often and fast, and some
+  # room: debts go both ways, and recalls dissolve them.
   has_circles = get_policy(policy).borrows and rng.random() < 0.3
   num_instances = rng.randint(2, 3 if has_circles else 5)
   num_blocks = 20 if has_circles else rng.choice((7, 10, 14))
@@ -189,7 +206,8 @@ def draw_scenario(rng: random.Random) -> Scenario:
       rng.choice((0.6, 0.9)) if is_crowded or has_circles else 0.15
     ),
     trouble_every_s=0.4 if has_circles else rng.choice((0.15, 0.4)),
-    plan_every_s=0.05 if has_circles else rng.choice((0.05, 0.2)),
+    plan_every_s=0.1 if has_circles else rng.choice((0.05, 0.2)),
+    exchange_s=0.02 if has_circles else 0.1,
     crash_s=rng.choice((0.5, 2.0, 2 * lease_s)),
     partition_s=rng.choice((0.5, 2.0, 3 * lease_s)),
     clock_jump=rng.choice((0.0, 0.3)),
@@ -197,4 +215,27 @@ def draw_scenario(rng: random.Random) -> Scenario:
     payload_repeated=rng.choice((0.0, 0.3)),
     copy_s=rng.choice((0.05, 0.5)),
     copy_lost=rng.choice((0.0, 0.3)),
+    mishaps={
+      mishap: probability
+      for mishap, probability in _MISHAPS.items()
+      if rng.random() < 0.8
+    },
+  )
+
+
+def with_all_troubles(scenario: Scenario) -> Scenario:
+  """The same cluster where whatever can go wrong goes wrong at once.
+
+  Instances plan ahead, borrow and have host memory.
+  """
+  return dataclasses.replace(
+    scenario,
+    lending=dataclasses.replace(scenario.lending, policy="greedy"),
+    host_blocks=2 * scenario.num_blocks,
+    long_answers=0.6,
+    clock_jump=0.3,
+    payload_lost=0.1,
+    payload_repeated=0.3,
+    copy_lost=0.3,
+    mishaps=_MISHAPS,
   )

@@ -34,6 +34,7 @@ from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.types import (
   BlockId,
   Epoch,
+  FaultPoint,
   InstanceId,
   RequestUid,
   Tier,
@@ -56,6 +57,7 @@ class World:
     rng: Decides all that happens by chance.
     network: Carries messages; its time is the time.
     plane: All devices.
+    faults: Gives each manager its fault points.
     watches: One for each instance, of its present or last life.
     is_healed: Nothing goes wrong any more.
     settled_s: Since when nothing of before is on its way either.
@@ -78,6 +80,7 @@ class World:
   rng: random.Random
   network: SimulatedNetwork
   plane: DataPlane
+  faults: Callable[[Address], FaultPoint]
   watches: "list[Watch]" = dataclasses.field(default_factory=list["Watch"])
   is_healed: bool = False
   settled_s: float = math.inf
@@ -235,13 +238,20 @@ class Watch:
         )
 
   def check_trust(self, uid: RequestUid) -> None:
-    """An owner trusts only leases that live, as far as it can know."""
+    """An owner trusts only leases that live, as far as it can know.
+
+    When the clock of a creditor has jumped ahead, it may have ended leases that
+    the owner trusts for the rest of their time.
+    """
     world = self._world
-    if world.jumped_s or not self.manager.is_readable(uid):
+    if not self.manager.is_readable(uid):
       return
     table = self.manager.table(uid)
     for creditor in table.creditors():
       lender = world.watches[creditor]
+      jumped_s = world.jumped_s.get(creditor, -math.inf)
+      if world.network.now_s - jumped_s <= self._longest_silence_s:
+        continue
       for _, location in table.hosted_entries(creditor):
         life = location.epoch // EPOCHS_PER_INCARNATION + 1
         if not lender.is_up or life != lender.incarnation:

@@ -47,9 +47,19 @@ def test_every_state_is_counted_once():
   counts = pool.counts()
 
   assert counts == PoolCounts(used=3, free=3, hosted=1, reserved=3, total=10)
+  assert sorted(pool.free_ids) == [8, 9, 10]
   assert pool.is_conserved
-  assert counts.is_conserved()
   assert pool.num_lent == 3
+
+
+def test_a_free_block_that_cannot_be_had_is_missed():
+  pool = BlockPool(0, 11)
+  pool._free.remove(9)
+
+  assert pool.counts() == PoolCounts(
+    used=0, free=10, hosted=0, reserved=0, total=10
+  )
+  assert not pool.is_conserved
 
 
 def test_a_cancelled_move_leaves_the_block_live():
@@ -239,7 +249,8 @@ class PoolMachine(stateful.RuleBasedStateMachine):
       reserved=states[BlockState.RESERVED],
       total=7,
     )
-    assert self.pool.counts().is_conserved()
+    assert sorted(self.pool.free_ids) == sorted({*range(1, 8)} - {*self.model})
+    assert self.pool.is_conserved
     assert self.pool.num_lent == sum(m[3] for m in self.model.values())
 
 

@@ -1,13 +1,17 @@
 """No rBlock is lost or made, at whatever moment a request is ended.
 
-`Rig.step` checks `used + free + hosted + reserved == total` after every step,
-`Rig.finish` that all is free, and nothing owed, at the end.
+`Rig.step` recounts after every step that `used + free + hosted + reserved ==
+total` (`tests/recount.py`), `Rig.finish` checks that all is free, and nothing
+owed, at the end.
 """
 
 import functools
+import heapq
 
 import pytest
 
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.cache.rblock import BlockState
 from tests.e2e.rig import LONG, WORKLOAD, right_answers, small_rig
 
 OTHERS = [name for name in WORKLOAD if name != LONG]
@@ -98,3 +102,95 @@ def test_a_request_may_be_computed_anew_after_any_step(rig):
 
     outputs = run(rig, False, preempt)
     assert outputs[LONG].token_ids == right_answers()[LONG]
+
+
+LOST = 3
+"""An rBlock that the workload uses on every instance."""
+
+
+def _not_given_back(pool, monkeypatch):
+  """A free block that is never handed out again."""
+  release = BlockPool._release
+
+  def lose(block):
+    release(pool, block)
+    if block.block_id == LOST:
+      pool._free.remove(LOST)
+      heapq.heapify(pool._free)
+
+  monkeypatch.setattr(pool, "_release", lose)
+  return lambda: heapq.heappush(pool._free, LOST)
+
+
+def _given_back_twice(pool, monkeypatch):
+  """A block that two may get."""
+  release = BlockPool._release
+
+  def double(block):
+    release(pool, block)
+    if block.block_id == LOST:
+      heapq.heappush(pool._free, LOST)
+
+  monkeypatch.setattr(pool, "_release", double)
+
+  def restore():
+    pool._free = sorted(set(pool._free))
+
+  return restore
+
+
+def _kept_for_nobody(pool, monkeypatch):
+  """A block that its request, or the debtor, has and the pool does not free."""
+  release = BlockPool._release
+  kept = []
+
+  def keep(block):
+    if block.block_id == LOST and not kept:
+      kept.append(block)
+    else:
+      release(pool, block)
+
+  monkeypatch.setattr(pool, "_release", keep)
+
+  def restore():
+    release(pool, kept[0])
+
+  return restore
+
+
+def _counted_elsewhere(pool, monkeypatch):
+  """A block that enters a state and is counted in another one."""
+  count = BlockPool._count
+
+  def miscount(block, state):
+    if state is BlockState.LIVE:
+      state = BlockState.HOSTED
+    count(pool, block, state)
+
+  monkeypatch.setattr(pool, "_count", miscount)
+
+  def restore():
+    live = [
+      block for block in pool._blocks.values() if block.state == BlockState.LIVE
+    ]
+    pool._num_in[BlockState.HOSTED] -= len(live)
+    pool._num_in[BlockState.LIVE] += len(live)
+
+  return restore
+
+
+@pytest.mark.parametrize(
+  "bug",
+  [_not_given_back, _given_back_twice, _kept_for_nobody, _counted_elsewhere],
+)
+def test_the_recount_finds_books_that_only_add_up(rig, monkeypatch, bug):
+  pool = rig.engine.group.managers[WORKLOAD[LONG].instance].pool
+  rig.add(WORKLOAD)
+  with monkeypatch.context() as patch:
+    restore = bug(pool, patch)
+    with pytest.raises(AssertionError, match=r"rBlock"):
+      rig.drain()
+    assert pool.counts().is_conserved()
+  restore()
+  assert rig.clean()
+  rig.finish()

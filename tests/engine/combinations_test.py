@@ -43,8 +43,9 @@ CASES = {
   "more tensor ranks than KV heads, biases": Case(
     family="qwen2", tensor_parallel=2, num_kv_heads=1
   ),
-  "tensor parallel, bfloat16": Case(
-    family="llama2", tensor_parallel=2, dtype="bfloat16"
+  # All bfloat16, without tensor parallelism: tests/e2e/greedy_test.py.
+  "tensor parallel, float32 KV of bfloat16 weights": Case(
+    family="llama2", tensor_parallel=2, dtype="bfloat16", kv_dtype="float32"
   ),
   "bfloat16 KV of float32 weights": Case(kv_dtype="bfloat16"),
   "sliding window": Case(family="mistral_window"),

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import run
 from infinite_llm.scheduler.creditor import Creditor
+from infinite_llm.scheduler.fault_points import Mishap
 
 
 def _call(workdir, *args):
@@ -46,6 +47,19 @@ def test_a_clean_run_says_what_happened(tmp_path, capsys):
   assert "3 seeds, " in printed
   assert "faults: crash " in printed
   assert "violations: 0" in printed
+
+
+def test_a_larger_cluster_has_every_kind_of_fault_at_once(tmp_path):
+  args = ("--config.num_seeds=1", "--config.num_instances=12")
+  assert _call(tmp_path, *args, "--config.min_messages=8000") == 0
+
+  result = _result(tmp_path)
+  assert result["totals"]["num_delivered"] >= 8000
+  assert set(Mishap) | {"payload lost", "payload repeated", "skew"} <= set(
+    result["faults"]
+  )
+  assert result["totals"]["num_swapped"] > 0
+  assert result["plans_followed"]["MoveKvcache"] > 0
 
 
 def test_a_violation_is_an_error_with_a_command_that_replays_it(

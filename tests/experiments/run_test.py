@@ -1,6 +1,8 @@
 """The experiment runner, with an experiment of two lines."""
 
 import json
+import pathlib
+import platform
 import sys
 import types
 
@@ -88,6 +90,7 @@ def test_the_result_says_on_what_it_ran(call, tmp_path):
   assert result["run"]["command"].startswith("python -m experiments.run --con")
   assert result["run"]["device"]["platform"] == "cpu"
   assert result["run"]["device"]["count"] == 4
+  assert result["run"]["device"]["host_cpu"]
   assert result["run"]["versions"]["jax"] == "0.11.2"
   assert result["run"]["date"].endswith("+00:00")
 
@@ -222,3 +225,18 @@ def test_help_alone_says_how_to_go_on(capsys):
   output = capsys.readouterr().out
   assert "python -m experiments.run --config=" in output
   assert "--help lists the fields" in output
+
+
+@pytest.mark.parametrize(
+  ("text", "model"),
+  [
+    (
+      "processor\t: 0\nmodel name\t: Some CPU 3 @ 2 GHz\nmodel name\t: B\n",
+      "Some CPU 3 @ 2 GHz",
+    ),
+    ("processor\t: 0\nBogoMIPS\t: 50\n", platform.machine()),
+  ],
+)
+def test_the_processor_has_a_name(monkeypatch, text, model):
+  monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: text)
+  assert run._cpu_model() == model

@@ -6,14 +6,13 @@ import pytest
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.models.hf_loader import load_hf
 from tests import testing
+from tests.tolerances import tolerance
 
 pytestmark = [
   pytest.mark.slow,
   # Other people's deprecations are not this project's errors.
   pytest.mark.filterwarnings("default"),
 ]
-
-TOLERANCE = 1e-4
 
 
 @pytest.fixture
@@ -98,4 +97,6 @@ def test_random_configurations_agree(golden, family, seed, tmp_path):
   ours = load_hf(tmp_path, make_mesh(1, 1), dtype="float32").dense()
 
   logits = testing.dense_logits(ours, tokens)
-  np.testing.assert_allclose(logits, expected.numpy(), atol=TOLERANCE, rtol=0)
+  np.testing.assert_allclose(
+    logits, expected.numpy(), rtol=0, atol=tolerance("float32").logits
+  )

@@ -17,6 +17,7 @@ from infinite_llm.models.transformer import (
   pool_kv_heads,
 )
 from tests import testing
+from tests.tolerances import tolerance
 
 CONFIG = ModelConfig(
   vocab_size=37,
@@ -109,7 +110,10 @@ def test_tensor_ranks_compute_what_one_device_does(
   dense = nnx.merge(graphdef, state)
   dense.tensor_axis = None
   np.testing.assert_allclose(
-    sharded, testing.dense_logits(dense, tokens), atol=1e-4
+    sharded,
+    testing.dense_logits(dense, tokens),
+    rtol=0,
+    atol=tolerance("float32").logits,
   )
 
 
@@ -160,7 +164,9 @@ def test_answers_depend_on_relative_positions_only_even_far_out():
   near = testing.dense_logits(model, tokens)
   far = testing.dense_logits(model, tokens, jnp.arange(20) + 4_000_000)
 
-  np.testing.assert_allclose(far, near, atol=1e-5)
+  np.testing.assert_allclose(
+    far, near, rtol=0, atol=tolerance("float32").logits
+  )
 
 
 def test_an_abstract_model_allocates_nothing_and_matches_a_real_one():

@@ -41,6 +41,7 @@ from infinite_llm.scheduler.rmanager import RManager, SpillInfo
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.types import NO_EPOCH, FaultPoint, InstanceId, Tier
+from tests.recount import check_books
 
 BLOCK_SIZE = 8
 EPOCHS_PER_INCARNATION = 1000
@@ -110,6 +111,7 @@ class FakeCluster:
         peers=[other for other in self.addresses if other != address],
         is_leader=address == GMANAGER,
         num_instances=num_instances,
+        faults=faults,
       )
       for address in self.addresses
     }
@@ -364,10 +366,7 @@ class FakeCluster:
   def check(self) -> None:
     """What must hold after every event."""
     for manager, device in zip(self.managers, self.devices, strict=True):
-      counts = manager.counts()
-      assert counts.is_conserved(), counts
-      assert manager.counts(Tier.HOST).is_conserved()
-      assert sum(manager.lent().values()) == manager.pool.num_lent
+      check_books(manager, manager._debtor._accounts)
       cap = self.lending.max_lent_blocks
       assert cap is None or manager.pool.num_lent <= cap
       assert device.epoch[0] == 0

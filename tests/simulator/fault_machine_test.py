@@ -7,6 +7,7 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.policies import POLICIES
 from infinite_llm.simulator.cluster import Cluster
 from infinite_llm.simulator.fault_simulation import drain
@@ -29,6 +30,12 @@ class FaultMachine(stateful.RuleBasedStateMachine):
       num_instances=_INSTANCES,
       lending=dataclasses.replace(scenario.lending, policy=policy),
       host_blocks=scenario.num_blocks,
+      # Whoever dies in the midst of something would end a rule.
+      mishaps={
+        Mishap.ALLOCATION_FAILS: 0.1,
+        Mishap.GRANT_FAILS: 0.1,
+        Mishap.SWAP_FAILS: 0.1,
+      },
     )
     self.cluster = Cluster(scenario, random.Random(seed))
     self.network = self.cluster.world.network

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.policies import POLICIES
 from infinite_llm.simulator.fault_simulation import run_seed
 from infinite_llm.simulator.scenario import draw_scenario
@@ -70,6 +71,7 @@ def test_all_kinds_of_faults_and_moves_happen(results):
     "skew",
     "spoil",
     "unheard",
+    *Mishap,
   }
   assert sum(result.num_moved for result in results) > 0
   assert sum(result.num_swapped for result in results) > 0
