@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
   # four, each has room for about a third of it.
   config.cache.num_blocks = placeholder(int)
   config.cache.kv_dtype = placeholder(str)
+  config.cache.kv_scales = placeholder(str)  # A .npy file, for float8_e4m3fn.
   # Never used: this job's pools follow from its document, not from memory.
   config.cache.memory_fraction = 0.92
   config.cache.host_blocks = 0

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     SchedulerConfig,
     engine_config,
   )
+  from infinite_llm.engine.calibration import calibrate_kv_scales
   from infinite_llm.engine.llm import LLM
   from infinite_llm.engine.outputs import RequestOutput
   from infinite_llm.errors import (
@@ -31,6 +32,7 @@ _HOMES = {
   "LendingConfig": "infinite_llm.config",
   "SchedulerConfig": "infinite_llm.config",
   "engine_config": "infinite_llm.config",
+  "calibrate_kv_scales": "infinite_llm.engine.calibration",
   "RequestOutput": "infinite_llm.engine.outputs",
   "SamplingParams": "infinite_llm.sampling_params",
   "CapacityError": "infinite_llm.errors",
@@ -57,6 +59,7 @@ __all__ = [
   "RequestOutput",
   "SamplingParams",
   "SchedulerConfig",
+  "calibrate_kv_scales",
   "engine_config",
 ]
 

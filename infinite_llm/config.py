@@ -14,7 +14,9 @@ from infinite_llm.rules import (
   require,
   require_buckets,
   require_integer,
+  require_one_of,
   require_positive,
+  scales_as_tuples,
 )
 
 MAX_GROUP_ROWS = 512
@@ -24,7 +26,10 @@ MAX_PROGRAM_KINDS = 24
 """Compiled programs that differ in more than the instance; more are a lot."""
 
 DTYPES = ("float32", "bfloat16")
-"""What weights, activations, keys and values can be."""
+"""What weights and activations can be."""
+
+KV_DTYPES = (*DTYPES, "float8_e4m3fn")
+"""What keys and values can be."""
 
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
@@ -41,7 +46,10 @@ class CacheConfig:
       engine find out what fits on the devices.
     memory_fraction: Part of a device's memory that may be used, if `num_blocks`
       is to be found out; the rest is a margin.
-    kv_dtype: Dtype of keys and values; None takes the model's.
+    kv_dtype: Dtype of keys and values, of `KV_DTYPES`; None takes the model's.
+    kv_scales: What keys and values in float8_e4m3fn are multiplied by when they
+      are read: an array `[L, 2, K]` or the `.npy` file of one. None takes those
+      of the checkpoint; 1 where it has none.
     host_blocks: rBlocks of host memory per instance, the null block included;
       0 is no such pool. Preempted requests wait there if that is faster than
       to compute their KV again.
@@ -56,6 +64,7 @@ class CacheConfig:
   num_blocks: int | None = None
   memory_fraction: float = 0.92
   kv_dtype: str | None = None
+  kv_scales: str | tuple[tuple[tuple[float, ...], ...], ...] | None = None
   host_blocks: int = 0
   host_link_bytes_per_s: float = 40e9
   recompute_tokens_per_s: float = 40e3
@@ -78,12 +87,13 @@ class CacheConfig:
       "in (0, 1]",
       self.memory_fraction,
     )
-    require(
-      self.kv_dtype is None or self.kv_dtype in DTYPES,
-      "kv_dtype",
-      f"None or one of {', '.join(DTYPES)}",
-      self.kv_dtype,
-    )
+    if self.kv_dtype is not None:
+      require_one_of("kv_dtype", self.kv_dtype, KV_DTYPES, "None or ")
+    if self.kv_scales is not None:
+      rule = "float8_e4m3fn where kv_scales are given"
+      require(self.kv_dtype == "float8_e4m3fn", "kv_dtype", rule, self.kv_dtype)
+      scales = scales_as_tuples("kv_scales", self.kv_scales)
+      object.__setattr__(self, "kv_scales", scales)
     require_integer("host_blocks", self.host_blocks)
     is_pool = self.host_blocks == 0 or self.host_blocks >= 2
     require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
@@ -173,14 +183,9 @@ class EngineConfig:
       f"at most {MAX_GROUP_ROWS}, the rows of a group step",
       self.num_instances * self.lending.spill_slots,
     )
-    require(
-      self.dtype in ("auto", *DTYPES),
-      "dtype",
-      f"one of auto, {', '.join(DTYPES)}",
-      self.dtype,
-    )
     if self.has_group and self.cache.num_blocks is not None:
       self.lending.check_pool(self.cache.num_blocks - 1)
+    require_one_of("dtype", self.dtype, ("auto", *DTYPES))
     require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
     require(
       0 <= self.max_logprobs <= 20,

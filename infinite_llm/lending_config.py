@@ -7,6 +7,7 @@ from infinite_llm.rules import (
   require,
   require_buckets,
   require_integer,
+  require_one_of,
   require_positive,
   require_seconds,
 )
@@ -98,12 +99,7 @@ class LendingConfig:
   max_circles: int = 1000
 
   def __post_init__(self):
-    require(
-      self.policy in POLICIES,
-      "policy",
-      f"one of {', '.join(POLICIES)}",
-      self.policy,
-    )
+    require_one_of("policy", self.policy, POLICIES)
     require_positive(
       self,
       "spill_slots",

@@ -2,8 +2,17 @@
 
 import itertools
 import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from infinite_llm.errors import ConfigError
+
+_SCALE_LIMITS = (1.2e-38, 7.5e35)
+"""Of scales: normal in float32, and so is 448 times each, the largest number of
+float8_e4m3fn."""
 
 
 def require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -37,6 +46,14 @@ def require_shares(config: object, *names: str) -> None:
     require(_is_number(value) and 0 <= value <= 1, name, "in [0, 1]", value)
 
 
+def require_one_of(
+  name: str, value: object, choices: Sequence[str], other: str = ""
+) -> None:
+  """Refuses what is none of the choices; `other` names one that was seen to."""
+  rule = f"{other}one of {', '.join(choices)}"
+  require(value in choices, name, rule, value)
+
+
 def require_buckets(config: object, *names: str) -> None:
   """Makes fields tuples; they must be rising token or row counts."""
   for name in names:
@@ -64,3 +81,76 @@ def require_positive(config: object, *names: str) -> None:
 
 def _is_number(value: object) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def require_kv_scales(
+  name: str, scales: np.ndarray, shape: tuple[int, int, int] | None = None
+) -> None:
+  """Refuses what cannot be scales of keys and values.
+
+  Args:
+    name: The argument.
+    scales: Of any shape and dtype.
+    shape: L, 2 and K of the model; None is not known.
+
+  Raises:
+    ConfigError: If it is no `[L, 2, K]` of positive normal float32.
+  """
+  letters = "[L, 2, K]" if shape is None else f"[L, 2, K] = {list(shape)}"
+  is_right = scales.ndim == 3 and scales.shape[1] == 2 and scales.size > 0
+  require(
+    is_right if shape is None else scales.shape == shape,
+    name,
+    f"{letters}: layers, keys and values, KV heads",
+    list(scales.shape),
+  )
+  require_scales(name, scales)
+
+
+def require_scales(name: str, scales: np.ndarray) -> None:
+  """Refuses scales that are no positive normal float32.
+
+  Args:
+    name: The argument.
+    scales: Of any shape and dtype.
+
+  Raises:
+    ConfigError: If one is not; the message says where it is.
+  """
+  low, high = _SCALE_LIMITS
+  is_number = scales.dtype.kind in "iuf"
+  require(is_number, name, "an array of numbers", str(scales.dtype))
+  for place, value in np.ndenumerate(scales):
+    where = f"{name}[{', '.join(map(str, place))}]" if place else name
+    # NaN is in no interval.
+    require(low <= value <= high, where, f"in [{low}, {high}]", float(value))
+
+
+def scales_as_tuples(
+  name: str, scales: Any
+) -> str | tuple[tuple[tuple[float, ...], ...], ...]:
+  """Makes scales hashable and comparable.
+
+  Args:
+    name: The argument.
+    scales: Path of a file, or an array or nested sequences `[L, 2, K]`.
+
+  Returns:
+    The path as text, or nested tuples of float32 values.
+
+  Raises:
+    ConfigError: If it is neither, or a scale is not positive.
+  """
+  if isinstance(scales, str | os.PathLike):
+    return os.fspath(scales)
+  try:
+    array = np.asarray(scales)
+    require_kv_scales(name, array)
+  except (TypeError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise ConfigError(
+      f"{name} must be a path or an array [L, 2, K]; got {scales!r}."
+    ) from error
+  narrow = array.astype(np.float32).tolist()
+  return tuple(tuple(tuple(heads) for heads in layer) for layer in narrow)

@@ -2,12 +2,18 @@
 
 A pool is one array `[N, L, 2, K, P, D]`: `N` rBlocks, each contiguous over its
 `L` layers, keys before values, `K` KV heads of `P` tokens of `D` numbers.
+
+Numbers of 8 bits may be held as uint8, the bits of float8_e4m3fn: XLA for CPUs
+updates arrays of float8 as float16, all of their elements for a single one, and
+collectives and transfers of bytes work everywhere. On GPUs the one is the other
+at no cost.
 """
 
 import numbers
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 NULL_BLOCK_ID = 0
 """rBlock 0 of every pool: padding points there, and it holds no KV."""
@@ -51,11 +57,37 @@ def require_floating(name: str, x: jax.Array) -> None:
   )
 
 
+def number_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  """Dtype of the numbers that a pool of a dtype holds."""
+  dtype = jnp.dtype(dtype)
+  return jnp.dtype(jnp.float8_e4m3fn) if dtype == jnp.uint8 else dtype
+
+
+def held_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  """Dtype of the array in which an engine keeps numbers of a dtype."""
+  dtype = jnp.dtype(dtype)
+  return jnp.dtype(jnp.uint8) if dtype == jnp.float8_e4m3fn else dtype
+
+
+def as_numbers(kv: jax.Array) -> jax.Array:
+  """What an array out of a pool means: bytes are float8_e4m3fn."""
+  return _as_dtype(kv, number_dtype(kv.dtype))
+
+
+def as_held(numbers: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Numbers as a pool of a dtype holds them; inverse of `as_numbers`."""
+  return _as_dtype(numbers, jnp.dtype(dtype))
+
+
+def _as_dtype(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
 def check_pool(kv_pool: jax.Array) -> None:
   """Checks the shape and dtype of a pool.
 
   Args:
-    kv_pool: `[N, L, 2, K, P, D]` floating-point.
+    kv_pool: `[N, L, 2, K, P, D]` floating-point, or uint8.
 
   Raises:
     ValueError: If it is no such array, or `P` is a block size that kernels
@@ -68,7 +100,12 @@ def check_pool(kv_pool: jax.Array) -> None:
     list(kv_pool.shape),
   )
   require(0 not in kv_pool.shape, "kv_pool", "not empty", list(kv_pool.shape))
-  require_floating("kv_pool", kv_pool)
+  require(
+    kv_pool.dtype == jnp.uint8 or jnp.issubdtype(kv_pool.dtype, jnp.floating),
+    "kv_pool",
+    "floating-point, or uint8 for the bits of float8_e4m3fn",
+    kv_pool.dtype,
+  )
   block_size = kv_pool.shape[4]
   require(
     block_size % BLOCK_SIZE_MULTIPLE == 0,

@@ -28,8 +28,46 @@ if TYPE_CHECKING:
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def round_kv(
+  k: jax.Array,
+  v: jax.Array,
+  layer: int,
+  kv_dtype: DTypeLike | None,
+  kv_scales: np.ndarray | None,
+) -> tuple[jax.Array, jax.Array]:
+  """What a pool would give back of keys and values `[T, K, D]`.
+
+  Args:
+    k: Keys.
+    v: Values.
+    layer: Which layer they are of.
+    kv_dtype: Of the pool; None leaves them as they are.
+    kv_scales: `[L, 2, K]` of a pool of 8 bits, which divides by them, keeps to
+      its largest number, and multiplies; None is 1.
+
+  Returns:
+    Keys and values, rounded.
+  """
+  if kv_dtype is None:
+    return k, v
+  if jnp.dtype(kv_dtype).itemsize > 1:
+    return k.astype(kv_dtype), v.astype(kv_dtype)
+  rounded = []
+  for i, x in enumerate((k, v)):
+    scale = jnp.float32(
+      1.0 if kv_scales is None else kv_scales[layer, i][:, None]
+    )
+    limit = float(jnp.finfo(kv_dtype).max)
+    x = jnp.clip(x.astype(jnp.float32) / scale, -limit, limit)
+    rounded.append(x.astype(kv_dtype).astype(jnp.float32) * scale)
+  return tuple(rounded)
+
+
 def dense_attend(
-  config: ModelConfig, positions: jax.Array, kv_dtype: DTypeLike | None = None
+  config: ModelConfig,
+  positions: jax.Array,
+  kv_dtype: DTypeLike | None = None,
+  kv_scales: np.ndarray | None = None,
 ) -> Attend:
   """Attention of one sequence without a cache: the oracle of all others.
 
@@ -38,6 +76,7 @@ def dense_attend(
     positions: `[T]` int32, of the tokens that the model is called with.
     kv_dtype: Keys and values are rounded to it, as a pool would; None leaves
       them as they are.
+    kv_scales: As of `round_kv`.
 
   Returns:
     An `attend` callback. A query sees the keys of the same call at its own and
@@ -45,7 +84,7 @@ def dense_attend(
   """
 
   def attend(layer, q, k, v, cache):
-    k, v = (x.astype(kv_dtype or x.dtype) for x in (k, v))
+    k, v = round_kv(k, v, layer, kv_dtype, kv_scales)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
@@ -65,6 +104,7 @@ def dense_logits(
   tokens,
   positions=None,
   kv_dtype: DTypeLike | None = None,
+  kv_scales: np.ndarray | None = None,
 ) -> jax.Array:
   """Runs a whole sequence densely, without any cache.
 
@@ -73,6 +113,7 @@ def dense_logits(
     tokens: `[T]` int32.
     positions: `[T]` int32; None counts from 0.
     kv_dtype: As of `dense_attend`.
+    kv_scales: As of `dense_attend`.
 
   Returns:
     `[T, V]` float32.
@@ -80,7 +121,7 @@ def dense_logits(
   tokens = jnp.asarray(tokens, jnp.int32)
   if positions is None:
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  attend = dense_attend(model.config, positions, kv_dtype)
+  attend = dense_attend(model.config, positions, kv_dtype, kv_scales)
   hidden, _ = model(tokens, positions, None, attend)
   return model.logits(hidden)
 
@@ -113,6 +154,7 @@ class GreedyOracle:
     model: Transformer,
     max_tokens: int,
     kv_dtype: DTypeLike | None = None,
+    kv_scales: np.ndarray | None = None,
   ):
     """Compiles nothing yet.
 
@@ -120,11 +162,12 @@ class GreedyOracle:
       model: The whole model.
       max_tokens: Longest sequence that will be asked for.
       kv_dtype: Dtype of the pool, if it is not the model's.
+      kv_scales: As of `dense_attend`.
     """
     self._max_tokens = max_tokens
 
     def rows(tokens):
-      logits = dense_logits(model, tokens, kv_dtype=kv_dtype)
+      logits = dense_logits(model, tokens, None, kv_dtype, kv_scales)
       top = jax.lax.top_k(logits, 2)
       return top[1][:, 0], top[0][:, 0] - top[0][:, 1]
 

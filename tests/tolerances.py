@@ -60,6 +60,19 @@ TOLERANCES = {
   "float32, bfloat16 KV": Tolerance(
     logits=0.15, logits_rms=0.02, greedy_tie=16e-3
   ),
+  # Steps of 2**-3 are 32 times as large and so much rarer: one number of 60,000
+  # lies that near to a boundary. Attention thins it out, by 16 or more in the
+  # contexts tested: 2**-3 / 16, and as much for the other best logit.
+  "float32, float8_e4m3fn KV": Tolerance(
+    attention=2e-6, lse=2e-6, logits=8e-3, greedy_tie=16e-3
+  ),
+  # Keys and values that differ by bfloat16's own rounding, 2**-8, part in one
+  # of 16 roundings; thinned out, that is less than what bfloat16 is allowed.
+  # Prefill puts scales of keys into queries, which are rounded for it, by 2**-9
+  # of them, and so is the lse of a single token.
+  "bfloat16, float8_e4m3fn KV": Tolerance(
+    attention=4e-3, lse=4e-3, logits=6e-2, greedy_tie=0.12
+  ),
 }
 
 

@@ -30,19 +30,24 @@ NO_VERSION = -1
 
 
 class Window(NamedTuple):
-  """What a layer's attention looks at; static.
+  """What a layer's attention looks at; static but for the scales.
 
   Attributes:
     scale: Multiplier on the logits.
     sliding_window: Most recent tokens that are visible; None is all.
     max_query_tokens: Most query tokens of one sequence in this program.
     implementation: Name of the micro-attention to use; None picks.
+    k_scale: `[K]` float32. What each KV head's keys in the pool are multiplied
+      by, the same on all instances; None is 1.
+    v_scale: `[K]` float32. Likewise for values.
   """
 
   scale: float
   sliding_window: int | None
   max_query_tokens: int
   implementation: str | None = None
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
 
 
 class HostedRows(NamedTuple):
@@ -355,6 +360,8 @@ def local_attention(
     scale=window.scale,
     max_query_tokens=window.max_query_tokens,
     sliding_window=window.sliding_window,
+    k_scale=window.k_scale,
+    v_scale=window.v_scale,
     implementation=window.implementation,
   )
 

@@ -10,13 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from infinite_llm.cache import rows as mesh_rows
 from infinite_llm.cache.table_store import EntryWrites, table_capacity
 from pallas_kernels.micro_attention.api import BlockTables
+from pallas_kernels.pool_layout import held_dtype
 
 
 class PoolArrays(NamedTuple):
   """Pool of one instance, or of all of them along the first axis.
 
   Attributes:
-    kv: `[N, L, 2, K, P, D]` keys (0) and values (1) of all rBlocks.
+    kv: `[N, L, 2, K, P, D]` keys (0) and values (1) of all rBlocks; those of
+      float8_e4m3fn are uint8.
     tag: `[N]` uint32. Content tag of each rBlock; 0 proves nothing.
     epoch: `[N]` uint32. Reservation epoch under which a block may be received
       from another instance; 0 refuses every payload.
@@ -83,7 +85,7 @@ class KVPool:
 
     def empty() -> PoolArrays:
       return PoolArrays(
-        kv=jnp.zeros(shape, dtype),
+        kv=jnp.zeros(shape, held_dtype(dtype)),
         tag=jnp.zeros((num_blocks,), jnp.uint32),
         epoch=jnp.zeros((num_blocks,), jnp.uint32),
         block_ids=jnp.zeros((num_entries,), jnp.int32),

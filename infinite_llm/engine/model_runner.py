@@ -22,6 +22,7 @@ from infinite_llm.distributed.mesh import own_instances, row_mesh
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import shifts_of_payloads, shifts_of_slots
 from infinite_llm.engine.instance_tables import InstanceTables
+from infinite_llm.engine.kv_scales import place_kv_scales
 from infinite_llm.engine.program_cache import ProgramCache
 from infinite_llm.engine.programs import GroupInputs, StepKind, StepOutput
 from infinite_llm.engine.step_batch import (
@@ -77,12 +78,14 @@ class ModelRunner:
     self.instances = own_instances(mesh)
     self.row_meshes = [row_mesh(mesh, i) for i in self.instances]
     self._model = model
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
+    scales = place_kv_scales(model, config)
+    self._params = params = programs.Params(model.state, scales)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
     self._param_specs = specs
     self._row_params = [
       jax.tree.map(
         lambda leaf, spec, row=row: split_rows(leaf, [row], spec)[0],
-        model.state,
+        params,
         specs,
       )
       for row in self.row_meshes
@@ -185,7 +188,7 @@ class ModelRunner:
       (name, bucket),
       lambda: self._build(kind, self._mesh, bucket),
       (
-        self._model.state,
+        self._params,
         self.pool.group(),
         place_rows(batches, self._mesh, self.row_meshes),
         group,

@@ -35,6 +35,19 @@ from pallas_kernels.micro_attention.api import BlockTables
 _PER_INSTANCE = PartitionSpec("instance")
 
 
+class Params(NamedTuple):
+  """What all steps read and none changes.
+
+  Attributes:
+    weights: The model's state.
+    kv_scales: `[L, 2, K]` float32. What keys and values in the pools are
+      multiplied by; None where they are kept as they are.
+  """
+
+  weights: Any
+  kv_scales: jax.Array | None = None
+
+
 class StepOutput(NamedTuple):
   """What a step gives for each row.
 
@@ -97,7 +110,7 @@ def build_step(
     kind: Which program.
     graphdef: Static part of the NNX model.
     model_config: Its configuration.
-    param_specs: Partition of its state over `mesh`.
+    param_specs: Partition over `mesh` of the model's `Params`.
     mesh: Row mesh for a local program, the whole mesh for a group program.
     num_tokens: T, query tokens of each instance.
     attention: Name of the micro-attention; None picks.
@@ -140,8 +153,16 @@ def build_step(
       covered = coverage(pool.tag, tables)
 
     def attend(layer, q, k, v, kv):
-      kv = append_kv(kv, layer, k, v, batch.append_block, batch.append_offset)
-      layer_window = window(sliding_window=model_config.layer_window(layer))
+      scales = {}
+      if params.kv_scales is not None:
+        k_scale, v_scale = params.kv_scales[layer]
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+      kv = append_kv(
+        kv, layer, k, v, batch.append_block, batch.append_offset, **scales
+      )
+      layer_window = window(
+        sliding_window=model_config.layer_window(layer), **scales
+      )
       if not kind.is_group:
         state = dist_attention.local_attention(
           q,
@@ -178,7 +199,7 @@ def build_step(
         )
       return state.out.astype(q.dtype), kv
 
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, params.weights)
     hidden, kv = model(batch.tokens, batch.positions, pool.kv, attend)
     last = jnp.maximum(batch.cu_seqlens[1:] - 1, 0)
     logits = model.logits(hidden[last])

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
@@ -28,6 +29,7 @@ from infinite_llm.models.loaded_model import (
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.rope import RopeConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
+from infinite_llm.rules import require_kv_scales
 from infinite_llm.types import TENSOR_AXIS
 
 _FORMAT = "infinite-llm-1"
@@ -47,6 +49,7 @@ def save(
   *,
   tokenizer: Tokenizer | None = None,
   generation: GenerationDefaults | None = None,
+  kv_scales: np.ndarray | None = None,
 ) -> None:
   """Writes a model to a new folder, or over an incomplete one.
 
@@ -58,6 +61,8 @@ def save(
     state: Its weights, on any mesh.
     tokenizer: Its tokenizer, if it has one.
     generation: Its defaults for generation, if it has any.
+    kv_scales: `[L, 2, K]` float32 scales of its keys and values in
+      float8_e4m3fn, if it has any.
 
   Raises:
     CheckpointError: If the folder holds a complete checkpoint already.
@@ -75,6 +80,7 @@ def save(
     "config": dataclasses.asdict(config),
     "tokenizer": None if tokenizer is None else tokenizer.to_str(),
     "generation": dataclasses.asdict(generation or GenerationDefaults()),
+    "kv_scales": None if kv_scales is None else np.asarray(kv_scales).tolist(),
     "bytes": {
       str(file.relative_to(path)): file.stat().st_size
       for file in sorted((path / _WEIGHTS).rglob("*"))
@@ -135,6 +141,7 @@ def restore(
     mesh=mesh,
     tokenizer=None if tokenizer is None else Tokenizer.from_str(tokenizer),
     generation=GenerationDefaults(**model["generation"]),
+    kv_scales=_read_scales(path, model, config),
   )
 
 
@@ -170,6 +177,23 @@ def _read_config(path: pathlib.Path, model: Mapping[str, Any]) -> ModelConfig:
     raise CheckpointError(
       f"{path / _MODEL_FILE} holds a wrong configuration: {error}"
     ) from error
+
+
+def _read_scales(
+  path: pathlib.Path, model: Mapping[str, Any], config: ModelConfig
+) -> np.ndarray | None:
+  # Folders from before there were scales do not speak of them.
+  if model.get("kv_scales") is None:
+    return None
+  shape = (config.num_layers, 2, config.num_kv_heads)
+  try:
+    scales = np.asarray(model["kv_scales"], np.float32)
+    require_kv_scales("kv_scales", scales, shape)
+  except (TypeError, ValueError) as error:
+    raise CheckpointError(
+      f"{path / _MODEL_FILE} holds wrong scales: {error}"
+    ) from error
+  return scales
 
 
 def _check_files(path: pathlib.Path, model: Mapping[str, Any]) -> None:

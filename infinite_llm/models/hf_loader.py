@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from infinite_llm.errors import CheckpointError
+from infinite_llm.models.kv_scales import is_unused, join_scales, scale_names
 from infinite_llm.models.loaded_model import (
   GenerationDefaults,
   LoadedModel,
@@ -59,7 +60,8 @@ def load_hf(
   Raises:
     CheckpointError: If a file is missing or unreadable, a tensor is missing,
       unexpected or of another shape than the configuration says, the embedding
-      is said to be tied but is not, or the architecture is not implemented.
+      is said to be tied but is not, scales of keys and values are incomplete or
+      not positive, or the architecture is not implemented.
     ConfigError: If the dtype is neither, or the mesh cannot shard this model.
   """
   folder = pathlib.Path(path)
@@ -91,6 +93,10 @@ def load_hf(
       return tensors.read(name, leaf, NamedSharding(mesh, spec))
 
     state = jax.tree_util.tree_map_with_path(read, abstract, specs)
+    kv_scales = join_scales(
+      {name: tensors.read_whole(name) for name in scale_names(tensors.names)},
+      config,
+    )
   return LoadedModel(
     config=config,
     graphdef=graphdef,
@@ -98,6 +104,7 @@ def load_hf(
     mesh=mesh,
     tokenizer=tokenizer,
     generation=generation,
+    kv_scales=kv_scales,
   )
 
 
@@ -173,8 +180,10 @@ class _Tensors:
     # not describe this checkpoint: going on would give wrong answers silently.
     unexpected = sorted(
       name
-      for name in self.names - set(expected)
-      if name != _HEAD and not name.endswith("rotary_emb.inv_freq")
+      for name in self.names - set(expected) - scale_names(self.names)
+      if name != _HEAD
+      and not name.endswith("rotary_emb.inv_freq")
+      and not is_unused(name)
     )
     if unexpected:
       raise CheckpointError(
@@ -201,6 +210,10 @@ class _Tensors:
           f"{self._file_names[_HEAD]}: {_HEAD} differs from {_EMBEDDING}, but "
           "config.json says tie_word_embeddings=true."
         )
+
+  def read_whole(self, name: str) -> np.ndarray:
+    """Reads a small tensor as it is stored."""
+    return self._files[name].get_tensor(name)
 
   def read(
     self, name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding

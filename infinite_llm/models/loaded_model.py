@@ -51,6 +51,8 @@ class LoadedModel:
     mesh: ("instance", "tensor") mesh that they lie on.
     tokenizer: Text to tokens and back; None if the checkpoint has none.
     generation: Defaults for generation.
+    kv_scales: `[L, 2, K]` float32. What keys and values in float8_e4m3fn are to
+      be multiplied by; None if the checkpoint has none.
   """
 
   config: ModelConfig
@@ -61,6 +63,7 @@ class LoadedModel:
   generation: GenerationDefaults = dataclasses.field(
     default_factory=GenerationDefaults
   )
+  kv_scales: np.ndarray | None = None
 
   @property
   def dtype(self) -> np.dtype:

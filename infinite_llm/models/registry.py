@@ -144,10 +144,30 @@ def _refuse_unimplemented(config: Mapping[str, Any], architecture: str) -> None:
     ("quantization_config", None),
   ):
     value = config.get(name)
+    if name == "quantization_config" and _is_of_kv_alone(value):
+      continue
     if value is not None and value != implemented:
       raise CheckpointError(
         f"{architecture} with {name}={value!r} is not implemented."
       )
+
+
+def _is_of_kv_alone(quantization: Any) -> bool:
+  """Whether weights are as ever and keys and values have scales in float8.
+
+  That is how llm-compressor and ModelOpt write it: no group quantises weights.
+  Whether the cache is in float8 is the engine's configuration.
+  """
+  if not isinstance(quantization, Mapping) or quantization.get("quant_algo"):
+    return False
+  groups = quantization.get("config_groups") or {}
+  scheme = quantization.get("kv_cache_scheme") or {}
+  return (
+    quantization.get("quant_method") in ("compressed-tensors", "modelopt")
+    and not any(group.get("weights") for group in groups.values())
+    and (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
+    and not scheme.get("dynamic")
+  )
 
 
 def _required(config: Mapping[str, Any], name: str) -> Any:

@@ -43,11 +43,12 @@ def append_kv(
   keys and values depend on the attention of the layer before.
 
   Args:
-    kv_pool: `[N, L, 2, K, P, D]` floating-point. All rBlocks of this device.
+    kv_pool: `[N, L, 2, K, P, D]` floating-point, or uint8 for the bits of
+      float8_e4m3fn. All rBlocks of this device.
     layer: `[]` integer. The layer to write.
     k: `[T, K, D]` floating-point. Keys, already rotated; divided by their
       scale and cast to the pool's dtype. One of 8 bits has no infinity: what is
-      beyond its largest number becomes that.
+      beyond its largest number becomes that. NaN stays NaN.
     v: `[T, K, D]` floating-point. Values.
     block_ids: `[T]` int32. The rBlock of each token. Padding points at
       `NULL_BLOCK_ID`, whose content nobody reads, as often as it likes; ids

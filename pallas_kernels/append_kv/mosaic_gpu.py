@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pool_layout import Layer
+from pallas_kernels.pool_layout import Layer, as_held, as_numbers
 
 _THREADS = 128  # Of a warpgroup.
 _TOKENS = 4  # Of a thread block.
@@ -40,7 +40,7 @@ def append(
 
   Args:
     kv_pool: `[N, L, 2, K, P, D]`, `K * D` a multiple of 128; of 8 bits only
-      float8_e4m3fn, and then of 256.
+      float8_e4m3fn, or uint8 for its bits, and then of 256.
     layer: `[]` integer.
     k: `[T, K, D]` floating-point.
     v: `[T, K, D]` floating-point.
@@ -57,6 +57,8 @@ def append(
     NotImplementedError: If the call is not covered; names the argument.
   """
   row = math.prod(k.shape[1:])
+  dtype = kv_pool.dtype
+  kv_pool = as_numbers(kv_pool)
   is_narrow = kv_pool.dtype == jnp.float8_e4m3fn
   if kv_pool.dtype.itemsize not in (2, 4) and not is_narrow:
     raise NotImplementedError(
@@ -67,8 +69,8 @@ def append(
   if row % multiple:
     raise NotImplementedError(f"k: K * D a multiple of {multiple}; got {row}.")
   if k.shape[0] == 0:
-    return kv_pool
-  return _append(
+    return as_held(kv_pool, dtype)
+  kv_pool = _append(
     kv_pool,
     jnp.asarray(layer, jnp.int32),
     k,
@@ -78,6 +80,7 @@ def append(
     None if k_scale is None else (k_scale, v_scale),
     interpret=interpret,
   )
+  return as_held(kv_pool, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pool_layout import Layer
+from pallas_kernels.pool_layout import Layer, as_held, number_dtype
 
 
 def append_kv(
@@ -18,14 +18,14 @@ def append_kv(
   v_scale: jax.Array | None = None,
 ) -> jax.Array:
   """Writes keys and values; the contract is that of `api.append_kv`."""
-  dtype = kv_pool.dtype
+  dtype = number_dtype(kv_pool.dtype)
   kv = jnp.stack([k, v], axis=1)  # [T, 2, K, D]
   if k_scale is not None:
     kv = kv.astype(jnp.float32) / jnp.stack([k_scale, v_scale])[:, :, None]
-  if jnp.dtype(dtype).itemsize == 1:  # Casts would give NaN, not the largest.
+  if dtype.itemsize == 1:  # Casts would give NaN, not the largest.
     largest = float(jnp.finfo(dtype).max)
     kv = jnp.clip(kv, -largest, largest)
-  kv = kv.astype(dtype)
+  kv = as_held(kv.astype(dtype), kv_pool.dtype)
   # JAX would read -1 as the last rBlock; without wrapping it is out of range,
   # and what is out of range is dropped.
   where = kv_pool.at[block_ids, layer, :, :, offsets]

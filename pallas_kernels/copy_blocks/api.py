@@ -44,7 +44,8 @@ def pack_blocks(
   """Copies whole rBlocks out of a pool into a staging buffer.
 
   Args:
-    kv_pool: `[N, L, 2, K, P, D]` floating-point. All rBlocks of this device.
+    kv_pool: `[N, L, 2, K, P, D]` floating-point, or uint8 for the bits of
+      float8_e4m3fn. All rBlocks of this device.
     block_ids: `[Q]` int32 in `[0, N)`. The rBlocks; padding points at
       `NULL_BLOCK_ID`.
     implementation: Name of the implementation; None is the first that covers
@@ -77,7 +78,8 @@ def unpack_blocks(
   In place where the caller's program donates the pool.
 
   Args:
-    kv_pool: `[N, L, 2, K, P, D]` floating-point. All rBlocks of this device.
+    kv_pool: `[N, L, 2, K, P, D]` floating-point, or uint8 for the bits of
+      float8_e4m3fn. All rBlocks of this device.
     blocks: `[Q, L, 2, K, P, D]`, of the pool's dtype. What `pack_blocks` gave.
     block_ids: `[Q]` int32. Where each one goes; no valid one occurs twice.
     valid: `[Q]` bool. Which ones to write; the others are dropped, whatever

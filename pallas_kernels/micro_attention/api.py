@@ -74,7 +74,8 @@ def micro_attention(
       in `q`; queries outside of every row are padding.
     q_positions: `[T]` int32. Position of each query in its sequence; -1 is
       padding.
-    kv_pool: `[N, L, 2, K, P, D]` floating-point. All rBlocks of this device.
+    kv_pool: `[N, L, 2, K, P, D]` floating-point, or uint8 for the bits of
+      float8_e4m3fn. All rBlocks of this device.
     layer: `[]` integer. The layer to read.
     tables: The rBlocks of each of the `B` rows.
     scale: Multiplier on the logits, usually `D ** -0.5`.

@@ -38,7 +38,7 @@ from pallas_kernels.micro_attention.decode_geometry import (
 from pallas_kernels.micro_attention.decode_plan import in_reach, make_plan
 from pallas_kernels.micro_attention.mosaic_gpu_decode_kernel import run
 from pallas_kernels.micro_attention.mosaic_gpu_decode_walk import Refs, Ring
-from pallas_kernels.pool_layout import Layer
+from pallas_kernels.pool_layout import Layer, as_numbers
 
 _MAX_QUERY_TOKENS = 8
 _Q_DIVISOR = 256.0  # Of bfloat16 queries that become float16.
@@ -97,6 +97,7 @@ def decode(
   Raises:
     NotImplementedError: If the kernel does not cover the call.
   """
+  kv_pool = as_numbers(kv_pool)
   _check_covered(q, kv_pool, max_query_tokens)
   is_narrow = kv_pool.dtype != q.dtype
   if is_narrow and q.dtype == jnp.bfloat16:

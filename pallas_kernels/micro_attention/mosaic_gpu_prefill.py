@@ -13,6 +13,10 @@ A thread block passes one item of work after another, if it has several.
 `prefill_plan` says which KV tiles a query tile passes and which of them need a
 mask. Calls with too few tiles to fill the device split the KV of each; their
 states are merged after.
+
+Tensor cores want both operands of 16 bits, and a value of 8 bits would have to
+be turned round in shared memory. So the rBlocks of a narrow pool are widened in
+bounded numbers by XLA, once for all query tiles, and attended part by part.
 """
 
 import functools
@@ -22,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention_state import AttentionState, merge_many
+from pallas_kernels.attention_state import AttentionState, merge, merge_many
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_prefill_kernel import run
 from pallas_kernels.micro_attention.prefill_geometry import (
@@ -34,11 +38,17 @@ from pallas_kernels.micro_attention.prefill_geometry import (
   heads_per_block,
 )
 from pallas_kernels.micro_attention.prefill_plan import PrefillPlan, make_plan
-from pallas_kernels.pool_layout import Layer
+from pallas_kernels.pool_layout import (
+  NULL_BLOCK_ID,
+  Layer,
+  as_numbers,
+  number_dtype,
+)
 
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
+WIDENED_TOKENS = 16384  # KV tokens of 8 bits that are widened at once.
 
 
 def prefill(
@@ -57,25 +67,28 @@ def prefill(
   v_scale: jax.Array | None = None,
   tuning: Tuning | None = None,
   num_splits: int | None = None,
+  widened_tokens: int = WIDENED_TOKENS,
   interpret: Any = None,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
 
   Args:
-    q: `[T, H, D]` bf16 or f16, as the pool.
+    q: `[T, H, D]` bf16 or f16, as the pool if that has 16 bits.
     cu_seqlens: `[B + 1]` int32.
     q_positions: `[T]` int32.
-    kv_pool: `[N, L, 2, K, P, D]`, `D` of `HEAD_DIMS`, `P` of `BLOCK_SIZES`.
+    kv_pool: `[N, L, 2, K, P, D]`, `D` of `HEAD_DIMS`, `P` of `BLOCK_SIZES`; of
+      8 bits float8_e4m3fn, or uint8 for its bits.
     layer: `[]` integer.
     tables: Of `B` rows.
     scale: Positive.
     max_query_tokens: Not used: rows of any length share tiles.
     sliding_window: How many positions a query sees; None is all.
     logit_soft_cap: As for `api.micro_attention`.
-    k_scale: None: pools of 8 bits are not covered.
-    v_scale: None.
+    k_scale: `[K]` float32, for a pool of 8 bits.
+    v_scale: `[K]` float32.
     tuning: How to cut the kernel; None is the shipped one.
     num_splits: Parts that each tile's KV is cut into; None fills the device.
+    widened_tokens: KV tokens of a pool of 8 bits that are widened at once.
     interpret: Parameters of interpret mode; None compiles.
 
   Returns:
@@ -84,6 +97,25 @@ def prefill(
   Raises:
     NotImplementedError: If the call is not covered; names the argument.
   """
+  if number_dtype(kv_pool.dtype) == jnp.float8_e4m3fn:
+    _require_covered("q", "dtype", q.dtype, DTYPES)
+    return _prefill_widened(
+      q,
+      cu_seqlens,
+      q_positions,
+      kv_pool,
+      jnp.asarray(layer, jnp.int32),
+      tables,
+      None if k_scale is None else (k_scale, v_scale),
+      scale=float(scale),
+      max_query_tokens=max_query_tokens,
+      sliding_window=sliding_window,
+      logit_soft_cap=logit_soft_cap,
+      tuning=tuning,
+      num_splits=num_splits,
+      widened_tokens=widened_tokens,
+      interpret=interpret,
+    )
   del max_query_tokens
   for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
     if x is not None:
@@ -127,6 +159,82 @@ def prefill(
     shape=shape,
     interpret=interpret,
   )
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "scale",
+    "max_query_tokens",
+    "sliding_window",
+    "logit_soft_cap",
+    "tuning",
+    "num_splits",
+    "widened_tokens",
+    "interpret",
+  ),
+)
+def _prefill_widened(
+  q: jax.Array,
+  cu_seqlens: jax.Array,
+  q_positions: jax.Array,
+  kv_pool: jax.Array,
+  layer: jax.Array,
+  tables: BlockTables,
+  scales: tuple[jax.Array, jax.Array] | None,
+  *,
+  widened_tokens: int,
+  **options: Any,
+) -> AttentionState:
+  """Attends a pool of 8 bits, some rBlocks of all rows at a time.
+
+  What rows hold counts as one list, and a part of it as one small pool.
+  """
+  num_rows, block_size = tables.starts.shape[0], kv_pool.shape[4]
+  size = max(1, widened_tokens // block_size)
+  size = min(size, tables.block_ids.shape[0])
+  ends = jnp.cumsum(tables.counts)  # [B] in the list of all rows.
+  begins = ends - tables.counts
+  v_scale = None
+  if scales is not None:
+    k_scale, v_scale = (
+      jnp.repeat(x, q.shape[1] // x.shape[0])[:, None] for x in scales
+    )
+    # As good on queries, which are rounded once more.
+    q = (q.astype(jnp.float32) * k_scale).astype(q.dtype)
+
+  def attend(part: jax.Array) -> AttentionState:
+    first = part * size
+    places = first + jnp.arange(size)
+    rows = jnp.searchsorted(ends, places, side="right", method="compare_all")
+    rows = jnp.minimum(rows, num_rows - 1)
+    entries = tables.starts[rows] + places - begins[rows]
+    ids = tables.block_ids.at[entries].get(mode="clip")
+    ids = jnp.where(places < ends[-1], ids, NULL_BLOCK_ID).astype(jnp.int32)
+    # Behind a null block, which nobody reads.
+    read = jnp.concatenate([jnp.full(1, NULL_BLOCK_ID, jnp.int32), ids])
+    kv = kv_pool.at[read, layer].get(mode="clip")
+    starts = jnp.clip(begins - first, 0, size)
+    held = BlockTables(
+      block_ids=jnp.where(
+        ids == NULL_BLOCK_ID, NULL_BLOCK_ID, 1 + jnp.arange(size)
+      ).astype(jnp.int32),
+      logical_ids=tables.logical_ids.at[entries].get(mode="clip"),
+      starts=starts,
+      counts=jnp.clip(ends - first, 0, size) - starts,
+    )
+    wide = as_numbers(kv).astype(q.dtype)[:, None]
+    return prefill(q, cu_seqlens, q_positions, wide, 0, held, **options)
+
+  state = jax.lax.fori_loop(
+    1,
+    -(-ends[-1] // size),
+    lambda part, state: merge(state, attend(part)),
+    attend(jnp.int32(0)),
+  )
+  if v_scale is None:
+    return state
+  return state._replace(out=state.out * v_scale)
 
 
 def _require_covered(

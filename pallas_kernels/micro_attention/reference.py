@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.block_tables import BlockTables
-from pallas_kernels.pool_layout import NULL_BLOCK_ID, Layer
+from pallas_kernels.pool_layout import NULL_BLOCK_ID, Layer, as_numbers
 
 
 def micro_attention(
@@ -57,7 +57,8 @@ def micro_attention(
 
   # Tokens that nobody sees may be NaN, and 0 * NaN is NaN.
   seen_by_any = jnp.any(sees, axis=2)[:, None, :, None]
-  kv = kv_pool[tables.block_ids, layer].astype(dtype)  # [E, 2, K, P, D]
+  kv = as_numbers(kv_pool[tables.block_ids, layer])  # [E, 2, K, P, D]
+  kv = kv.astype(dtype)
   k, v = (jnp.where(seen_by_any, kv[:, i], 0) for i in range(2))
   if k_scale is not None:
     k, v = (x * s[:, None, None] for x, s in ((k, k_scale), (v, v_scale)))

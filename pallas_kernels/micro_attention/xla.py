@@ -27,7 +27,7 @@ from jax import lax
 
 from pallas_kernels.attention_state import AttentionState, empty_state, merge
 from pallas_kernels.micro_attention.block_tables import BlockTables
-from pallas_kernels.pool_layout import NULL_BLOCK_ID, Layer
+from pallas_kernels.pool_layout import NULL_BLOCK_ID, Layer, as_numbers
 
 _STRIP_TOKENS = 128  # KV tokens of one row that one decode strip covers.
 _STRIPS_PER_STEP = 16
@@ -414,6 +414,7 @@ def _load(
 
   def load(which: int) -> jax.Array:
     x = kv_pool.at[block_ids, layer, which].get(mode="clip")  # [W, E, K, P, D]
+    x = as_numbers(x)
     x = jnp.where(is_in_reach[:, :, None, :, None], x.astype(jnp.float32), 0)
     return x.swapaxes(1, 2).reshape(num_strips, num_kv_heads, -1, head_dim)
 

@@ -64,7 +64,20 @@ def _no_half_state():
     ),
     (
       {"kv_dtype": "fp8"},
-      r"kv_dtype must be None or one of float32, bfloat16; got 'fp8'\.",
+      r"kv_dtype must be None or one of float32, bfloat16, float8_e4m3fn; got"
+      r" 'fp8'\.",
+    ),
+    (
+      {"kv_dtype": "float8_e4m3fn", "kv_scales": np.zeros((1, 2, 2))},
+      r"kv_scales\[0, 0, 0\] must be in .*; got 0\.0\.",
+    ),
+    (
+      {"kv_dtype": "float8_e4m3fn", "kv_scales": np.ones((3, 2, 2))},
+      r"kv_scales must be \[L, 2, K\] = \[1, 2, 2\]: .*; got \[3, 2, 2\]\.",
+    ),
+    (
+      {"kv_scales": np.ones((1, 2, 2))},
+      r"kv_dtype must be float8_e4m3fn where kv_scales are given; got None\.",
     ),
     ({"host_blocks": 1}, r"host_blocks must be 0 or at least 2; got 1\."),
     ({"host_blocks": -1}, r"host_blocks must be 0 or at least 2; got -1\."),

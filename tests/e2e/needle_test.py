@@ -10,7 +10,7 @@ import functools
 import itertools
 import pathlib
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ import pytest
 from infinite_llm.cache.rblock import Location
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine.calibration import calibrate_kv_scales
 from infinite_llm.engine.step_batch import RowInput
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.models.loaded_model import LoadedModel
@@ -31,6 +32,7 @@ from infinite_llm.models.needle_tokenizer import (
   definition,
   reference,
 )
+from infinite_llm.rules import scales_as_tuples
 from infinite_llm.sampling_params import SamplingParams
 from tests.e2e.rig import BLOCK_SIZE, Rig
 
@@ -84,7 +86,7 @@ def load_needle() -> LoadedModel:
 
 
 @functools.cache
-def rig_of_needles() -> Rig:
+def rig_of_needles(**options: Any) -> Rig:
   """Four instances, each with room for a good third of the context."""
   return Rig(
     load_needle(),
@@ -103,6 +105,7 @@ def rig_of_needles() -> Rig:
       exchange_blocks=8,
       resend_after_s=0.01,
       heartbeat_every_s=0.005,
+      **options,
     ),
   )
 
@@ -232,7 +235,20 @@ def raw_answer(rig, needle: Needle) -> tuple[int, bool]:
   return int(logits.argmax()), bool(outputs[OWNER].proved[0])
 
 
-def test_a_key_in_every_rblock_is_found(rig):
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+def test_a_key_in_every_rblock_is_found(rig, monkeypatch, kv_dtype):
+  if kv_dtype is not None:
+    # By another text, as scales usually are.
+    scales = calibrate_kv_scales(load_needle(), [contexts()[1].token_ids])
+    scales = scales_as_tuples("kv_scales", scales)
+    rig = rig_of_needles(kv_dtype=kv_dtype, kv_scales=scales)
+    with rig.watch(monkeypatch):
+      check_every_key(rig)
+  else:
+    check_every_key(rig)
+
+
+def check_every_key(rig):
   context, _ = contexts()
   ask(rig, context, context.chain[0], len(context.answer))
   step_until_answered(rig)

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -359,6 +359,11 @@ def prompt_of(name: str, length: int) -> list[int]:
 @functools.cache
 def small_rig() -> Rig:
   """Four instances of ten rBlocks each; tests leave it as they found it."""
+  return new_rig()
+
+
+def new_rig(**options: Any) -> Rig:
+  """Builds a small rig; `options` are of its configuration."""
   model = load_hf(GOLDEN / "llama3", make_mesh(4, 1), dtype="float32")
   return Rig(
     model,
@@ -378,6 +383,7 @@ def small_rig() -> Rig:
       exchange_blocks=2,
       resend_after_s=0.01,
       heartbeat_every_s=0.005,
+      **options,
     ),
   )
 
@@ -392,13 +398,23 @@ def clean_rig() -> Rig:
 @functools.cache
 def right_answers() -> dict[str, tuple[int, ...]]:
   """Answers when nothing is disturbed, compared with the dense model."""
-  rig = small_rig()
+  return answers_of(small_rig())
+
+
+def answers_of(
+  rig: Rig,
+  kv_dtype: str | None = None,
+  kv_scales: np.ndarray | None = None,
+) -> dict[str, tuple[int, ...]]:
+  """Answers of a small rig when nothing is disturbed, compared likewise."""
   rig.add(WORKLOAD)
   outputs = rig.drain()
   rig.finish()
   oracle = GreedyOracle(
     load_hf(GOLDEN / "llama3", make_mesh(1, 1), dtype="float32").dense(),
     MAX_TOKENS,
+    kv_dtype,
+    kv_scales,
   )
   for name, ask in WORKLOAD.items():
     answer = outputs[name].token_ids
@@ -406,7 +422,7 @@ def right_answers() -> dict[str, tuple[int, ...]]:
     difference = oracle.first_difference(
       prompt_of(name, ask.length),
       list(answer),
-      tolerance("float32").greedy_tie,
+      tolerance("float32", kv_dtype).greedy_tie,
     )
     assert difference is None, f"{name}: {difference}"
   return {name: outputs[name].token_ids for name in WORKLOAD}

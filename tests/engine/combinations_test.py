@@ -48,6 +48,21 @@ CASES = {
     family="llama2", tensor_parallel=2, dtype="bfloat16", kv_dtype="float32"
   ),
   "bfloat16 KV of float32 weights": Case(kv_dtype="bfloat16"),
+  "float8 KV, tensor parallel, norms": Case(
+    family="qwen3", tensor_parallel=2, kv_dtype="float8_e4m3fn"
+  ),
+  "float8 KV, more tensor ranks than KV heads": Case(
+    family="qwen2",
+    tensor_parallel=2,
+    num_kv_heads=1,
+    kv_dtype="float8_e4m3fn",
+  ),
+  "float8 KV of bfloat16 weights, sliding window in some layers": Case(
+    family="qwen2_window",
+    num_layers=2,
+    dtype="bfloat16",
+    kv_dtype="float8_e4m3fn",
+  ),
   "sliding window": Case(family="mistral_window"),
   "biases, sliding window in some layers": Case(
     family="qwen2_window", num_layers=2
@@ -62,6 +77,11 @@ def test_greedy_output_equals_the_dense_model(name, tmp_path):
     tmp_path, case.family, case.num_layers, case.num_kv_heads
   )
   model = load_hf(path, make_mesh(2, case.tensor_parallel), dtype=case.dtype)
+  kv_scales = None
+  if case.kv_dtype == "float8_e4m3fn":
+    # All different, so that one head's is seen to be no other's.
+    shape = (case.num_layers, 2, model.config.num_kv_heads)
+    kv_scales = 0.01 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)
   engine = Engine(
     model,
     engine_config(
@@ -69,6 +89,7 @@ def test_greedy_output_equals_the_dense_model(name, tmp_path):
       tensor_parallel=case.tensor_parallel,
       dtype=case.dtype,
       kv_dtype=case.kv_dtype,
+      kv_scales=kv_scales,
       block_size=16,
       num_blocks=10,
       max_num_seqs=4,
@@ -83,7 +104,7 @@ def test_greedy_output_equals_the_dense_model(name, tmp_path):
     ),
   )
   dense = load_hf(path, make_mesh(1, 1), dtype=case.dtype).dense()
-  oracle = GreedyOracle(dense, MAX_TOKENS, case.kv_dtype)
+  oracle = GreedyOracle(dense, MAX_TOKENS, case.kv_dtype, kv_scales)
   allowed = tolerance(case.dtype, case.kv_dtype)
   rng = np.random.default_rng(0)
   # One after another lets each borrow all that there is; together they compete.

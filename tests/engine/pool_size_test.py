@@ -74,6 +74,7 @@ class TestMeasuring:
     for changes, kv_bytes in (
       ({}, 2 * 16 * 32 * 4),
       ({"kv_dtype": "bfloat16"}, 2 * 16 * 32 * 2),
+      ({"kv_dtype": "float8_e4m3fn"}, 2 * 16 * 32),
       ({"block_size": 32}, 2 * 32 * 32 * 4),
     ):
       config = engine_config(**options(policy="static", **changes))
@@ -136,6 +137,32 @@ class TestMeasuring:
     )
     assert len(drain(engine)[name].token_ids) == 3
     assert pools_are_empty(engine)
+
+  def test_float8_holds_twice_the_tokens_of_bfloat16(self, model, monkeypatch):
+    rblock = 2 * 512 * 32  # Numbers; its share of the tables is small.
+    monkeypatch.setattr(
+      pool_size,
+      "device_memory",
+      lambda _: [
+        DeviceMemory(limit_bytes=GIB + 10**4 * 2 * rblock, in_use_bytes=GIB)
+      ],
+    )
+    half, whole = (
+      pool_size.with_pool_size(
+        model,
+        engine_config(
+          **options(
+            policy="static",
+            block_size=512,
+            memory_fraction=1.0,
+            kv_dtype=kv_dtype,
+          )
+        ),
+      ).cache.capacity_tokens
+      for kv_dtype in ("bfloat16", "float8_e4m3fn")
+    )
+    assert half < 10**4 * 512
+    assert 1.98 * half < whole < 2 * half
 
   def test_an_engine_that_does_not_fit_says_why(self, model, monkeypatch):
     full = DeviceMemory(limit_bytes=GIB, in_use_bytes=GIB)

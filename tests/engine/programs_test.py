@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.cache.table_store import TableStore, table_capacity
+from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import (
@@ -15,9 +16,11 @@ from infinite_llm.engine.group_inputs import (
   empty_slots,
   hosted_rows,
 )
-from infinite_llm.engine.programs import GroupInputs, StepKind
+from infinite_llm.engine.kv_scales import place_kv_scales
+from infinite_llm.engine.programs import GroupInputs, Params, StepKind
 from infinite_llm.engine.step_batch import StepBatch, build_batch
 from infinite_llm.models.hf_loader import load_hf
+from pallas_kernels.pool_layout import held_dtype
 from tests.testing import GOLDEN
 
 NUM_BLOCKS = 100_000
@@ -36,7 +39,9 @@ def abstract(tree, mesh, spec):
   )
 
 
-def abstract_pool(config, mesh, num_blocks=NUM_BLOCKS) -> PoolArrays:
+def abstract_pool(
+  config, mesh, num_blocks=NUM_BLOCKS, kv_dtype="float32"
+) -> PoolArrays:
   num_entries = table_capacity(num_blocks) * mesh.shape["instance"]
   num_blocks *= mesh.shape["instance"]
   shape = (
@@ -51,7 +56,7 @@ def abstract_pool(config, mesh, num_blocks=NUM_BLOCKS) -> PoolArrays:
     *(
       jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, spec))
       for s, dtype, spec in (
-        (shape, jnp.float32, POOL_SPECS.kv),
+        (shape, held_dtype(kv_dtype), POOL_SPECS.kv),
         ((num_blocks,), jnp.uint32, POOL_SPECS.tag),
         ((num_blocks,), jnp.uint32, POOL_SPECS.epoch),
         ((num_entries,), jnp.int32, POOL_SPECS.block_ids),
@@ -81,17 +86,23 @@ def check_in_place(compiled, pool: PoolArrays, mesh) -> None:
   assert memory.temp_size_in_bytes < pool_bytes // 100
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn"])
 @pytest.mark.parametrize("is_prefill", [False, True])
 @pytest.mark.parametrize("is_group", [False, True])
-def test_a_step_updates_the_pool_in_place(is_group, is_prefill):
+def test_a_step_updates_the_pool_in_place(is_group, is_prefill, kv_dtype):
   num_instances = 2 if is_group else 1
   mesh = make_mesh(num_instances, 1)
   model = load_hf(GOLDEN / "llama3", mesh, dtype="float32")
   num_tokens = 128 if is_prefill else SLOTS
   spec = PartitionSpec("instance")
   batch = empty_batch(num_tokens, 1 if is_prefill else SLOTS)
-  pool = abstract_pool(model.config, mesh)
-  args = [model.state, pool, abstract(batch, mesh, spec)]
+  # As many bytes, so that the bound of 1 % is the same one.
+  num_blocks = NUM_BLOCKS * 4 // jnp.dtype(kv_dtype).itemsize
+  pool = abstract_pool(model.config, mesh, num_blocks, kv_dtype)
+  config = engine_config(num_instances=num_instances, kv_dtype=kv_dtype)
+  params = Params(model.state, place_kv_scales(model, config))
+  assert (params.kv_scales is None) == (kv_dtype == "float32")
+  args = [params, pool, abstract(batch, mesh, spec)]
   if is_group:
     hosted = hosted_rows((), (), num_instances, SLOTS)
     args.append(
@@ -105,17 +116,18 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill):
     StepKind(is_group=is_group, is_prefill=is_prefill),
     model.graphdef,
     model.config,
-    jax.tree.map(lambda leaf: leaf.sharding.spec, model.state),
+    jax.tree.map(lambda leaf: leaf.sharding.spec, params),
     mesh,
     num_tokens=num_tokens,
   )
   check_in_place(step.lower(*args).compile(), pool, mesh)
 
 
-def test_an_exchange_stages_two_quotas_whatever_the_number_of_instances():
+@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn"])
+def test_an_exchange_stages_two_quotas_however_many_instances(kv_dtype):
   mesh = make_mesh(4, 1)
   config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
-  pool = abstract_pool(config, mesh, num_blocks=4096)
+  pool = abstract_pool(config, mesh, num_blocks=4096, kv_dtype=kv_dtype)
   payloads = abstract(empty_payloads(4, 16), mesh, PartitionSpec("instance"))
   shifts = abstract(np.zeros(4, bool), mesh, PartitionSpec("instance"))
   exchange = programs.build_exchange(mesh).lower(pool, payloads, shifts)
@@ -130,12 +142,12 @@ def test_a_local_step_has_no_collective_over_instances():
     StepKind(is_group=False, is_prefill=False),
     model.graphdef,
     model.config,
-    jax.tree.map(lambda leaf: leaf.sharding.spec, model.state),
+    jax.tree.map(lambda leaf: leaf.sharding.spec, Params(model.state)),
     mesh,
     num_tokens=2,
   )
   lowered = step.lower(
-    model.state,
+    Params(model.state),
     abstract_pool(model.config, mesh),
     abstract(batch, mesh, PartitionSpec("instance")),
   ).as_text()

@@ -4,13 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.append_kv import mosaic_gpu
 from pallas_kernels.append_kv.api import append_kv
-from pallas_kernels.pool_layout import NULL_BLOCK_ID
+from pallas_kernels.pool_layout import NULL_BLOCK_ID, as_held, as_numbers
 
 _N, _L, _K, _P, _D = 6, 3, 2, 8, 64
 _LAYER = 1
@@ -86,6 +87,60 @@ def test_an_8_bit_pool_takes_scaled_and_clipped_numbers(append):
   np.testing.assert_array_equal(written, [[6.0, 448.0], [-448.0, 1.25]])
 
 
+def _e4m3_numbers() -> np.ndarray:
+  """All 253 finite numbers of float8_e4m3fn, rising; 0 and -0 are one."""
+  bits = np.arange(256, dtype=np.uint8)
+  numbers = bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+  return np.unique(numbers[np.isfinite(numbers)])
+
+
+@_each_implementation
+@pytest.mark.parametrize("held", ["float8_e4m3fn", "uint8"])
+def test_rounding_to_8_bits_is_to_nearest_even_and_saturates(held, append):
+  numbers = _e4m3_numbers()
+  assert len(numbers) == 253
+  assert numbers[-1] == 448
+  # Numbers are kept, ties go to the even one, and a little beyond a tie to the
+  # other one: too little for float16 to tell.
+  low, high = numbers[:-1], numbers[1:]
+  tie = (low + high) / 2
+  above, below = (np.nextafter(tie, x) for x in (high, low))
+  even = np.arange(len(low)) % 2 == 0  # -448 is even, and they alternate.
+  beyond = np.float32([448.1, 464, 1e5, 3e38, np.inf])
+  given = np.concatenate([numbers, tie, above, below, beyond, -beyond])
+  right = np.concatenate(
+    [numbers, np.where(even, low, high), high, low, [448.0] * 5, [-448.0] * 5]
+  )
+  width = 2 * _D
+  tokens = -(-len(given) // width)
+  given = np.pad(given, (0, tokens * width - len(given)))
+  right = np.pad(right, (0, tokens * width - len(right)))
+  k = np.repeat(given.reshape(tokens, 1, width), _K, axis=1)
+  pool = jnp.zeros((_N, _L, 2, _K, _P, width), held)
+  block_ids, offsets = jnp.full(tokens, 3, jnp.int32), jnp.arange(tokens)
+  result = append(pool, _LAYER, k, -k, block_ids, offsets.astype(jnp.int32))
+  assert result.dtype == held
+  written = np.asarray(as_numbers(result), np.float32)[3, _LAYER, :, :, :tokens]
+  for head in range(_K):
+    np.testing.assert_array_equal(written[0, head].reshape(-1), right)
+    np.testing.assert_array_equal(written[1, head].reshape(-1), -right)
+
+
+@_each_implementation
+def test_a_pool_of_bytes_gets_the_bits_of_an_8_bit_pool(append):
+  rng = np.random.default_rng(3)
+  k, v = jnp.asarray(100 * rng.standard_normal((2, 5, _K, 2 * _D)), "bfloat16")
+  block_ids, offsets = _ints(4, 1, 1, 0, -1), _ints(0, 6, 7, 0, 0)
+  scales = {"k_scale": jnp.array([0.3, 2.0]), "v_scale": jnp.array([0.1, 0.7])}
+  pool = jnp.zeros((_N, _L, 2, _K, _P, 2 * _D), jnp.float8_e4m3fn)
+  numbers, held = (
+    append(x, _LAYER, k, v, block_ids, offsets, **scales)
+    for x in (pool, as_held(pool, jnp.uint8))
+  )
+  np.testing.assert_array_equal(held, as_held(numbers, jnp.uint8))
+  assert np.asarray(held).any()
+
+
 @_each_implementation
 def test_padding_changes_the_null_block_only(append):
   pool, (k, v) = _pool(), _kv(5)
@@ -111,10 +166,11 @@ def test_no_tokens_change_nothing(append):
   np.testing.assert_array_equal(result, pool)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
 @pytest.mark.parametrize("num_tokens", [1, 512])
-def test_a_donated_pool_is_written_in_place(num_tokens):
+def test_a_donated_pool_is_written_in_place(num_tokens, dtype):
   of = jax.ShapeDtypeStruct
-  pool = of((4096, 32, 2, 8, 64, 128), jnp.bfloat16)
+  pool = of((4096, 32, 2, 8, 64, 128), dtype)
   kv = of((num_tokens, 8, 128), jnp.bfloat16)
   ids = of((num_tokens,), jnp.int32)
 
@@ -133,6 +189,10 @@ def test_a_donated_pool_is_written_in_place(num_tokens):
   ("changes", "message"),
   [
     ({"kv_pool": _pool()[0]}, r"kv_pool must be \[N, L, 2, K, P, D\]"),
+    (
+      {"kv_pool": _pool(jnp.int8)},
+      r"kv_pool must be floating-point, or uint8 for .*; got int8\.",
+    ),
     ({"layer": _L}, r"layer must be in \[0, 3\), .*; got 3"),
     ({"k": _kv(3)[0][0]}, r"k must be \[T, K, D\]; got \[2, 64\]"),
     ({"k": _kv(3)[0][:, :1]}, r"k must be \[T, K, D\] = \[3, 2, 64\]; got"),

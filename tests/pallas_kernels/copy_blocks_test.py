@@ -41,6 +41,9 @@ _each_unpack = _each(unpack_blocks, mosaic_gpu.unpack)
 
 def _blocks(count: int, seed: int, dtype=jnp.float32) -> jax.Array:
   rng = np.random.default_rng(seed)
+  if dtype == "uint8":  # As many bytes: the kernel wants multiples of 2 KiB.
+    shape = (count, *_SHAPE[:-1], 4 * _SHAPE[-1])
+    return jnp.asarray(rng.integers(0, 256, shape), dtype)
   return jnp.asarray(rng.standard_normal((count, *_SHAPE)), dtype)
 
 
@@ -49,7 +52,7 @@ def _ints(*values: int) -> jax.Array:
 
 
 @_each_pack
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
 def test_pack_takes_blocks_in_order(dtype, call):
   pool = _blocks(_N, 0, dtype)
   ids = [5, 1, NULL_BLOCK_ID, 6, NULL_BLOCK_ID]
@@ -59,7 +62,7 @@ def test_pack_takes_blocks_in_order(dtype, call):
 
 
 @_each_unpack
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
 def test_unpack_writes_valid_blocks_only(dtype, call):
   pool, blocks = _blocks(_N, 0, dtype), _blocks(4, 1, dtype)
   valid = jnp.array([True, False, True, False])

@@ -11,6 +11,7 @@ from pallas_kernels.micro_attention import reference
 from pallas_kernels.micro_attention.cases import Case
 from pallas_kernels.micro_attention.decode_geometry import Tuning
 from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
+from pallas_kernels.pool_layout import as_held
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _ONE = {"query_lens": (1, 1, 0, 1), "kv_lens": (200, 1, 0, 64)}
@@ -69,6 +70,18 @@ def test_interpreted_workers_merge_to_the_whole(case):
     *inputs,
     **case.options,
     tuning=Tuning(tile_tokens=64, num_stages=2, num_workers=3),
+    interpret=plgpu.InterpretGPUParams(),
+  )
+  _assert_close(case, state, inputs)
+
+
+def test_a_pool_of_bytes_is_one_of_8_bit_numbers():
+  case = next(case for case in _CASES if case.name == "fp8")
+  inputs = case.make_inputs()
+  bits = as_held(inputs.kv_pool, jnp.uint8)
+  state = decode(
+    *inputs._replace(kv_pool=bits),
+    **case.options,
     interpret=plgpu.InterpretGPUParams(),
   )
   _assert_close(case, state, inputs)

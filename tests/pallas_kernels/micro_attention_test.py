@@ -22,7 +22,7 @@ from pallas_kernels.micro_attention.api import (
   micro_attention,
 )
 from pallas_kernels.micro_attention.cases import CASES, Case, hold
-from pallas_kernels.pool_layout import NULL_BLOCK_ID
+from pallas_kernels.pool_layout import NULL_BLOCK_ID, as_held
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _CASES = {case.name: case for case in CASES}
@@ -97,6 +97,19 @@ def _expected(case: Case) -> AttentionState:
 def _call(*inputs, **options) -> AttentionState:
   """One function, so that cases of the same shapes share a program."""
   return micro_attention(*inputs, **options)
+
+
+@pytest.mark.parametrize("implementation", _PORTABLE)
+@pytest.mark.parametrize("name", ["decode_fp8", "prefill_fp8"])
+def test_a_pool_of_bytes_is_one_of_8_bit_numbers(name, implementation):
+  case = _CASES[name]
+  inputs = _inputs(case)
+  bits = as_held(inputs.kv_pool, jnp.uint8)
+  expected, state = (
+    _call(*x, **case.options, implementation=implementation)
+    for x in (inputs, inputs._replace(kv_pool=bits))
+  )
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 def _assert_close(case: Case, state: AttentionState):

@@ -15,6 +15,7 @@ from pallas_kernels.micro_attention.prefill_geometry import (
   Tuning,
   default_tuning,
 )
+from pallas_kernels.pool_layout import as_held
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _BY_NAME = {case.name: case for case in CASES}
@@ -39,7 +40,7 @@ def _assert_right(case: Case, state, inputs):
     inputs = jax.tree.map(np.asarray, inputs)
     q = jnp.asarray(inputs.q, jnp.float64)
     expected = reference.micro_attention(*inputs._replace(q=q), **case.options)
-  limits = tolerance(case.dtype)
+  limits = tolerance(case.dtype, case.kv_dtype)
   assert lse_error(state.lse, expected.lse) <= limits.lse
   assert relative_error(state.out, expected.out) <= limits.attention
   assert not np.asarray(state.out)[np.isneginf(expected.lse)].any()
@@ -128,7 +129,31 @@ def test_a_scale_that_turns_the_order_around_is_not_covered():
     prefill(*_SMALL.make_inputs(), **options)
 
 
-def test_pools_of_8_bits_are_not_covered():
+@pytest.mark.parametrize(
+  ("changes", "widened_tokens"),
+  [
+    ({}, 64),  # Parts of two rBlocks, which end within rows.
+    ({"null_entries": 1, "padding_stride": 4, "is_permuted": True}, 10**6),
+  ],
+  ids=["parts", "whole"],
+)
+def test_a_pool_of_8_bits_is_widened_part_by_part(changes, widened_tokens):
+  case = dataclasses.replace(
+    _SMALL, kv_dtype="float8_e4m3fn", num_kv_heads=2, **changes
+  )
+  inputs = case.make_inputs()
+  state = prefill(
+    *inputs._replace(kv_pool=as_held(inputs.kv_pool, jnp.uint8)),
+    **case.options,
+    tuning=_INTERPRETED,
+    num_splits=1,
+    widened_tokens=widened_tokens,
+    interpret=plgpu.InterpretGPUParams(),
+  )
+  _assert_right(case, state, inputs)
+
+
+def test_scales_of_a_pool_of_16_bits_are_not_covered():
   scale = jnp.ones(_SMALL.num_kv_heads, jnp.float32)
   with pytest.raises(NotImplementedError, match="k_scale: None; got an array"):
     prefill(

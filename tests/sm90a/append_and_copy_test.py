@@ -46,9 +46,10 @@ def test_append_casts_on_the_way(sm90a):
   _assert_in_place(*result, pool)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.uint8])
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_append_narrows_on_the_way(sm90a, is_scaled):
-  pool = _of((4096, 32, 2, 8, 64, 128), jnp.float8_e4m3fn)
+def test_append_narrows_on_the_way(sm90a, is_scaled, dtype):
+  pool = _of((4096, 32, 2, 8, 64, 128), dtype)
   kv, ids = _of((500, 8, 128), jnp.bfloat16), _of((500,), jnp.int32)
   layer, scale = _of((), jnp.int32), _of((8,), jnp.float32)
 
@@ -82,20 +83,26 @@ def test_pack_needs_no_memory_but_its_result(sm90a):
   assert compiled.memory_analysis().temp_size_in_bytes == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
 @pytest.mark.parametrize("query_tokens", [1, 512])
 def test_layers_of_append_and_attention_never_copy_the_pool(
-  sm90a, query_tokens
+  sm90a, query_tokens, dtype
 ):
-  pool = _of((4096, 4, 2, 8, 64, 128), jnp.bfloat16)
+  # 16 GiB of either; what is widened of bytes does not grow with the pool.
+  num_blocks = 2**15 // jnp.dtype(dtype).itemsize
+  pool = _of((num_blocks, 4, 2, 8, 64, 128), dtype)
   entries, num_layers = 512, 3
 
   def ints(*shape):
     return _of(shape, jnp.int32)
 
-  def program(pool, q, cu_seqlens, positions, tables, ids):
+  def program(pool, q, cu_seqlens, positions, tables, ids, scale):
+    scales = {}
+    if dtype == jnp.uint8:
+      scales = {"k_scale": scale, "v_scale": scale}
     for layer in range(num_layers):
       kv = q[:, :8]
-      pool = append_kv.append(pool, layer, kv, kv, ids, ids)
+      pool = append_kv.append(pool, layer, kv, kv, ids, ids, **scales)
       state = mosaic_gpu.micro_attention(
         q,
         cu_seqlens,
@@ -105,6 +112,7 @@ def test_layers_of_append_and_attention_never_copy_the_pool(
         tables,
         scale=0.1,
         max_query_tokens=query_tokens,
+        **scales,
       )
       q += state.out.astype(q.dtype)
     return pool, q
@@ -117,6 +125,7 @@ def test_layers_of_append_and_attention_never_copy_the_pool(
     ints(query_tokens),
     BlockTables(ints(entries), ints(entries), ints(1), ints(1)),
     ints(query_tokens),
+    _of((8,), jnp.float32),
     donate_argnums=0,
   )
   memory = compiled.memory_analysis()
