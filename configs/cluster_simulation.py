@@ -33,14 +33,14 @@ def get_config() -> ConfigDict:
   config.cluster.block_size = 256
   config.cluster.num_blocks = 513
   config.cluster.host_blocks = 7813  # 2M tokens, of preempted requests.
-  config.cluster.max_moves = 1000  # Of a plan of greedy or migrate.
-  config.cluster.min_gain = 0.0  # Of each move, as a share of throughput.
   config.cluster.most_s = 7200.0
 
   config.lending = ConfigDict()
   config.lending.spill_slots = 8
   config.lending.headroom_blocks = 64
   config.lending.heartbeat_every_s = 0.25
+  config.lending.max_moves = 1000  # Of a plan of greedy or migrate.
+  config.lending.min_gain = 0.0  # Of each move, as a share of throughput.
 
   config.scheduler = ConfigDict()
   config.scheduler.max_num_seqs = 256

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
 
   config.step = ConfigDict()
   config.step.rows = 256  # Requests that decode.
-  config.step.prompt_tokens = 200
+  config.step.waiting = 1000  # Requests behind them.
+  config.step.prompt_tokens = 200  # Up to an rBlock more, where they differ.
   config.step.steps = 200
   return config

@@ -2,7 +2,7 @@
 
 Every field is a flag of the runner: `--config.document.num_tokens=131072`. The
 fields of `cache`, `lending` and `scheduler` are those of the dataclasses in
-`infinite_llm/config.py`, which say what they mean.
+`infinite_llm/config.py` and `lending_config.py`, which say what they mean.
 """
 
 from ml_collections import ConfigDict
@@ -70,6 +70,13 @@ def get_config() -> ConfigDict:
   config.lending.leader_lease_s = 0.075
   config.lending.plan_every_s = 1.0
   config.lending.freeze_s = 1.0
+  config.lending.link_domains = ()  # All instances are in one.
+  config.lending.link_between_s = 1.0
+  config.lending.debtor_batch = 32
+  config.lending.creditor_use = 0.8
+  config.lending.min_gain = 0.0
+  config.lending.max_moves = 1000
+  config.lending.max_circles = 1000
 
   config.scheduler = ConfigDict()
   config.scheduler.max_num_seqs = 4

@@ -66,7 +66,8 @@ def run(
     with the number of instances. Times are the median and the best of all
     repetitions.
   """
-  step = _time_step(config)
+  step = _time_step(config, is_staggered=True)
+  lockstep = _time_step(config, is_staggered=False)
   rows = [
     _time_cluster(config, num_instances)
     for num_instances in tqdm(
@@ -76,6 +77,7 @@ def run(
   result = {
     "clock": "processor time of the process (time.process_time)",
     "step": step,
+    "lockstep": lockstep,
     "clusters": rows,
     "growth_exponents": _growth(rows),
     "aims": {
@@ -93,53 +95,71 @@ def run(
   return result
 
 
-def _time_step(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Times the decision of a step in which all rows decode."""
+def _time_step(
+  config: ml_collections.ConfigDict, *, is_staggered: bool
+) -> dict[str, Any]:
+  """Times the decisions of steps in which all rows decode, others waiting.
+
+  Args:
+    config: See `configs/control_plane_bench.py`.
+    is_staggered: Whether requests are of different lengths, so that in each
+      step a few of them need an rBlock; if not, all need one in the same step.
+
+  Returns:
+    Times of planning, and of noting what a step proved.
+  """
   block_size = config.cluster.block_size
-  rows, prompt_tokens = config.step.rows, config.step.prompt_tokens
-  max_tokens = prompt_tokens + config.step.steps + 1
+  num_rows, num_waiting = config.step.rows, config.step.waiting
+  longest = config.step.prompt_tokens + block_size
+  max_tokens = longest + config.step.steps + 1
   lending = LendingConfig()
   rmanager = RManager(
     instance=0,
     num_instances=1,
-    pool=BlockPool(0, 2 + rows * (max_tokens // block_size + 1)),
+    pool=BlockPool(0, 2 + num_rows * (max_tokens // block_size + 1)),
     block_size=block_size,
     lending=lending,
     clock=_Clock(),
   )
   scheduler = SchedulerConfig(
-    max_num_seqs=rows,
-    decode_buckets=(rows,),
-    prefill_buckets=(rows * prompt_tokens,),
-    prefill_rows=rows,
+    max_num_seqs=num_rows,
+    decode_buckets=(num_rows,),
+    prefill_buckets=(num_rows * longest,),
+    prefill_rows=num_rows,
   )
   batcher = Batcher(rmanager, scheduler, lending, block_size)
-  requests = {
-    uid: Request(
+  requests: dict[int, Request] = {}
+  for uid in range(1, num_rows + num_waiting + 1):
+    extra = uid % block_size if is_staggered else 0
+    requests[uid] = Request(
       uid=uid,
       request_id=f"request-{uid}",
-      prompt_token_ids=tuple(range(prompt_tokens)),
+      prompt_token_ids=tuple(range(config.step.prompt_tokens + extra)),
       sampling=SamplingParams(max_tokens=config.step.steps + 1),
       arrival=uid,
       max_total_tokens=max_tokens,
     )
-    for uid in range(1, rows + 1)
-  }
-  for request in requests.values():
-    batcher.add(request)
-  times_s = []
+    batcher.add(requests[uid])
+  plans_s, advances_s = [], []
   gc.collect()
   for _ in range(config.step.steps + 1):
     started = time.process_time()
     plan = batcher.plan()
-    times_s.append(time.process_time() - started)
+    planned = time.process_time()
     for row in plan.rows:
       batcher.advance(row)
+    plans_s.append(planned - started)
+    advances_s.append(time.process_time() - planned)
+    for row in plan.rows:
       requests[row.uid].output_token_ids.append(0)
   # The first step is the prefill of all of them.
   return {
     "rows": len(plan.local_decode),
-    **_milliseconds("step", times_s[1:]),
+    "num_waiting": len(batcher.waiting),
+    **_milliseconds("step", plans_s[1:]),
+    "step_p99_ms": float(np.percentile(plans_s[1:], 99)) * 1e3,
+    "step_max_ms": max(plans_s[1:]) * 1e3,
+    **_milliseconds("advance", advances_s[1:]),
   }
 
 
@@ -355,7 +375,9 @@ def _report(result: Mapping[str, Any]) -> str:
   step = result["step"]
   return (
     f"{clusters}\n\nA step of {step['rows']} rows is planned in"
-    f" {step['step_ms']:.2f} ms, at best in {step['step_best_ms']:.2f} ms."
+    f" {step['step_ms']:.2f} ms (p99 {step['step_p99_ms']:.2f}) while"
+    f" {step['num_waiting']} requests wait; one in which all need an rBlock in"
+    f" {result['lockstep']['step_max_ms']:.2f} ms."
   )
 
 

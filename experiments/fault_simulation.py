@@ -80,6 +80,7 @@ def run(
   faults: collections.Counter[str] = collections.Counter()
   troubles: collections.Counter[str] = collections.Counter()
   plans_followed: collections.Counter[str] = collections.Counter()
+  unheeded: collections.Counter[str] = collections.Counter()
   longest_takeover_s = 0.0
   fewest = dict.fromkeys(
     ("num_events", "num_delivered", "num_faults"), sys.maxsize
@@ -95,6 +96,7 @@ def run(
       faults.update(result.faults)
       troubles.update(result.troubles)
       plans_followed.update(result.plans_followed)
+      unheeded.update(result.unheeded)
       for name in fewest:
         fewest[name] = min(fewest[name], getattr(result, name))
       if result.violation is not None:
@@ -120,6 +122,7 @@ def run(
     "faults": dict(sorted(faults.items())),
     "troubles": dict(sorted(troubles.items())),
     "plans_followed": dict(sorted(plans_followed.items())),
+    "unheeded": dict(sorted(unheeded.items())),
   }
   _print(summary)
   return summary
@@ -184,6 +187,7 @@ def _replay(
     "faults": dict(sorted(result.faults.items())),
     "troubles": dict(sorted(result.troubles.items())),
     "plans_followed": dict(sorted(result.plans_followed.items())),
+    "unheeded": dict(sorted(result.unheeded.items())),
   }
 
 
@@ -248,7 +252,7 @@ def _print(summary: Mapping[str, Any]) -> None:
     f" {totals['num_rows']} rows ({totals['num_unproved']} not proved),"
     f" {totals['num_moved']} rBlocks moved"
   )
-  for name in ("faults", "troubles", "plans_followed"):
+  for name in ("faults", "troubles", "plans_followed", "unheeded"):
     counts = ", ".join(f"{k} {n}" for k, n in summary[name].items())
     print(f"{name.replace('_', ' ')}: {counts}")
   print(f"fewest of a seed: {summary['fewest_of_a_seed']}")

@@ -9,18 +9,14 @@ import difflib
 
 from infinite_llm.cache_config import DTYPES, CacheConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.lending_config import LendingConfig
 from infinite_llm.rules import (
   require,
   require_buckets,
   require_choice,
   require_integer,
-  require_numbers,
   require_positive,
-  require_texts,
 )
-
-MAX_GROUP_CHUNK_TOKENS = 1024
-"""Query tokens of a group prefill step: they go to all that hold context."""
 
 MAX_GROUP_ROWS = 512
 """Rows of a group decode step, over all instances."""
@@ -28,11 +24,6 @@ MAX_GROUP_ROWS = 512
 MAX_PROGRAM_KINDS = 24
 """Compiled programs that differ in more than the instance; more are a lot."""
 
-_WITHOUT_LENDERS = ("static", "swap")
-"""Policies under which no instance lends."""
-
-POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
-"""Names of the policies; `scheduler/policies/` has them."""
 
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
@@ -40,123 +31,6 @@ small pool would lend nothing otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LendingConfig:
-  """How instances of one lending group share their pools.
-
-  Attributes:
-    policy: Name of the policy, out of `POLICIES`: "borrow" on demand, "greedy"
-      moves for throughput, and to compare with, "static" (no sharing), "swap"
-      (own host memory) and "migrate" (whole requests).
-    performance_profile: JSON file that says how fast an instance is; only
-      "greedy" needs one (`scheduler/performance_model.py`).
-    spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
-    max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
-    headroom_blocks: Free rBlocks that a creditor keeps for itself. None has an
-      `EngineConfig` find it: one for every sequence that may decode and those
-      of a prefill chunk, but at most a quarter of the pool. A manager without
-      one keeps none.
-    group_prefill_buckets: Token counts that group prefill programs are compiled
-      for, rising; at most 1024, since queries travel to other instances.
-    group_chunk_s: Seconds that a group prefill step may take. A request's next
-      chunk has as many tokens as its last one suggests, within the buckets:
-      nobody waits for the whole group much longer than this.
-    exchange_blocks: rBlocks that may move per pair of instances between two
-      steps. A borrow of k of them takes about k / exchange_blocks steps, in
-      which other rows go on; each instance stages 2 * exchange_blocks rBlocks.
-    resend_after_s: Seconds without an answer after which a message is sent
-      again.
-    heartbeat_every_s: Seconds between heartbeats, and between renewals of
-      leases.
-    lease_s: Seconds of an owner's silence after which its leases end.
-    full_heartbeat_every: Every so many heartbeats one says everything; the
-      others say what changed.
-    expire_after_s: Seconds of silence after which the gManager forgets an
-      instance.
-    leader_lease_s: Seconds of silence of the leading gManager after which the
-      standby takes over. It is called, and the leader speaks, each
-      `leader_beat_s`; both together fit in a heartbeat period.
-    plan_every_s: Seconds between plans of the gManager.
-    freeze_s: Seconds for which the instances of a circle of debts neither lend
-      nor borrow, so that they can take their rBlocks home.
-  """
-
-  policy: str = "borrow"
-  performance_profile: str | None = None
-  spill_slots: int = 4
-  max_lent_blocks: int | None = None
-  headroom_blocks: int | None = None
-  group_prefill_buckets: tuple[int, ...] = (128, 1024)
-  group_chunk_s: float = 0.5
-  exchange_blocks: int = 16
-  resend_after_s: float = 0.5
-  heartbeat_every_s: float = 0.1
-  lease_s: float = 10.0
-  full_heartbeat_every: int = 10
-  expire_after_s: float = 5.0
-  leader_lease_s: float = 0.075
-  plan_every_s: float = 1.0
-  freeze_s: float = 1.0
-
-  def __post_init__(self):
-    require_choice(self, "policy", POLICIES)
-    require_texts(self, "performance_profile")
-    require_positive(
-      self, "spill_slots", "exchange_blocks", "full_heartbeat_every"
-    )
-    require_buckets(self, "group_prefill_buckets")
-    require(
-      self.group_prefill_buckets[-1] <= MAX_GROUP_CHUNK_TOKENS,
-      "group_prefill_buckets[-1]",
-      f"at most {MAX_GROUP_CHUNK_TOKENS}",
-      self.group_prefill_buckets[-1],
-    )
-    for name in ("max_lent_blocks", "headroom_blocks"):
-      value = getattr(self, name)
-      if value is not None:
-        require_integer(name, value)
-        require(value >= 0, name, "None or not negative", value)
-    times = [f.name for f in dataclasses.fields(self) if f.name.endswith("_s")]
-    require_numbers(self, *times)
-    for name in times:
-      require(getattr(self, name) > 0, name, "positive", getattr(self, name))
-    # One lost renewal, or one lost answer, must not end a lease.
-    for name in ("resend_after_s", "heartbeat_every_s"):
-      require(
-        self.lease_s > 2 * getattr(self, name),
-        "lease_s",
-        f"more than twice {name} ({getattr(self, name)!r}), so that one lost"
-        " message ends no lease",
-        self.lease_s,
-      )
-    require(
-      self.expire_after_s > 2 * self.heartbeat_every_s,
-      "expire_after_s",
-      f"more than twice heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
-      " one lost heartbeat is no death",
-      self.expire_after_s,
-    )
-    require(
-      self.leader_lease_s + self.leader_beat_s <= self.heartbeat_every_s,
-      "leader_lease_s",
-      f"at most 0.8 of heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
-      " a standby leads within that time of a leader's death",
-      self.leader_lease_s,
-    )
-
-  @property
-  def leader_beat_s(self) -> float:
-    """Seconds between words of the leading gManager to the standby.
-
-    Three of them may be lost. Each gManager must be called as often.
-    """
-    return self.leader_lease_s / 4
-
-  @property
-  def has_lenders(self) -> bool:
-    """Whether the policy has instances lend at all."""
-    return self.policy not in _WITHOUT_LENDERS
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
   """Continuous batching of one instance. All shapes come from here.
@@ -213,7 +87,7 @@ class EngineConfig:
   num_instances: int = 1
   tensor_parallel: int = 1
   cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
-  lending: LendingConfig = LendingConfig()
+  lending: LendingConfig = dataclasses.field(default_factory=LendingConfig)
   scheduler: SchedulerConfig = SchedulerConfig()
   dtype: str = "auto"
   max_logprobs: int = 5
@@ -230,6 +104,8 @@ class EngineConfig:
       f"at most {MAX_GROUP_ROWS}, the rows of a group step",
       self.num_instances * self.lending.spill_slots,
     )
+    if self.has_group and self.cache.num_blocks is not None:
+      self.lending.check_pool(self.cache.num_blocks - 1)
     require_choice(self, "dtype", ("auto", *DTYPES))
     require_integer("seed", self.seed)
     require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)

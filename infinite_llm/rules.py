@@ -1,6 +1,7 @@
 """Rules that values of a configuration keep, and what a message says."""
 
 import itertools
+import math
 import numbers
 import os
 from collections.abc import Sequence
@@ -35,8 +36,7 @@ def require_numbers(config: object, *names: str) -> None:
   """Refuses fields that are no real numbers; a bool is none, a NaN is one."""
   for name in names:
     value = getattr(config, name)
-    is_number = not isinstance(value, bool) and isinstance(value, numbers.Real)
-    require(is_number, name, "a number", value)
+    require(_is_number(value), name, "a number", value)
 
 
 def require_flags(config: object, *names: str) -> None:
@@ -57,6 +57,21 @@ def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
   """Refuses a field that is none of the choices."""
   value = getattr(config, name)
   require(value in choices, name, f"one of {', '.join(choices)}", value)
+
+
+def require_seconds(config: object, *names: str) -> None:
+  """Refuses fields that are no positive, finite numbers."""
+  for name in names:
+    value = getattr(config, name)
+    holds = _is_number(value) and 0 < value < math.inf
+    require(holds, name, "positive and finite", value)
+
+
+def require_shares(config: object, *names: str) -> None:
+  """Refuses fields that are no numbers from 0 to 1."""
+  for name in names:
+    value = getattr(config, name)
+    require(_is_number(value) and 0 <= value <= 1, name, "in [0, 1]", value)
 
 
 def require_buckets(config: object, *names: str) -> None:
@@ -85,6 +100,11 @@ def require_positive(config: object, *names: str) -> None:
     value = getattr(config, name)
     require_integer(name, value)
     require(value >= 1, name, "at least 1", value)
+
+
+def _is_number(value: object) -> bool:
+  """Whether it is a real number, of NumPy too; a bool is none."""
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def require_kv_scales(

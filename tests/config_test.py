@@ -3,6 +3,7 @@
 import pytest
 
 from infinite_llm.config import EngineConfig, engine_config
+from infinite_llm.errors import ConfigError
 
 
 def test_headroom_is_a_block_per_sequence_and_a_chunk():
@@ -47,3 +48,22 @@ class TestProgramKinds:
     config = engine_config(num_instances=2, policy="static")
     assert not config.has_group
     assert config.num_program_kinds == EngineConfig().num_program_kinds
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "text"),
+  [
+    ("max_lent_blocks", 10, r"must be at most the pool's 9 rBlocks; got 10\."),
+    ("headroom_blocks", 9, r"must be less than the pool's 9 rBlocks, .* got 9"),
+  ],
+)
+def test_what_no_pool_can_keep_is_refused_as_soon_as_it_is_known(
+  name, value, text
+):
+  with pytest.raises(ConfigError, match=f"{name} {text}"):
+    engine_config(num_instances=2, num_blocks=10, **{name: value})
+  unknown = engine_config(num_instances=2, **{name: value})
+  with pytest.raises(ConfigError, match=f"{name} {text}"):
+    unknown.with_num_blocks(10)
+  # Nobody lends there.
+  engine_config(num_instances=1, num_blocks=10, **{name: value})

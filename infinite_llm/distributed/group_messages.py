@@ -228,6 +228,10 @@ class EngineUse:
     stalled_rounds: Rounds of messages in which nothing went on.
     num_blocks_moved: rBlocks that its instances sent to others.
     num_unproved_rows: Rows that were tried again.
+    num_refused: Messages of managers that no sane sender would send.
+    num_void: Messages of gManagers that did not count: of a former leader, come
+      again or overtaken.
+    num_declined: Plans of the gManager that could not be followed.
     num_late_compiles: Compilations after warm-up.
     launches: `(program, times)`.
   """
@@ -239,6 +243,9 @@ class EngineUse:
   stalled_rounds: int
   num_blocks_moved: int
   num_unproved_rows: int
+  num_refused: int
+  num_void: int
+  num_declined: int
   num_late_compiles: int
   launches: tuple[tuple[str, int], ...]
 

@@ -96,9 +96,10 @@ class LendingGroup:
         f" got {config.cache.host_blocks}."
       )
     profile = config.lending.performance_profile
-    planning = PlanningConfig(
-      block_size=config.cache.block_size,
-      performance=profile and load_performance_model(profile),
+    planning = PlanningConfig.of(
+      config.lending,
+      config.cache.block_size,
+      load_performance_model(profile) if profile else None,
     )
     gmanager = GManager(
       config.lending,
@@ -154,6 +155,12 @@ class LendingGroup:
     if has_gone_on:
       self._talk()
     return has_gone_on
+
+  @property
+  def num_refused(self) -> int:
+    """Messages that managers refused, as no sane sender would send them."""
+    managers = (*self.managers, *self._gmanagers)
+    return sum(manager.refused.total() for manager in managers)
 
   @property
   def is_checking(self) -> bool:

@@ -157,6 +157,9 @@ def use_of(
     ),
     stalled_rounds=stalled_rounds,
     num_unproved_rows=num_unproved_rows,
+    num_refused=group.num_refused,
+    num_void=sum(m.void.total() for m in group.managers),
+    num_declined=sum(m.plans.num_declined for m in group.managers),
     num_late_compiles=runner.programs.num_late_compiles,
     launches=tuple(sorted(runner.launches.items())),
   )
@@ -186,6 +189,9 @@ def together(uses: list[EngineUse]) -> EngineUse:
       default=0,
     ),
     num_unproved_rows=sum(use.num_unproved_rows for use in uses),
+    num_refused=sum(use.num_refused for use in uses),
+    num_void=sum(use.num_void for use in uses),
+    num_declined=sum(use.num_declined for use in uses),
     num_late_compiles=sum(use.num_late_compiles for use in uses),
     launches=tuple(sorted(launches.items())),
   )

@@ -19,7 +19,6 @@ class LedgerLine:
     capacity: rBlocks of its HBM pool, whoever holds them.
     free: rBlocks of those that nobody holds.
     lendable: rBlocks that it would lend.
-    host_free: rBlocks of its HOST pool that nobody holds.
     num_running: Requests that run on it: its batch.
     num_waiting: Requests that wait for rBlocks or for a place in the batch.
     next_blocks: rBlocks that the first of those needs; 0 if none waits.
@@ -35,7 +34,6 @@ class LedgerLine:
   capacity: int
   free: int
   lendable: int
-  host_free: int = 0
   num_running: int = 0
   num_waiting: int = 0
   next_blocks: int = 0
@@ -81,20 +79,14 @@ class ClusterView:
   """The ledger and the placement map at one moment.
 
   Attributes:
-    now_s: That moment, by the gManager's clock.
     lines: One per known instance.
     placements: One per running request.
     links: What moving costs.
   """
 
-  now_s: float = 0.0
   lines: tuple[LedgerLine, ...]
   placements: tuple[Placement, ...] = ()
   links: LinkCosts = dataclasses.field(default_factory=LinkCosts)
-
-  def age_s(self, line: LedgerLine) -> float:
-    """Seconds since an instance was last heard of."""
-    return self.now_s - line.heard_s
 
   def by_owner(self) -> dict[InstanceId, list[Placement]]:
     """Placements of each owner that has any, by rising uid."""

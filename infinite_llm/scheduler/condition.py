@@ -4,7 +4,6 @@ from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.scheduler.creditor import Creditor
 from infinite_llm.scheduler.debtor import Debtor
 from infinite_llm.scheduler.messages import Heartbeat
-from infinite_llm.scheduler.swapping import Swapping
 from infinite_llm.types import Epoch, value_type
 
 
@@ -32,26 +31,18 @@ class Demand:
 class Condition:
   """Sums up all books of one instance."""
 
-  def __init__(
-    self,
-    pool: BlockPool,
-    creditor: Creditor,
-    debtor: Debtor,
-    swapping: Swapping,
-  ):
+  def __init__(self, pool: BlockPool, creditor: Creditor, debtor: Debtor):
     """Joins the books.
 
     Args:
       pool: HBM.
       creditor: What is hosted for others.
       debtor: Requests that run here.
-      swapping: What lies in HOST.
     """
     self._demand = Demand()
     self._pool = pool
     self._creditor = creditor
     self._debtor = debtor
-    self._swapping = swapping
 
   def note_demand(self, demand: Demand) -> None:
     """Takes down what this instance's own requests are to get.
@@ -71,7 +62,6 @@ class Condition:
     return Heartbeat(
       counts=self._pool.counts(),
       lendable=self._creditor.lendable,
-      host_free=self._swapping.num_free,
       num_running=self._debtor.num_open,
       num_waiting=demand.num_waiting,
       next_blocks=demand.next_blocks,

@@ -8,6 +8,7 @@ from absl import logging
 
 from infinite_llm.config import LendingConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.rules import require
 from infinite_llm.scheduler.allotment import allot
 from infinite_llm.scheduler.cluster_view import ClusterView
 from infinite_llm.scheduler.fault_points import Mishap, no_fault
@@ -16,7 +17,7 @@ from infinite_llm.scheduler.ledger import Ledger, Recorded
 from infinite_llm.scheduler.link_costs import LinkCosts
 from infinite_llm.scheduler.messages import (
   GMANAGER,
-  STANDBY,
+  GMANAGERS,
   Address,
   Body,
   Candidates,
@@ -34,8 +35,6 @@ from infinite_llm.scheduler.placement_map import PlacementMap
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.types import NO_EPOCH, Epoch, FaultPoint, InstanceId
-
-_GMANAGERS: tuple[GManagerAddress, ...] = (GMANAGER, STANDBY)
 
 _LIVES = 256
 """Starts of one gManager after which its epochs may repeat."""
@@ -71,7 +70,6 @@ class GManager:
     clock: Callable[[], float],
     *,
     planning: PlanningConfig | None = None,
-    links: LinkCosts | None = None,
     address: GManagerAddress = GMANAGER,
     peers: Sequence[GManagerAddress] = (),
     incarnation: int = 1,
@@ -82,10 +80,9 @@ class GManager:
     """Makes a gManager that knows nobody yet.
 
     Args:
-      lending: The policy, and how often what is due.
+      lending: The policy, what links cost, and how often what is due.
       clock: Monotonic seconds.
       planning: Rules and budgets of plans.
-      links: What moving costs.
       address: Its own.
       peers: The other gManagers.
       incarnation: Rises each time this gManager starts anew.
@@ -95,8 +92,8 @@ class GManager:
       faults: What goes wrong, in a simulation.
 
     Raises:
-      ConfigError: If the policy does not exist, lacks what it needs, or nobody
-        could ever lead.
+      ConfigError: If the policy does not exist or lacks what it needs, an
+        address or a number makes no sense, or nobody could ever lead.
     """
     self._policy = get_policy(lending.policy)
     self._planning = planning or PlanningConfig()
@@ -105,15 +102,26 @@ class GManager:
         "performance (LendingConfig.performance_profile) must be a model for"
         " the policy 'greedy'; got None."
       )
-    if address in peers:
-      raise ConfigError(
-        f"peers must be others than address ({address!r}); got {peers!r}."
-      )
-    if incarnation < 1:
-      raise ConfigError(f"incarnation must be at least 1; got {incarnation}.")
+    names = ", ".join(GMANAGERS)
+    require(address in GMANAGERS, "address", f"one of {names}", address)
+    require(
+      set(peers) <= set(GMANAGERS) - {address},
+      "peers",
+      f"some of {names}, and others than address ({address!r})",
+      peers,
+    )
+    require(incarnation >= 1, "incarnation", "at least 1", incarnation)
+    require(
+      num_instances is None or num_instances >= 1,
+      "num_instances",
+      "None or at least 1",
+      num_instances,
+    )
     self._lending = lending
     self._clock = clock
-    self._links = links or LinkCosts()
+    self._links = LinkCosts(
+      domains=lending.link_domains or None, between_s=lending.link_between_s
+    )
     self._address: GManagerAddress = address
     self._peers = tuple(peers)
     self._incarnation = incarnation
@@ -139,7 +147,6 @@ class GManager:
   def view(self) -> ClusterView:
     """The ledger and the placement map as they are now."""
     return ClusterView(
-      now_s=self._clock(),
       lines=self._ledger.lines(),
       placements=self._placements.placements(),
       links=self._links,
@@ -266,9 +273,9 @@ class GManager:
   def _lead(self) -> None:
     """Begins to lead, under the next epoch that is this gManager's own."""
     self.is_leader = True
-    own = self._incarnation % _LIVES * len(_GMANAGERS)
-    own += _GMANAGERS.index(self._address)
-    self.epoch += 1 + (own - self.epoch - 1) % (_LIVES * len(_GMANAGERS))
+    own = self._incarnation % _LIVES * len(GMANAGERS)
+    own += GMANAGERS.index(self._address)
+    self.epoch += 1 + (own - self.epoch - 1) % (_LIVES * len(GMANAGERS))
     self._announced_s = -math.inf
     self._planned_s = self._clock()
     self._has_news = True

@@ -109,7 +109,6 @@ def _fault_in_counts(said: Heartbeat) -> str | None:
     counts.hosted,
     counts.reserved,
     said.lendable,
-    said.host_free,
     said.num_running,
     said.num_waiting,
     said.next_blocks,

@@ -163,7 +163,6 @@ class Ledger:
       capacity=counts.total,
       free=counts.free,
       lendable=heartbeat.lendable,
-      host_free=heartbeat.host_free,
       num_running=heartbeat.num_running,
       num_waiting=heartbeat.num_waiting,
       next_blocks=heartbeat.next_blocks,

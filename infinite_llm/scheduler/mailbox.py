@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from infinite_llm.rules import require
 from infinite_llm.scheduler.fault_points import Place, no_fault
 from infinite_llm.scheduler.lease_messages import (
   Introduction,
@@ -57,7 +58,11 @@ class Outbox[Context]:
       incarnation: The sender's; rises each time it starts anew.
       clock: Monotonic seconds.
       resend_after_s: Seconds without an answer before a request is sent again.
+
+    Raises:
+      ConfigError: If the incarnation is one that nobody would listen to.
     """
+    require(incarnation >= 1, "incarnation", "at least 1", incarnation)
     self._sender: Address = sender
     self._incarnation = incarnation
     self._clock = clock

@@ -43,6 +43,10 @@ STANDBY: Final = "standby"
 """Address of a second gManager, which takes over when the first one falls."""
 
 type GManagerAddress = Literal["gmanager", "standby"]
+
+GMANAGERS: Final[tuple[GManagerAddress, ...]] = (GMANAGER, STANDBY)
+"""Addresses of all gManagers that there may be."""
+
 type Address = InstanceId | GManagerAddress
 
 type BlocksOf = tuple[tuple[InstanceId, int], ...]
@@ -74,7 +78,6 @@ class Heartbeat:
       everything.
     counts: Use of its rBlocks.
     lendable: rBlocks that it would lend now.
-    host_free: rBlocks of its HOST pool that nobody holds.
     num_running: Requests that run.
     num_waiting: Requests that wait.
     next_blocks: rBlocks that the first of those needs; 0 if none waits.
@@ -92,7 +95,6 @@ class Heartbeat:
   base: int | None = None
   counts: PoolCounts
   lendable: int
-  host_free: int = 0
   num_running: int = 0
   num_waiting: int = 0
   next_blocks: int = 0
@@ -123,7 +125,6 @@ class Heartbeat:
       base=base,
       counts=self.counts,
       lendable=self.lendable,
-      host_free=self.host_free,
       num_running=self.num_running,
       num_waiting=self.num_waiting,
       next_blocks=self.next_blocks,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from infinite_llm.errors import ConfigError
+from infinite_llm.lending_config import LendingConfig
 from infinite_llm.scheduler.performance_model import PerformanceModel
 from infinite_llm.types import InstanceId, RequestUid
 
@@ -32,6 +33,30 @@ class PlanningConfig:
   min_gain: float = 0.0
   max_moves: int = 1000
   max_circles: int = 1000
+
+  @classmethod
+  def of(
+    cls,
+    lending: LendingConfig,
+    block_size: int,
+    performance: PerformanceModel | None,
+  ) -> "PlanningConfig":
+    """What a configuration says of plans.
+
+    Args:
+      lending: Thresholds and budgets.
+      block_size: P, tokens per rBlock.
+      performance: How fast instances are, if that is known.
+    """
+    return cls(
+      block_size=block_size,
+      performance=performance,
+      debtor_batch=lending.debtor_batch,
+      creditor_use=lending.creditor_use,
+      min_gain=lending.min_gain,
+      max_moves=lending.max_moves,
+      max_circles=lending.max_circles,
+    )
 
   def __post_init__(self):
     for name in ("block_size", "debtor_batch", "max_moves", "max_circles"):

@@ -1,5 +1,6 @@
 """What an rManager tells the gManagers, and which of them it listens to."""
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 
 from infinite_llm.config import LendingConfig
@@ -33,9 +34,9 @@ class Reporter:
   Attributes:
     gmanagers: Those that are told.
     leader_epoch: Newest epoch of a leading gManager that was heard of.
-    num_fenced: Messages of older epochs that were ignored.
-    num_overtaken: Plans and statuses of the leader that were ignored, because
-      they came again or after a later one.
+    void: Messages of gManagers that did not count: "fenced" ones of older
+      epochs, and "overtaken" plans and statuses, which came again or after a
+      later one.
   """
 
   def __init__(
@@ -55,8 +56,7 @@ class Reporter:
     """
     self.gmanagers = tuple(gmanagers)
     self.leader_epoch: Epoch = NO_EPOCH
-    self.num_fenced = 0
-    self.num_overtaken = 0
+    self.void: collections.Counter[str] = collections.Counter()
     self._outbox = outbox
     self._lending = lending
     self._clock = clock
@@ -111,7 +111,7 @@ class Reporter:
       Whether it counts.
     """
     if envelope.leader_epoch < self.leader_epoch:
-      self.num_fenced += 1
+      self.void["fenced"] += 1
       return False
     if envelope.leader_epoch > self.leader_epoch:
       self.leader_epoch = envelope.leader_epoch
@@ -121,7 +121,7 @@ class Reporter:
     kind = _IN_ORDER.get(type(envelope.body))
     if kind is not None:
       if envelope.seq <= self._newest_seq.get(kind, 0):
-        self.num_overtaken += 1
+        self.void["overtaken"] += 1
         return False
       self._newest_seq[kind] = envelope.seq
     return True

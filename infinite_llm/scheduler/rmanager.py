@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import LendingConfig
-from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.errors import InvariantError
+from infinite_llm.rules import require
 from infinite_llm.scheduler.account import Account, Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.condition import Condition
 from infinite_llm.scheduler.creditor import Creditor
@@ -58,6 +59,7 @@ class RManager:
     allotted_to: Arrival number of the waiting request that may come in on the
       strength of `lendable_elsewhere`; 0 if none may.
     refused: Messages that no sane sender would send, by the name of their kind.
+    void: Messages of gManagers that came too late to count, by why.
   """
 
   def __init__(
@@ -88,15 +90,14 @@ class RManager:
       host: Its rBlocks in host memory, all free; None if it has none.
 
     Raises:
-      ConfigError: If `instance` is not one of the group, it may lend more than
-        it has, or `host` is somebody else's.
+      ConfigError: If a number makes no sense, it may lend more than it has or
+        never anything, or a pool or an address is not what it should be.
     """
-    most, total = lending.max_lent_blocks, pool.counts().total
-    if most is not None and most > total:
-      raise ConfigError(
-        f"max_lent_blocks must be at most the pool's {total} rBlocks; got"
-        f" {most}."
-      )
+    total = pool.counts().total
+    require(pool.instance == instance, "pool", f"of {instance}", pool.instance)
+    require(block_size >= 1, "block_size", "at least 1", block_size)
+    if num_instances > 1:
+      lending.check_pool(total)
     self.instance = instance
     self.pool = pool
     self._faults = faults
@@ -112,7 +113,7 @@ class RManager:
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
     self.swapping = Swapping(debtor, pool, host, block_size, faults)
-    self.condition = Condition(pool, self._creditor, debtor, self.swapping)
+    self.condition = Condition(pool, self._creditor, debtor)
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._group = Group(
       instance=instance,
@@ -133,6 +134,7 @@ class RManager:
     )
     self.plans = PlanFollower(self._creditor, debtor, effects, lending, clock)
     self.refused = self._reception.refused
+    self.void = self._reporter.void
     self._lendable_elsewhere = 0
     self.allotted_to = 0
 
@@ -181,24 +183,11 @@ class RManager:
     return self._debtor.account(uid).table
 
   def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
-    """Adds local rBlocks to a request.
-
-    Args:
-      uid: An open request.
-      num_blocks: How many.
-
-    Returns:
-      Whether there were enough; if not, none was added.
-    """
+    """Adds local rBlocks to an open request, all or none; whether it did."""
     return self._debtor.allocate(uid, num_blocks)
 
   def confirm(self, uid: RequestUid, num_tokens: int) -> None:
-    """Notes that a step proved a request's KV.
-
-    Args:
-      uid: An open request.
-      num_tokens: Tokens from the first on whose KV is present and proved.
-    """
+    """Notes that a step proved the KV of a request's first tokens."""
     self._debtor.confirm(uid, num_tokens)
     self.swapping.on_proved(uid)
 

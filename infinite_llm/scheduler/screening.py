@@ -32,6 +32,7 @@ from infinite_llm.scheduler.lease_messages import (
 from infinite_llm.scheduler.messages import (
   ANSWER_TO,
   GMANAGER,
+  GMANAGERS,
   Address,
   Body,
   Candidates,
@@ -102,6 +103,12 @@ class Group:
     if not 0 <= self.instance < self.num_instances:
       raise ConfigError(
         f"instance must be in [0, {self.num_instances}); got {self.instance}."
+      )
+    is_known = self.gmanagers and set(self.gmanagers) <= set(GMANAGERS)
+    if not is_known:
+      raise ConfigError(
+        f"gmanagers must be some of {', '.join(GMANAGERS)}; got"
+        f" {self.gmanagers!r}."
       )
 
 

@@ -133,11 +133,6 @@ class Swapping:
     return _NO_COUNTS if self._host is None else self._host.pool.counts()
 
   @property
-  def num_free(self) -> int:
-    """HOST rBlocks that nobody holds."""
-    return 0 if self._host is None else self._host.pool.num_free
-
-  @property
   def num_changes(self) -> int:
     """Rises with every change of a HOST rBlock."""
     return 0 if self._host is None else self._host.pool.num_changes

@@ -1,5 +1,6 @@
 """A simulated cluster: instances, gManagers, requests and their fates."""
 
+import collections
 import itertools
 import random
 from collections.abc import Callable
@@ -86,6 +87,7 @@ class Cluster:
     self.accepted: dict[str, Request] = {}
     self.num_accepted = 0
     self.num_migrated = 0
+    self._unheeded: collections.Counter[str] = collections.Counter()
     self._uids = itertools.count(1)
     self._incarnations = [1] * scenario.num_instances
     self._journal: dict[InstanceId, list[Request]] = {}
@@ -128,6 +130,11 @@ class Cluster:
       for instance in self.instances
     )
 
+  @property
+  def unheeded(self) -> collections.Counter[str]:
+    """What instances did not do that they were told, by why, in all lives."""
+    return sum(map(_unheeded, self.up), self._unheeded)
+
   # Requests.
 
   def add_request(self, instance: Instance, prompt: int, output: int) -> None:
@@ -164,6 +171,7 @@ class Cluster:
   def crash(self, number: InstanceId) -> None:
     """Takes an instance down, with all that it has."""
     instance = self.instances[number]
+    self._unheeded += _unheeded(instance)
     self._journal[number] = list(instance.stop())
     self.world.network.crash(number)
     self.world.plane.reset(number)
@@ -294,3 +302,10 @@ class Cluster:
     return Instance(
       number, self._incarnations[number], self.world, self._migrate
     )
+
+
+def _unheeded(instance: Instance) -> collections.Counter[str]:
+  manager = instance.manager
+  return manager.void + collections.Counter(
+    refused=manager.refused.total(), declined=manager.plans.num_declined
+  )

@@ -1,9 +1,11 @@
 """What a simulated cluster is made of."""
 
 import dataclasses
+import math
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import ConfigError
+from infinite_llm.rules import require, require_seconds
 from infinite_llm.scheduler.performance_model import PerformanceModel
 from infinite_llm.scheduler.planning import PlanningConfig
 from infinite_llm.scheduler.policies import get_policy
@@ -19,9 +21,6 @@ class ClusterConfig:
     block_size: P, tokens per rBlock.
     lending: Policy and periods.
     scheduler: Sizes of a step.
-    max_moves: Most moves of a plan of the gManager.
-    min_gain: What a planned move must gain, as a share of the throughput of
-      those concerned.
     has_dgfm: Whether circles of debts are dissolved; if not, what the gManager
       says about them is not passed on.
     host_blocks: rBlocks of host memory per instance with the null block, for
@@ -37,8 +36,6 @@ class ClusterConfig:
   block_size: int = 64
   lending: LendingConfig
   scheduler: SchedulerConfig
-  max_moves: int = 1000
-  min_gain: float = 0.0
   has_dgfm: bool = True
   host_blocks: int = 0
   min_delay_s: float = 0.0005
@@ -59,17 +56,19 @@ class ClusterConfig:
       value = getattr(self, name)
       if value < least:
         raise ConfigError(f"{name} must be at least {least}; got {value!r}.")
-    if not self.most_s > 0:
-      raise ConfigError(f"most_s must be positive; got {self.most_s!r}.")
+    if self.num_instances > 1:
+      self.lending.check_pool(self.num_blocks - 1)
+    require(
+      0 <= self.min_delay_s <= self.max_delay_s < math.inf,
+      "min_delay_s and max_delay_s",
+      "not negative, finite and in this order",
+      (self.min_delay_s, self.max_delay_s),
+    )
+    require_seconds(self, "most_s")
 
   def planning(self, performance: PerformanceModel) -> PlanningConfig:
     """What the gManager of the cluster plans by."""
-    return PlanningConfig(
-      block_size=self.block_size,
-      performance=performance,
-      max_moves=self.max_moves,
-      min_gain=self.min_gain,
-    )
+    return PlanningConfig.of(self.lending, self.block_size, performance)
 
   @property
   def reachable_tokens(self) -> int:

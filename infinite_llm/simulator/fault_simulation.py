@@ -35,6 +35,9 @@ class SeedResult:
     faults: How often each fault happened.
     troubles: How often the adversary did what else.
     plans_followed: Plans of gManagers that instances began, by kind.
+    unheeded: Messages and plans that instances did not act on: "refused" as no
+      sane sender would send them, "fenced" as of a former leader, "overtaken"
+      by the leader's own, "declined" as impossible by then.
     num_requests: Requests that were accepted.
     num_rows: Rows that steps computed.
     num_unproved: Rows of them whose KV was not proved, so that they were not
@@ -66,6 +69,9 @@ class SeedResult:
     default_factory=collections.Counter[str]
   )
   plans_followed: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter[str]
+  )
+  unheeded: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter[str]
   )
   num_requests: int = 0
@@ -146,6 +152,7 @@ def run_seed(
   result.faults.update(_faults(cluster))
   result.troubles.update(adversary.counts)
   result.plans_followed.update(world.plans_followed)
+  result.unheeded.update(cluster.unheeded)
   result.num_requests = cluster.num_accepted
   result.num_rows = world.num_steps
   result.num_unproved = world.num_unproved

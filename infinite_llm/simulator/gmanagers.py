@@ -171,8 +171,8 @@ class GManagers:
     gmanager = GManager(
       scenario.lending,
       clock,
-      planning=PlanningConfig(
-        block_size=scenario.block_size, performance=_PERFORMANCE
+      planning=PlanningConfig.of(
+        scenario.lending, scenario.block_size, _PERFORMANCE
       ),
       address=address,
       peers=[other for other in ADDRESSES if other != address],

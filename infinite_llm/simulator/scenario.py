@@ -5,7 +5,13 @@ import random
 from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
-from infinite_llm.errors import ConfigError
+from infinite_llm.rules import (
+  require,
+  require_integer,
+  require_positive,
+  require_seconds,
+  require_shares,
+)
 from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.simulator.faults import NetworkFaults
@@ -80,11 +86,33 @@ class Scenario:
   min_faults: int = 5
 
   def __post_init__(self):
-    for name in ("num_instances", "min_messages", "min_faults"):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f"{name} must be at least 1; got {getattr(self, name)}."
-        )
+    require_positive(
+      self,
+      "num_instances",
+      "block_size",
+      "most_open",
+      "min_messages",
+      "min_faults",
+    )
+    for name, least in (("num_blocks", 2), ("host_blocks", 0)):
+      value = getattr(self, name)
+      require_integer(name, value)
+      require(value >= least, name, f"at least {least}", value)
+    require_seconds(
+      self,
+      *("tick_s", "step_s", "exchange_s", "copy_s", "request_every_s"),
+      *("trouble_every_s", "plan_every_s", "crash_s", "partition_s", "min_s"),
+    )
+    require_shares(
+      self,
+      *("long_answers", "clock_jump", "payload_lost", "payload_repeated"),
+      "copy_lost",
+    )
+    require(
+      0 <= self.clock_rate < 1, "clock_rate", "in [0, 1)", self.clock_rate
+    )
+    if self.num_instances > 1:
+      self.lending.check_pool(self.num_blocks - 1)
 
   @property
   def reachable_blocks(self) -> int:

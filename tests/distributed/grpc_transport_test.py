@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import threading
 import time
 
@@ -482,9 +483,14 @@ class TestOptions:
       ({"listen": "host"}, r"listen must be host:port; got 'host'"),
       ({"listen": ":1"}, r"listen must be host:port; got ':1'"),
       ({"listen": "h:70000"}, r"listen must be host:port; got 'h:70000'"),
-      ({"deadline_s": 0}, r"deadline_s must be positive; got 0"),
-      ({"max_waiting": -1}, r"max_waiting must be positive; got -1"),
-      ({"server_threads": 0}, r"server_threads must be positive; got 0"),
+      ({"deadline_s": 0}, r"deadline_s must be positive and finite; got 0"),
+      ({"keepalive_s": math.inf}, r"keepalive_s must be positive and finite"),
+      ({"max_backoff_s": math.nan}, r"max_backoff_s must be positive and fin"),
+      ({"max_waiting": -1}, r"max_waiting must be at least 1; got -1"),
+      ({"max_waiting": 1.5}, r"max_waiting must be an integer; got 1\.5"),
+      ({"server_threads": 0}, r"server_threads must be at least 1; got 0"),
+      ({"server_threads": 1.5}, r"server_threads must be an integer; got 1\.5"),
+      ({"secret": "word" * 9}, r"secret must be bytes; got 'str'"),
       ({"max_backoff_s": 0.01}, r"at least min_backoff_s \(0\.1\); got 0\.01"),
     ],
   )

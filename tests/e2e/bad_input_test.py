@@ -117,7 +117,10 @@ def _no_half_state():
       {"group_prefill_buckets": ()},
       r"group_prefill_buckets must be positive, .* not empty; got \(\)\.",
     ),
-    ({"group_chunk_s": 0.0}, r"group_chunk_s must be positive; got 0\.0\."),
+    (
+      {"group_chunk_s": 0.0},
+      r"group_chunk_s must be positive and finite; got 0\.0\.",
+    ),
     (
       {"num_instances": 65, "spill_slots": 8},
       r"num_instances x spill_slots must be at most 512, .*; got 520\.",

@@ -14,7 +14,8 @@ def config():
   config.cluster.num_instances = (8, 16)
   config.cluster.num_blocks = 16_000
   config.step.rows = 4
-  config.step.steps = 3
+  config.step.waiting = 5
+  config.step.steps = 70  # All rows need an rBlock at some time.
   return config
 
 
@@ -23,7 +24,11 @@ def test_every_size_is_timed_and_its_plans_are_sound(config, tmp_path):
 
   assert [row["num_instances"] for row in result["clusters"]] == [8, 16]
   assert result["correct"]
-  assert result["step"]["rows"] == 4
+  for step in (result["step"], result["lockstep"]):
+    assert (step["rows"], step["num_waiting"]) == (4, 5)
+    assert step["step_best_ms"] <= step["step_ms"] <= step["step_max_ms"]
+    assert step["step_p99_ms"] <= step["step_max_ms"]
+    assert step["advance_ms"] > 0
   for row in result["clusters"]:
     assert row["num_moves"] > 0
     assert row["num_recalls"] > 0

@@ -66,7 +66,6 @@ def debt_view(*debts):
 def shuffled(data, some_view):
   """The same view with everything in another order."""
   return ClusterView(
-    now_s=some_view.now_s,
     lines=tuple(data.draw(st.permutations(some_view.lines))),
     placements=tuple(data.draw(st.permutations(some_view.placements))),
     links=some_view.links,

@@ -99,7 +99,7 @@ def test_who_says_what_is_checked(body, change, fault):
   ("change", "fault"),
   [
     ({"lendable": -1}, "numbers must be in [0, 2147483647]; got (3, 3, 3, 1,"),
-    ({"host_free": 2**31}, "numbers must be in [0, 2147483647]; got"),
+    ({"num_waiting": 2**31}, "numbers must be in [0, 2147483647]; got"),
     (
       {"counts": dataclasses.replace(_COUNTS, free=4)},
       "counts must add up to a total of at least 1; got",

@@ -93,7 +93,7 @@ class TestLedger:
   def test_heartbeats_fill_the_ledger_and_the_placement_map(self, clock):
     gmanager = _gmanager(clock)
     blocks = RequestBlocks(uid=7, holders=((0, 2), (1, 5)), movable=1)
-    gmanager.on_message(_heartbeat(1, 1, 4, lent=((0, 5),), host_free=3))
+    gmanager.on_message(_heartbeat(1, 1, 4, lent=((0, 5),)))
     clock.now += 1
     gmanager.on_message(
       _heartbeat(
@@ -127,12 +127,10 @@ class TestLedger:
         capacity=99,
         free=4,
         lendable=4,
-        host_free=3,
         debts=((0, 5),),
       ),
     )
     assert view.placements == (placement(0, 7, {0: 2, 1: 5}, movable=1),)
-    assert [view.age_s(line) for line in view.lines] == [0.0, 1.0]
 
   def test_a_newcomer_is_news_to_everybody_else_only_the_sender_is_told(
     self, clock
@@ -274,8 +272,10 @@ class TestCandidates:
     )
 
   def test_links_count_when_candidates_are_ranked(self, clock):
-    links = LinkCosts(domains=(0, 0, 1), between_s=1.0)
-    gmanager = _gmanager(clock, links=links)
+    lending = LendingConfig(link_domains=[0, 0, 1], link_between_s=2.0)
+    gmanager = GManager(lending, clock)
+    links = LinkCosts(domains=(0, 0, 1), between_s=2.0)
+    assert gmanager.view().links == links
     for instance, lendable in ((0, 0), (1, 4), (2, 9)):
       gmanager.on_message(_heartbeat(instance, 1, lendable))
     gmanager.drain_messages()
@@ -422,7 +422,18 @@ class TestConstruction:
     ("policy", "options", "text"),
     [
       ("greedy", {}, "performance .* must be a model for the policy 'greedy'"),
-      ("borrow", {"peers": [GMANAGER]}, r"peers must be others than address"),
+      (
+        "borrow",
+        {"peers": [GMANAGER]},
+        r"peers must be .* others than address",
+      ),
+      ("borrow", {"peers": ["zz"]}, r"peers must be .*; got \['zz'\]"),
+      ("borrow", {"address": "x"}, "address must be one of gmanager, standby"),
+      (
+        "borrow",
+        {"num_instances": 0},
+        "num_instances must be None or at least",
+      ),
       ("borrow", {"incarnation": 0}, "incarnation must be at least 1; got 0"),
     ],
   )
@@ -436,11 +447,29 @@ class TestConstruction:
       ("policy", "best", "policy must be one of borrow, greedy, migrate, stat"),
       ("full_heartbeat_every", 0, "full_heartbeat_every must be at least 1"),
       ("expire_after_s", 0.2, "expire_after_s must be more than twice heartb"),
-      ("leader_lease_s", 0.0, "leader_lease_s must be positive; got 0.0"),
+      (
+        "leader_lease_s",
+        0.0,
+        "leader_lease_s must be positive and finite; got 0.0",
+      ),
       ("leader_lease_s", 0.081, "leader_lease_s must be at most 0.8 of heart"),
       ("heartbeat_every_s", 0.09, "leader_lease_s must be at most 0.8 of hea"),
-      ("plan_every_s", 0, "plan_every_s must be positive; got 0"),
-      ("freeze_s", -1, "freeze_s must be positive; got -1"),
+      ("plan_every_s", 0, "plan_every_s must be positive and finite; got 0"),
+      ("plan_every_s", float("inf"), "plan_every_s must be positive and finit"),
+      ("lease_s", float("inf"), "lease_s must be positive and finite; got inf"),
+      ("lease_s", "10", "lease_s must be positive and finite; got '10'"),
+      ("expire_after_s", float("inf"), "expire_after_s must be positive and f"),
+      (
+        "freeze_s",
+        10.5,
+        r"freeze_s must be at most lease_s \(10.0\); got 10.5",
+      ),
+      ("link_domains", (0, 1.5), r"link_domains\[...\] must be an integer; g"),
+      ("link_between_s", 0, "link_between_s must be positive and finite; got"),
+      ("creditor_use", 0.0, r"creditor_use must be in \(0, 1\]; got 0.0"),
+      ("min_gain", float("nan"), "min_gain must be finite and not negative; g"),
+      ("max_circles", 0, "max_circles must be at least 1; got 0"),
+      ("freeze_s", -1, "freeze_s must be positive and finite; got -1"),
     ],
   )
   def test_impossible_rules_are_refused(self, field, value, text):
@@ -498,6 +527,28 @@ def test_an_absurd_need_takes_nothing_from_those_who_wait(clock):
   (status,) = [m.body for m in gmanager.drain_messages()]
   assert status == ClusterStatus(lendable=99, allotted_to=5)
   assert gmanager.refused == {"Heartbeat": 4}
+
+
+def test_thresholds_of_plans_are_those_of_the_configuration():
+  lending = LendingConfig(
+    debtor_batch=5,
+    creditor_use=0.5,
+    min_gain=0.25,
+    max_moves=7,
+    max_circles=3,
+  )
+
+  assert PlanningConfig.of(lending, 16, MODEL) == PlanningConfig(
+    block_size=16,
+    performance=MODEL,
+    debtor_batch=5,
+    creditor_use=0.5,
+    min_gain=0.25,
+    max_moves=7,
+    max_circles=3,
+  )
+  # By default both say the same.
+  assert PlanningConfig.of(LendingConfig(), 64, None) == PlanningConfig()
 
 
 class TestLeadership:

@@ -129,7 +129,7 @@ def test_older_epochs_do_not_count(reporter):
   ]
 
   assert verdicts == [True, False, True, False, True, True]
-  assert reporter.num_fenced == 2
+  assert reporter.void == {"fenced": 2}
   assert reporter.leader_epoch == 6
 
 
@@ -157,7 +157,7 @@ def test_a_status_or_a_plan_counts_once_and_in_order(reporter):
   assert verdicts == [
     True, False, False, True, False, False, True, True, True, True
   ]  # fmt: skip
-  assert reporter.num_overtaken == 4
+  assert reporter.void == {"overtaken": 4}
 
 
 def test_a_question_for_everything_is_answered_each_time(reporter):

@@ -617,6 +617,40 @@ class TestMessages:
     assert creditor.lendable == 6
     assert cluster.gmanager.view().lines[1].debts == ((0, 2),)
 
+  @pytest.mark.parametrize(
+    ("change", "text"),
+    [
+      ({"block_size": 0}, "block_size must be at least 1; got 0"),
+      ({"block_size": -8}, "block_size must be at least 1; got -8"),
+      ({"incarnation": 0}, "incarnation must be at least 1; got 0"),
+      ({"pool": BlockPool(1, 10)}, "pool must be of 0; got 1"),
+      (
+        {"gmanagers": ()},
+        r"gmanagers must be some of gmanager, standby; got \(",
+      ),
+      ({"gmanagers": ("x",)}, r"gmanagers must be .*; got \('x',\)"),
+      ({"max_lent_blocks": 10}, "max_lent_blocks must be at most the pool's 9"),
+      (
+        {"headroom_blocks": 9},
+        "headroom_blocks must be less than the pool's 9",
+      ),
+    ],
+  )
+  def test_what_cannot_work_is_refused(self, change, text):
+    lending = {k: v for k, v in change.items() if k.endswith("_blocks")}
+    options = {"pool": BlockPool(0, 10), "block_size": 8}
+    options |= {k: v for k, v in change.items() if k not in lending}
+    with pytest.raises(ConfigError, match=text):
+      RManager(
+        0, 2, lending=LendingConfig(**lending), clock=lambda: 0.0, **options
+      )
+
+  def test_who_never_lends_may_keep_all(self):
+    lending = LendingConfig(policy="static", headroom_blocks=9)
+    RManager(0, 2, BlockPool(0, 10), 8, lending, lambda: 0.0)
+    lending = LendingConfig(headroom_blocks=9)
+    RManager(0, 1, BlockPool(0, 10), 8, lending, lambda: 0.0)
+
   def test_an_instance_outside_its_group_is_refused(self):
     with pytest.raises(
       ConfigError, match=r"instance must be in \[0, 2\); got 2"

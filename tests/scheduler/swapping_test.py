@@ -118,15 +118,6 @@ class TestOut:
       0,
     ]
 
-  def test_heartbeats_say_what_is_free_in_host(self):
-    cluster = _cluster(2)
-    _bring_to(cluster, Stage.WAITING)
-
-    cluster.heartbeat()
-
-    lines = cluster.gmanager.view().lines
-    assert [line.host_free for line in lines] == [2, 5]
-
   def test_a_request_without_a_full_block_is_refused(self):
     cluster = _cluster()
     cluster.open(0, 8, BLOCK_SIZE - 1)

@@ -88,6 +88,12 @@ def test_plans_to_move_and_to_dissolve_circles_are_followed(results):
   assert followed == {"MoveKvcache", "RecallKvcache"}
 
 
+def test_what_must_not_be_heeded_is_said_and_counted(results):
+  unheeded = {why for result in results for why in +result.unheeded}
+
+  assert unheeded == {"declined", "fenced", "overtaken", "refused"}
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_requests_wait_in_host_memory_under_every_policy(policy):
   drawn = ((s, draw_scenario(random.Random(s))) for s in range(200))

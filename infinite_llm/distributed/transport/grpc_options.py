@@ -5,6 +5,7 @@ import pathlib
 import ssl
 
 from infinite_llm.errors import ConfigError
+from infinite_llm.rules import require, require_positive, require_seconds
 from infinite_llm.scheduler.wire import MAX_BYTES
 
 
@@ -91,16 +92,13 @@ class GrpcOptions:
     host, _, port = self.listen.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and int(port) < 2**16):
       raise ConfigError(f"listen must be host:port; got {self.listen!r}.")
-    for name in (
-      "deadline_s",
-      "max_waiting",
-      "keepalive_s",
-      "min_backoff_s",
-      "server_threads",
-    ):
-      value = getattr(self, name)
-      if not value > 0:
-        raise ConfigError(f"{name} must be positive; got {value}.")
+    require_positive(self, "max_waiting", "server_threads")
+    require_seconds(
+      self, "deadline_s", "keepalive_s", "min_backoff_s", "max_backoff_s"
+    )
+    if self.secret is not None:  # Not shown: whatever it is, it is secret.
+      kind = type(self.secret).__name__
+      require(isinstance(self.secret, bytes), "secret", "bytes", kind)
     if self.max_backoff_s < self.min_backoff_s:
       raise ConfigError(
         f"max_backoff_s must be at least min_backoff_s ({self.min_backoff_s});"
