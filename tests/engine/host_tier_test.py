@@ -16,7 +16,7 @@ from infinite_llm.engine.engine import Engine
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.scheduler.swapping import Stage
+from infinite_llm.scheduler.swapping import Stage, _Swapped
 from infinite_llm.types import Tier
 from tests.testing import (
   SamplingOracle,
@@ -209,11 +209,16 @@ def test_where_computing_again_is_faster_nothing_is_copied(
 def test_where_host_memory_is_full_it_is_computed_again(
   engine, oracle, monkeypatch
 ):
-  pool = engine.group.managers[0].swapping._host.pool
-  taken = pool.allocate(6, uid=10**6)  # Two are left, and three are needed.
+  swapping = engine.group.managers[0].swapping
+  uid = 10**6  # Waits there; two are left, and three are needed.
+  swapping._swapped[uid] = _Swapped(
+    uid=uid,
+    stage=Stage.WAITING,
+    home=(),
+    host=swapping.host_pool.allocate(6, uid),
+  )
   check_recomputed(engine, oracle, monkeypatch)
-  for location in taken:
-    pool.free(location.block_id, 10**6)
+  swapping.drop(uid)
 
 
 def check_recomputed(engine, oracle, monkeypatch):
