@@ -63,11 +63,9 @@ def run(
 
   Returns:
     One row for each number of instances, the time of a step, and how times grow
-    with the number of instances. Times are the median and the best of all
-    repetitions.
+    with the instances. Times are the median and the best of all repetitions.
   """
-  step = _time_step(config, is_staggered=True)
-  lockstep = _time_step(config, is_staggered=False)
+  step, lockstep = (_time_step(config, is_staggered=s) for s in (True, False))
   rows = [
     _time_cluster(config, num_instances)
     for num_instances in tqdm(
@@ -391,14 +389,11 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     axes.plot(sizes, [row[name] for row in rows], "o-", label=label)
   last = rows[-1]
   per_instance = last["planning_round_ms"] / last["num_instances"]
-  axes.plot(
-    sizes, [per_instance * n for n in sizes], "k:", label="in proportion"
-  )
+  straight = [per_instance * n for n in sizes]
+  axes.plot(sizes, straight, "k:", label="in proportion")
   axes.axhline(_AIMS_MS["planning_round_ms"], color="grey", lw=1, label="aim")
   axes.set_xscale("log", base=2)
-  axes.set_yscale("log")
-  axes.set_xlabel("instances")
-  axes.set_ylabel("CPU ms")
+  axes.set(yscale="log", xlabel="instances", ylabel="CPU ms")
   axes.set_title("Control plane, one CPU core, one million rBlocks")
   axes.grid(alpha=0.3)
   axes.legend()

@@ -24,13 +24,11 @@ MAX_GROUP_ROWS = 512
 MAX_PROGRAM_KINDS = 24
 """Compiled programs that differ in more than the instance; more are a lot."""
 
-
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
 small pool would lend nothing otherwise."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
   """Continuous batching of one instance. All shapes come from here.

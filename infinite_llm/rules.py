@@ -104,7 +104,7 @@ def require_positive(config: object, *names: str) -> None:
 
 def _is_number(value: object) -> bool:
   """Whether it is a real number, of NumPy too; a bool is none."""
-  return isinstance(value, numbers.Real) and not isinstance(value, bool)
+  return not isinstance(value, bool) and isinstance(value, numbers.Real)
 
 
 def require_kv_scales(

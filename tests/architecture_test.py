@@ -19,6 +19,7 @@ _LAYERS = (
     "types",
     "errors",
     "rules",
+    "cache_config",
     "lending_config",
     "config",
     "sampling_params",

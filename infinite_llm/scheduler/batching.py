@@ -96,12 +96,7 @@ class Batcher:
     self._end(uid, RequestStatus.FINISHED_ABORTED)
 
   def finish(self, uid: RequestUid, status: RequestStatus) -> None:
-    """Ends a request that has all its tokens.
-
-    Args:
-      uid: The request.
-      status: How it ended.
-    """
+    """Ends a request that has all its tokens, with a finished status."""
     if not status.is_finished:
       raise InvariantError(f"status must be a finished one; got {status}.")
     self._end(uid, status)

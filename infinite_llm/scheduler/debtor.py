@@ -145,9 +145,8 @@ class Debtor:
     account = self.account(uid)
     del self._accounts[uid]
     account.is_closed = True
-    for logical_id, location in account.table.hosted_entries(
-      self._pool.instance
-    ):
+    home = account.table.hosted_entries(self._pool.instance)
+    for logical_id, location in home:
       if logical_id >= num_kept:
         self._pool.free(location.block_id, uid)
     self._transfers.abandon(account)
@@ -216,9 +215,7 @@ class Debtor:
 
   def lost(self) -> tuple[RequestUid, ...]:
     """Open requests with rBlocks that are gone."""
-    return tuple(
-      uid for uid, account in self._accounts.items() if account.is_lost
-    )
+    return tuple(uid for uid, a in self._accounts.items() if a.is_lost)
 
   @property
   def num_borrows(self) -> int:
@@ -278,9 +275,7 @@ class Debtor:
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
     return tuple(
-      uid
-      for uid, account in self._accounts.items()
-      if account.phase is Phase.SWITCHED
+      uid for uid, a in self._accounts.items() if a.phase is Phase.SWITCHED
     )
 
   def on_verified(self, uid: RequestUid, is_proved: bool) -> None:

@@ -300,7 +300,7 @@ class Instance:
   def _end_copy(self, copy: SwapBlocks) -> None:
     world = self._world
     self._copies.remove(copy)
-    self.watch.check_copy(copy)
+    _check_copy(self.manager, copy)
     is_lost = not world.is_healed and (
       world.rng.random() < world.scenario.copy_lost
     )
@@ -349,3 +349,20 @@ class Instance:
     receiver = self._world.watches[move.dst_instance]
     if receiver.is_up and self._world.plane.exchange(move):
       receiver.check_payload(move)
+
+
+def _check_copy(manager: RManager, copy: SwapBlocks) -> None:
+  """Until a copy is acknowledged, neither end is given to anybody else."""
+  pools = [manager.pool, manager.swapping.host_pool]
+  if copy.to_tier is Tier.HBM:
+    pools.reverse()
+  for one in copy.swaps:
+    ends = zip(pools, (one.src_block, one.dst_block), strict=True)
+    for pool, block_id in ends:
+      block = pool.block(block_id)
+      if (block.owner, block.uid) != (manager.instance, one.uid):
+        raise ViolationError(
+          f"A copy of request {one.uid} to {copy.to_tier.name} is under way on"
+          f" instance {manager.instance}, but its {pool.tier.name} rBlock is"
+          f" {block}."
+        )

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from infinite_llm.cache.rblock import BlockState
-from infinite_llm.scheduler.effects import Move, SwapBlocks
+from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.messages import (
@@ -37,7 +37,6 @@ from infinite_llm.types import (
   FaultPoint,
   InstanceId,
   RequestUid,
-  Tier,
 )
 
 EPOCHS_PER_INCARNATION = 100_000
@@ -321,24 +320,6 @@ class Watch:
         f"Instance {self.number} lent {pool.num_lent} rBlocks; its cap is"
         f" {cap}."
       )
-
-  def check_copy(self, copy: SwapBlocks) -> None:
-    """Until a copy is acknowledged, neither end is given to anybody else."""
-    swapping = self.manager.swapping
-    pools = [self.manager.pool, swapping.host_pool]
-    if copy.to_tier is Tier.HBM:
-      pools.reverse()
-    for one in copy.swaps:
-      for pool, block_id in zip(
-        pools, (one.src_block, one.dst_block), strict=True
-      ):
-        block = pool.block(block_id)
-        if (block.owner, block.uid) != (self.number, one.uid):
-          raise ViolationError(
-            f"A copy of request {one.uid} to {copy.to_tier.name} is under way"
-            f" on instance {self.number}, but its {pool.tier.name} rBlock is"
-            f" {block}."
-          )
 
   def check_payload(self, move: Move) -> None:
     """A payload that was accepted must be what its rBlock was granted for."""
