@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   config.lending.lease_s = 10.0
   config.lending.full_heartbeat_every = 10
   config.lending.expire_after_s = 5.0
-  config.lending.leader_lease_s = 0.075
+  config.lending.leader_lease = 0.75
   config.lending.plan_every_s = 1.0
   config.lending.freeze_s = 1.0
   config.lending.link_domains = ()  # All instances are in one.

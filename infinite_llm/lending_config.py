@@ -23,6 +23,9 @@ _WITHOUT_LENDERS = ("static", "swap")
 POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
 """Names of the policies; `scheduler/policies/` has them."""
 
+_BEATS_PER_LEASE = 4
+_MAX_LEADER_LEASE = _BEATS_PER_LEASE / (_BEATS_PER_LEASE + 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LendingConfig:
@@ -57,9 +60,9 @@ class LendingConfig:
       others say what changed.
     expire_after_s: Seconds of silence after which the gManager forgets an
       instance.
-    leader_lease_s: Seconds of silence of the leading gManager after which the
-      standby takes over. It is called, and the leader speaks, each
-      `leader_beat_s`; both together fit in a heartbeat period.
+    leader_lease: Silence of the leading gManager, as a part of a heartbeat
+      period, after which the standby takes over. It is called, and the leader
+      speaks, each `leader_beat_s`; both together fit in that period.
     plan_every_s: Seconds between plans of the gManager.
     freeze_s: Seconds for which the instances of a circle of debts neither lend
       nor borrow, so that they can take their rBlocks home.
@@ -89,7 +92,7 @@ class LendingConfig:
   lease_s: float = 10.0
   full_heartbeat_every: int = 10
   expire_after_s: float = 5.0
-  leader_lease_s: float = 0.075
+  leader_lease: float = 0.75
   plan_every_s: float = 1.0
   freeze_s: float = 1.0
   link_domains: tuple[int, ...] = ()
@@ -134,12 +137,11 @@ class LendingConfig:
       "heartbeat_every_s",
       "lease_s",
       "expire_after_s",
-      "leader_lease_s",
       "plan_every_s",
       "freeze_s",
       "link_between_s",
     )
-    require_numbers(self, "creditor_use", "min_gain")
+    require_numbers(self, "leader_lease", "creditor_use", "min_gain")
     require(
       0 < self.creditor_use <= 1,
       "creditor_use",
@@ -174,12 +176,12 @@ class LendingConfig:
       " one lost heartbeat is no death",
       self.expire_after_s,
     )
+    # With a beat on top, a standby leads within a period of a leader's death.
     require(
-      self.leader_lease_s + self.leader_beat_s <= self.heartbeat_every_s,
-      "leader_lease_s",
-      f"at most 0.8 of heartbeat_every_s ({self.heartbeat_every_s!r}), so that"
-      " a standby leads within that time of a leader's death",
-      self.leader_lease_s,
+      0 < self.leader_lease <= _MAX_LEADER_LEASE,
+      "leader_lease",
+      f"in (0, {_MAX_LEADER_LEASE}]",
+      self.leader_lease,
     )
 
   def check_pool(self, num_blocks: int) -> None:
@@ -204,12 +206,17 @@ class LendingConfig:
     )
 
   @property
+  def leader_lease_s(self) -> float:
+    """Seconds of the leading gManager's silence that the standby bears."""
+    return self.leader_lease * self.heartbeat_every_s
+
+  @property
   def leader_beat_s(self) -> float:
     """Seconds between words of the leading gManager to the standby.
 
     Three of them may be lost. Each gManager must be called as often.
     """
-    return self.leader_lease_s / 4
+    return self.leader_lease_s / _BEATS_PER_LEASE
 
   @property
   def has_lenders(self) -> bool:

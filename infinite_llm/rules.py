@@ -61,17 +61,18 @@ def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
 
 def require_seconds(config: object, *names: str) -> None:
   """Refuses fields that are no positive, finite numbers."""
+  require_numbers(config, *names)
   for name in names:
     value = getattr(config, name)
-    holds = _is_number(value) and 0 < value < math.inf
-    require(holds, name, "positive and finite", value)
+    require(0 < value < math.inf, name, "positive and finite", value)
 
 
 def require_shares(config: object, *names: str) -> None:
   """Refuses fields that are no numbers from 0 to 1."""
+  require_numbers(config, *names)
   for name in names:
     value = getattr(config, name)
-    require(_is_number(value) and 0 <= value <= 1, name, "in [0, 1]", value)
+    require(0 <= value <= 1, name, "in [0, 1]", value)
 
 
 def require_buckets(config: object, *names: str) -> None:

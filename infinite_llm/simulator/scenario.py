@@ -174,7 +174,6 @@ def draw_scenario(rng: random.Random) -> Scenario:
     lease_s=rng.choice((1.5, 2.5)),
     full_heartbeat_every=rng.choice((3, 10)),
     expire_after_s=2.0,
-    leader_lease_s=0.075,
     plan_every_s=0.2 if has_circles else 0.5,
     freeze_s=0.5,
   )

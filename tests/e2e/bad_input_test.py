@@ -219,7 +219,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     ("resend_after_s", True, "a number"),
     ("lease_s", "x", "a number"),
     ("expire_after_s", [1.0], "a number"),
-    ("leader_lease_s", 0, "positive"),
+    ("leader_lease", 0, "in (0, 0.8]"),
     ("group_prefill_buckets", "128", "a sequence of integers"),
     ("decode_buckets", 5, "a sequence of integers"),
     ("decode_buckets", {4: 1}, "a sequence of integers"),

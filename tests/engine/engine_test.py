@@ -359,6 +359,20 @@ class TestDispatch:
     assert launches["group_decode"] > before[1]
 
 
+def test_local_steps_keep_no_tables_of_leases_that_ended(engine, oracle):
+  """They name rBlocks that the steps' own requests have by now."""
+  long, own = sampling_of(4), sampling_of(8)
+  name = engine.add_request(prompt_of(240), long, instance=0)
+  check(oracle, drain(engine)[name], long)
+  assert pools_are_empty(engine)
+  before = engine.runner.launches["group_decode"]
+  name = engine.add_request(prompt_of(120, 1), own, instance=1)
+  check(oracle, drain(engine)[name], own)
+  assert engine.runner.launches["group_decode"] == before
+  hosted = engine.group.managers[1].hosted
+  assert engine.runner._tables[1]._hosted == hosted.versions()
+
+
 def test_slow_group_steps_get_smaller(checkpoint, oracle, monkeypatch):
   # Any step is slower than a nanosecond.
   engine = build(

@@ -56,7 +56,7 @@ def cluster(network):
     interceptor=network,
     has_standby=True,
     heartbeat_every_s=_PERIOD_S,
-    leader_lease_s=_LEASE_S,
+    leader_lease=_LEASE_S / _PERIOD_S,
   )
   _periods(cluster, 3)
   return cluster
@@ -109,8 +109,8 @@ def test_the_standby_serves_within_a_period_of_the_death(cluster):
   "lending",
   [
     LendingConfig(),
-    LendingConfig(heartbeat_every_s=1.0, leader_lease_s=0.75),
-    LendingConfig(heartbeat_every_s=1.0, leader_lease_s=0.8),
+    LendingConfig(heartbeat_every_s=1.0, leader_lease=0.75),
+    LendingConfig(heartbeat_every_s=1.0, leader_lease=0.8),
   ],
 )
 def test_whenever_the_leader_dies_a_standby_soon_leads(lending):

@@ -48,7 +48,6 @@ def _gmanager(clock, policy="borrow", **options):
   lending = {
     "heartbeat_every_s": 1.0,
     "expire_after_s": 5.0,
-    "leader_lease_s": 0.75,
     "plan_every_s": 2.0,
     "freeze_s": 4.0,
   }
@@ -447,17 +446,13 @@ class TestConstruction:
       ("policy", "best", "policy must be one of borrow, greedy, migrate, stat"),
       ("full_heartbeat_every", 0, "full_heartbeat_every must be at least 1"),
       ("expire_after_s", 0.2, "expire_after_s must be more than twice heartb"),
-      (
-        "leader_lease_s",
-        0.0,
-        "leader_lease_s must be positive and finite; got 0.0",
-      ),
-      ("leader_lease_s", 0.081, "leader_lease_s must be at most 0.8 of heart"),
-      ("heartbeat_every_s", 0.09, "leader_lease_s must be at most 0.8 of hea"),
+      ("leader_lease", 0.0, r"leader_lease must be in \(0, 0.8\]; got 0.0"),
+      ("leader_lease", 0.81, r"leader_lease must be in \(0, 0.8\]; got 0.81"),
+      ("leader_lease", "1", "leader_lease must be a number; got '1'"),
       ("plan_every_s", 0, "plan_every_s must be positive and finite; got 0"),
       ("plan_every_s", float("inf"), "plan_every_s must be positive and finit"),
       ("lease_s", float("inf"), "lease_s must be positive and finite; got inf"),
-      ("lease_s", "10", "lease_s must be positive and finite; got '10'"),
+      ("lease_s", "10", "lease_s must be a number; got '10'"),
       ("expire_after_s", float("inf"), "expire_after_s must be positive and f"),
       (
         "freeze_s",

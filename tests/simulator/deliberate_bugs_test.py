@@ -223,9 +223,10 @@ def _take_over_a_period_late(monkeypatch):
 
   def late(self):
     lending = self._lending
-    period_s = 3 * lending.heartbeat_every_s
     self._lending = dataclasses.replace(
-      lending, leader_lease_s=period_s / 2, heartbeat_every_s=period_s
+      lending,
+      leader_lease=0.5,
+      heartbeat_every_s=3 * lending.heartbeat_every_s,
     )
     tick(self)
     self._lending = lending
@@ -375,7 +376,7 @@ def test_a_standby_that_waits_longer_than_it_may_is_found():
   def patient(seed):
     scenario = _drawn(seed)
     # No configuration can say so: five heartbeat periods.
-    object.__setattr__(scenario.lending, "leader_lease_s", 0.5)
+    object.__setattr__(scenario.lending, "leader_lease", 5.0)
     return scenario
 
   assert re.search("after the leader's death", _first_found(patient, 40))
