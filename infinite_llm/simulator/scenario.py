@@ -162,8 +162,11 @@ def draw_scenario(rng: random.Random) -> Scenario:
   host_blocks = rng.choice((0, num_blocks // 2, 2 * num_blocks))
   if get_policy(policy).swaps_to_host:
     host_blocks = host_blocks or num_blocks
-  # Several with answers that grow are what makes running ones give way.
-  is_crowded = host_blocks > 0 and not has_circles and rng.random() < 0.6
+  # Several with answers that grow are what makes running ones give way, or run
+  # somewhere else.
+  is_crowded = policy == "migrate" or (
+    host_blocks > 0 and not has_circles and rng.random() < 0.6
+  )
   lending = LendingConfig(
     policy=policy,
     spill_slots=4 if has_circles else rng.choice((1, 2, 4)),

@@ -119,7 +119,7 @@ def test_pools_together_hold_the_context_but_none_does_alone(num_instances):
   [
     ("cache.block_size=17", "block_size must be a positive multiple of 8"),
     ("cache.block_size=0", "block_size must be a positive multiple of 8"),
-    ("cache.num_blocks=9", "all reachable rBlocks hold"),
+    ("cache.num_blocks=10", "all reachable rBlocks hold"),
     ("lending.policy=static", "all reachable rBlocks hold"),
     ("lending.policy=give", "policy must be"),
     ("cluster.num_instances=0", "num_instances must be at least 1"),
