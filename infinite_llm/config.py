@@ -6,8 +6,8 @@ the project only these dataclasses travel.
 
 import dataclasses
 import difflib
-import math
 
+from infinite_llm.cache_config import DTYPES, CacheConfig
 from infinite_llm.errors import ConfigError
 from infinite_llm.rules import (
   require,
@@ -25,9 +25,6 @@ MAX_GROUP_ROWS = 512
 MAX_PROGRAM_KINDS = 24
 """Compiled programs that differ in more than the instance; more are a lot."""
 
-DTYPES = ("float32", "bfloat16")
-"""What weights, activations, keys and values can be."""
-
 _WITHOUT_LENDERS = ("static", "swap")
 """Policies under which no instance lends."""
 
@@ -37,78 +34,6 @@ POLICIES = ("borrow", "greedy", "migrate", "static", "swap")
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
 small pool would lend nothing otherwise."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-  """The rBlock pools of each instance.
-
-  Attributes:
-    block_size: Tokens per rBlock, a multiple of 8.
-    num_blocks: rBlocks per instance, the null block included. None has the
-      engine find out what fits on the devices.
-    memory_fraction: Part of a device's memory that may be used, if `num_blocks`
-      is to be found out; the rest is a margin.
-    kv_dtype: Dtype of keys and values; None takes the model's.
-    host_blocks: rBlocks of host memory per instance, the null block included;
-      0 is no such pool. Preempted requests wait there if that is faster than
-      to compute their KV again.
-    host_link_bytes_per_s: Speed of copies between an instance and its host
-      memory, each way, to tell what is faster.
-    recompute_tokens_per_s: Speed of prefill, for the same.
-    verify_moves: Whether to compare checksums of both ends of every move
-      between the tiers. It blocks the host: for debugging.
-  """
-
-  block_size: int = 64
-  num_blocks: int | None = None
-  memory_fraction: float = 0.92
-  kv_dtype: str | None = None
-  host_blocks: int = 0
-  host_link_bytes_per_s: float = 40e9
-  recompute_tokens_per_s: float = 40e3
-  verify_moves: bool = False
-
-  def __post_init__(self):
-    require_integer("block_size", self.block_size)
-    require(
-      self.block_size > 0 and self.block_size % 8 == 0,
-      "block_size",
-      "a positive multiple of 8",
-      self.block_size,
-    )
-    if self.num_blocks is not None:
-      require_integer("num_blocks", self.num_blocks)
-      require(self.num_blocks >= 2, "num_blocks", "at least 2", self.num_blocks)
-    require(
-      0 < self.memory_fraction <= 1,
-      "memory_fraction",
-      "in (0, 1]",
-      self.memory_fraction,
-    )
-    require(
-      self.kv_dtype is None or self.kv_dtype in DTYPES,
-      "kv_dtype",
-      f"None or one of {', '.join(DTYPES)}",
-      self.kv_dtype,
-    )
-    require_integer("host_blocks", self.host_blocks)
-    is_pool = self.host_blocks == 0 or self.host_blocks >= 2
-    require(is_pool, "host_blocks", "0 or at least 2", self.host_blocks)
-    for name in ("host_link_bytes_per_s", "recompute_tokens_per_s"):
-      value = getattr(self, name)
-      require(0 < value < math.inf, name, "positive and finite", value)
-
-  @property
-  def capacity_tokens(self) -> int:
-    """Tokens of KV that one instance can hold.
-
-    Raises:
-      ConfigError: If `num_blocks` is yet to be found out.
-    """
-    if self.num_blocks is None:
-      raise ConfigError("num_blocks must be known by now; got None.")
-    return (self.num_blocks - 1) * self.block_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +147,20 @@ class LendingConfig:
     """Whether the policy has instances lend at all."""
     return self.policy not in _WITHOUT_LENDERS
 
+  def reachable_blocks(self, own_blocks: int, num_instances: int) -> int:
+    """rBlocks of HBM that one request could have if it were alone.
+
+    Args:
+      own_blocks: rBlocks of each instance, without the null block.
+      num_instances: I, instances of the group.
+    """
+    if not self.has_lenders:
+      return own_blocks
+    lent = max(own_blocks - (self.headroom_blocks or 0), 0)
+    if self.max_lent_blocks is not None:
+      lent = min(lent, self.max_lent_blocks)
+    return own_blocks + lent * (num_instances - 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -278,7 +217,7 @@ class EngineConfig:
 
   num_instances: int = 1
   tensor_parallel: int = 1
-  cache: CacheConfig = CacheConfig()
+  cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
   lending: LendingConfig = LendingConfig()
   scheduler: SchedulerConfig = SchedulerConfig()
   dtype: str = "auto"
@@ -341,13 +280,17 @@ class EngineConfig:
     Every bucket of every kind of step is one. So is each of the two ways of
     sampling for each number of rows, marking the tokens seen and writing table
     entries, and each direction between the tiers; a group has its exchange,
-    coverage check and reservation epochs.
+    coverage check and reservation epochs. A step that attends HOST consists of
+    five, for one token and for many, and there is one more way to HOST.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
     row_counts = {*scheduler.decode_buckets, scheduler.prefill_rows}
     if self.cache.host_blocks:
       steps += 2
+    if self.cache.host_attention:
+      steps += 2 * 5 + 1
+      row_counts.add(1)
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets) + 3
       row_counts |= {lending.spill_slots, 1}

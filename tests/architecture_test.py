@@ -15,7 +15,14 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # Packages and modules of infinite_llm, each layer above those that may import
 # it. Those of one layer may import each other, as long as no cycle results.
 _LAYERS = (
-  ("types", "errors", "rules", "config", "sampling_params"),
+  (
+    "types",
+    "errors",
+    "rules",
+    "cache_config",
+    "config",
+    "sampling_params",
+  ),
   ("cache",),
   ("scheduler",),
   ("distributed",),

@@ -12,7 +12,7 @@ from infinite_llm.cache.content_tag import (
 )
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import InstanceId, RequestUid, Tier
 
 _MANY = 8
 """Tags of so many rBlocks are faster computed together."""
@@ -49,9 +49,10 @@ class BlockTable:
     self._full_coverage: list[int] = []
     self._num_summed = 0
     self._sum = 0
-    # The rBlocks at home: what a log has from `_local_begin` on. Appending and
-    # moving the oldest one away leave the log as it is; after any other change
-    # it is None until somebody asks.
+    self._num_host = 0
+    # The rBlocks at home in HBM: what a log has from `_local_begin` on.
+    # Appending and moving the oldest one away leave the log as it is; after any
+    # other change it is None until somebody asks.
     self._local: BlockEntries | None = BlockEntries()
     self._local_begin = 0
 
@@ -59,6 +60,11 @@ class BlockTable:
   def num_blocks(self) -> int:
     """How many rBlocks the request has."""
     return len(self._locations)
+
+  @property
+  def num_host(self) -> int:
+    """How many of them lie in HOST: always the oldest."""
+    return self._num_host
 
   def append(self, locations: Iterable[Location]) -> None:
     """Adds rBlocks after the last one."""
@@ -98,6 +104,7 @@ class BlockTable:
     self._locations[logical_id] = new
     self._num_at[old.instance] -= 1
     self._num_at[new.instance] += 1
+    self._num_host += (new.tier is Tier.HOST) - (old.tier is Tier.HOST)
     before = self._full_coverage[logical_id]
     after = self._coverage_of(logical_id, self.block_size)
     self._full_coverage[logical_id] = after
@@ -108,7 +115,7 @@ class BlockTable:
     return old
 
   def local_entries(self) -> EntrySpan:
-    """The rBlocks at home, by rising logical number.
+    """The rBlocks at home in HBM, by rising logical number.
 
     In O(1), except after a change other than an append and the move of the
     oldest one away.
@@ -122,11 +129,11 @@ class BlockTable:
   def hosted_entries(
     self, instance: InstanceId
   ) -> tuple[tuple[int, Location], ...]:
-    """The rBlocks on one instance, as `(logical_id, location)` in order."""
+    """The rBlocks in one HBM, as `(logical_id, location)` in order."""
     return tuple(
       (logical_id, location)
       for logical_id, location in enumerate(self._locations)
-      if location.instance == instance
+      if location.instance == instance and location.tier is Tier.HBM
     )
 
   def creditors(self) -> tuple[InstanceId, ...]:
@@ -189,8 +196,8 @@ class BlockTable:
     return add_coverage(self._sum, self._coverage_of(num_full, rest))
 
   def _log_local(self, log: BlockEntries, logical_ids: Iterable[int]) -> None:
-    """Appends those of some rBlocks that are at home."""
-    local = [i for i in logical_ids if self._locations[i].instance == self.home]
+    """Appends those of some rBlocks that are at home in HBM."""
+    local = [i for i in logical_ids if self._is_local(self._locations[i])]
     log.append([self._locations[i].block_id for i in local], local)
 
   def _follow_switch(self, logical_id: int, new: Location) -> None:
@@ -198,10 +205,13 @@ class BlockTable:
     if self._local is None:
       return
     local = self.local_entries()
-    if new.instance != self.home and local.logical_ids[0] == logical_id:
+    if not self._is_local(new) and local.logical_ids[0] == logical_id:
       self._local_begin += 1
     else:
       self._local = None
+
+  def _is_local(self, location: Location) -> bool:
+    return location.instance == self.home and location.tier is Tier.HBM
 
   def _full_coverages(self, logical_ids: range) -> list[int]:
     """What each of some rBlocks adds to coverage when it is full."""

@@ -1,7 +1,8 @@
 """Joins the books of the HOST tiers to the devices."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -9,16 +10,26 @@ from absl import logging
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.host_memory import check_host_memory, host_memory
 from infinite_llm.cache.host_pool import Copy, HostPool
-from infinite_llm.config import CacheConfig
+from infinite_llm.cache.slab_store import HeldSlab, LeavingSlab, SlabStore
+from infinite_llm.config import EngineConfig
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.effects import SwapBlocks
+from infinite_llm.scheduler.effects import OverflowBlocks, SwapBlocks
+from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
-from infinite_llm.types import InstanceId, Tier
+from infinite_llm.types import InstanceId, RequestUid, Tier
 
 _REPORTS = 10
 """Lines of the log that tell how far allocating a HOST pool is."""
+
+
+class _Copying(NamedTuple):
+  """What is being copied between the tiers of an instance."""
+
+  instance: InstanceId
+  effect: SwapBlocks | OverflowBlocks
+  copy: Copy | LeavingSlab
 
 
 class HostTiers:
@@ -26,39 +37,54 @@ class HostTiers:
 
   Attributes:
     pools: HOST pool of each instance; empty if there are none.
+    slabs: What each instance attends in host memory; empty if none does.
   """
 
-  def __init__(self, config: CacheConfig, runner: ModelRunner):
+  def __init__(self, config: EngineConfig, runner: ModelRunner):
     """Allocates all host memory, which takes seconds; blocks the host.
 
     Args:
-      config: Sizes of the pools.
+      config: Sizes of the pools, and who may have what there.
       runner: The devices.
 
     Raises:
       ConfigError: If host memory, or what of it may be pinned, does not do.
     """
-    self._config = config
+    self._group_config = config
+    self._config = cache = config.cache
     self._runner = runner
     self.pools: list[HostPool] = []
-    self._copies: list[tuple[InstanceId, SwapBlocks, Copy]] = []
-    if not config.host_blocks:
+    self.slabs: list[SlabStore] = []
+    self._copies: list[_Copying] = []
+    if not cache.host_blocks:
       return
-    pool_bytes = (config.host_blocks - 1) * runner.pool.block_bytes
+    num_blocks = cache.host_blocks - 1
+    if cache.host_attention:  # Each slab has a null block of its own.
+      num_blocks += num_blocks // cache.slab_blocks
     check_host_memory(
-      len(runner.instances) * pool_bytes,
+      len(runner.instances) * num_blocks * runner.pool.block_bytes,
       "host_blocks",
-      config.host_blocks,
+      cache.host_blocks,
       host_memory(os.environ, jax.default_backend()),
     )
+    for own, instance in enumerate(runner.instances):
+      if cache.host_attention:
+        store = SlabStore(
+          runner.row_meshes[own],
+          name=instance,
+          slab_blocks=cache.slab_blocks,
+          run=runner.programs.run,
+          verify=cache.verify_moves,
+        )
+        self.slabs.append(store)
     self.pools += (
       HostPool(
         runner.pool.row(own),
         runner.row_meshes[own],
         name=instance,
-        num_blocks=config.host_blocks,
+        num_blocks=cache.host_blocks,
         run=runner.programs.run,
-        verify=config.verify_moves,
+        verify=cache.verify_moves,
         progress=_reporter(instance),
       )
       for own, instance in enumerate(runner.instances)
@@ -73,7 +99,18 @@ class HostTiers:
     """Makes the books of an instance's HOST tier; None if it has none."""
     if not self._config.host_blocks:
       return None
+    rule, cache = None, self._config
+    if cache.host_attention:
+      own = cache.capacity_tokens // cache.block_size
+      rule = OverflowRule(
+        reachable_blocks=self._group_config.lending.reachable_blocks(
+          own, self._group_config.num_instances
+        ),
+        kept_blocks=cache.kept_blocks,
+        slab_blocks=cache.slab_blocks,
+      )
     return HostTier(
+      overflow=rule,
       pool=BlockPool(instance, self._config.host_blocks, tier=Tier.HOST),
       costs=SwapCosts(
         block_bytes=self._runner.pool.block_bytes,
@@ -88,9 +125,33 @@ class HostTiers:
       raise InvariantError(f"Instance {instance} has no HOST pool: {effect}.")
     own = self._runner.instances.index(instance)
     copy = self.pools[own].copy(effect.to_tier, effect.swaps)
-    self._copies.append((instance, effect, copy))
+    self._copies.append(_Copying(instance, effect, copy))
 
-  def advance(self) -> list[tuple[InstanceId, SwapBlocks]]:
+  def begin_overflow(
+    self, instance: InstanceId, effect: OverflowBlocks
+  ) -> None:
+    """Has a slab of rBlocks copied to where steps attend it."""
+    if not self.slabs:
+      raise InvariantError(f"Instance {instance} attends no HOST: {effect}.")
+    own = self._runner.instances.index(instance)
+    self.pools[own].release(swap.dst_block for swap in effect.swaps)
+    leaving = self.slabs[own].leave(
+      self._runner.pool.row(own),
+      effect.uid,
+      effect.swaps,
+      [swap.logical_id for swap in effect.swaps],
+    )
+    self._copies.append(_Copying(instance, effect, leaving))
+
+  def drop_overflow(self, instance: InstanceId, uid: RequestUid) -> None:
+    """Forgets what an instance attends of a request in host memory."""
+    self.slabs[self._runner.instances.index(instance)].drop(uid)
+
+  def held(self, instance: InstanceId, uid: RequestUid) -> Sequence[HeldSlab]:
+    """What steps of a request attend in host memory, oldest first."""
+    return self.slabs[self._runner.instances.index(instance)].slabs(uid)
+
+  def advance(self) -> list[tuple[InstanceId, SwapBlocks | OverflowBlocks]]:
     """Launches what there is room for; never waits.
 
     Returns:
@@ -100,9 +161,12 @@ class HostTiers:
       if not host.is_idle:
         pool = host.advance(self._runner.pool.row(own))
         self._runner.pool.set_row(own, pool)
-    ended = [(i, effect) for i, effect, copy in self._copies if copy.is_done]
-    self._copies = [part for part in self._copies if not part[2].is_done]
-    return ended
+    ended = [each for each in self._copies if each.copy.is_done]
+    self._copies = [each for each in self._copies if each not in ended]
+    for instance, _, copy in ended:
+      if isinstance(copy, LeavingSlab):
+        self.slabs[self._runner.instances.index(instance)].keep(copy)
+    return [(instance, effect) for instance, effect, _ in ended]
 
   def warm_up(self) -> None:
     """Compiles the programs of the moves."""

@@ -26,9 +26,11 @@ from infinite_llm.engine.pending_check import Asked, PendingCheck, names_of
 from infinite_llm.engine.step_batch import CheckRow
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import (
+  DropOverflow,
   GrantEpochs,
   Move,
   MoveBlocks,
+  OverflowBlocks,
   SwapBlocks,
 )
 from infinite_llm.scheduler.gmanager import GManager
@@ -94,6 +96,11 @@ class LendingGroup:
         "host_blocks must be at least 2 for policy 'swap', which swaps to them;"
         f" got {config.cache.host_blocks}."
       )
+    if config.cache.host_attention and order.is_shared:
+      raise ConfigError(
+        "host_attention must be False in an engine of several processes; got"
+        " True."
+      )
     profile = config.lending.performance_profile
     planning = PlanningConfig(
       block_size=config.cache.block_size,
@@ -109,7 +116,7 @@ class LendingGroup:
     self._runner = runner
     self._order = order
     self.transport = transport
-    self.host_tiers = HostTiers(config.cache, runner)
+    self.host_tiers = HostTiers(config, runner)
     self.managers = [
       RManager(
         instance=instance,
@@ -288,14 +295,21 @@ class LendingGroup:
             moving.extend(moves)
           case SwapBlocks():
             self.host_tiers.begin(manager.instance, effect)
+          case OverflowBlocks():
+            self.host_tiers.begin_overflow(manager.instance, effect)
+          case DropOverflow(uid=uid):
+            self.host_tiers.drop_overflow(manager.instance, uid)
     return happened
 
   def _end_swaps(self) -> bool:
     """Moves rBlocks between the tiers; whether any are or were on their way."""
     was_copying = self.host_tiers.is_copying
     for instance, effect in self.host_tiers.advance():
-      own = self._runner.instances.index(instance)
-      self.managers[own].swapping.on_swapped(effect)
+      manager = self.managers[self._runner.instances.index(instance)]
+      if isinstance(effect, OverflowBlocks):
+        manager.overflow.on_copied(effect)
+      else:
+        manager.swapping.on_swapped(effect)
     return was_copying
 
   def _exchange(self, turn: StepHeader) -> bool:

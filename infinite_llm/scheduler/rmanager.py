@@ -23,6 +23,7 @@ from infinite_llm.scheduler.messages import (
   MoveKvcache,
   RecallKvcache,
 )
+from infinite_llm.scheduler.overflow import Overflow
 from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.reception import Reception
@@ -45,13 +46,14 @@ class RManager:
 
   It decides and keeps books; it sends nothing and touches no device. Messages
   go in through `on_message` and out through `drain_messages`; what the devices
-  are to do comes out of `drain_effects`, and `on_exchanged`, `on_verified` and
-  `swapping.on_swapped` tell what they did.
+  are to do comes out of `drain_effects`, and `on_exchanged`, `on_verified`,
+  `swapping.on_swapped` and `overflow.on_copied` tell what they did.
 
   Attributes:
     instance: The instance.
     pool: Books of its rBlocks in HBM.
     swapping: Preempted requests whose rBlocks wait in HOST.
+    overflow: The running request that keeps rBlocks there.
     hosted: Tables of what it hosts for others.
     condition: What it tells the gManagers of itself.
     plans: What it does about the gManager's plans.
@@ -111,6 +113,9 @@ class RManager:
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
     self.swapping = Swapping(debtor, pool, host, block_size, faults)
+    self.overflow = Overflow(
+      debtor, pool, host and host.pool, host and host.overflow, block_size
+    )
     self.condition = Condition(pool, self._creditor, debtor, self.swapping)
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._group = Group(
@@ -182,16 +187,9 @@ class RManager:
     return self._debtor.account(uid).table
 
   def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
-    """Adds local rBlocks to a request.
-
-    Args:
-      uid: An open request.
-      num_blocks: How many.
-
-    Returns:
-      Whether there were enough; if not, none was added.
-    """
-    return self._debtor.allocate(uid, num_blocks)
+    """Adds local rBlocks to an open request, all or none; whether it did."""
+    is_allowed = self.overflow.room(uid, num_blocks) == num_blocks
+    return is_allowed and self._debtor.allocate(uid, num_blocks)
 
   def confirm(self, uid: RequestUid, num_tokens: int) -> None:
     """Notes that a step proved a request's KV.
@@ -212,7 +210,8 @@ class RManager:
     Args:
       uid: An open request.
     """
-    self._debtor.close(uid, num_kept=self.swapping.drop(uid))
+    num_kept = max(self.swapping.drop(uid), self.overflow.drop(uid))
+    self._debtor.close(uid, num_kept=num_kept)
 
   # Steps.
 
@@ -385,7 +384,8 @@ class RManager:
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
     effects, self._effects[:] = self._effects[:], []
-    return effects + self.swapping.drain_effects()
+    swaps = self.swapping.drain_effects() + self.overflow.drain_effects()
+    return effects + swaps
 
   def _tell(self, *, is_full: bool = False) -> None:
     heartbeat = self.condition.heartbeat(self._reporter.leader_epoch)

@@ -6,12 +6,14 @@ What is wrong is raised as a `ViolationError` where it happens.
 from collections.abc import Callable
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.errors import CoverageError
+from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import (
+  DropOverflow,
   GrantEpochs,
   Move,
   MoveBlocks,
+  OverflowBlocks,
   SwapBlocks,
 )
 from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
@@ -155,6 +157,8 @@ class Instance:
           world.plane.grant(self.number, effect)
         case SwapBlocks():
           self._begin_copy(effect)
+        case OverflowBlocks() | DropOverflow():
+          raise InvariantError(f"No simulated request overflows; got {effect}.")
     self.watch.check_books()
 
   def add(self, request: Request) -> None:
