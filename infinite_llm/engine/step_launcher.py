@@ -68,8 +68,9 @@ class StepLauncher:
     waits until its last slab may come. No other is waited for, and none that
     was launched before: every program takes the pools that it reads and writes
     donated from the one before, so each device runs them in the order of
-    launching and sees what earlier ones wrote. That is also why an instance whose step is under way may answer for others
-    in a group program: its part simply begins later.
+    launching and sees what earlier ones wrote. That is also why an instance
+    whose step is under way may answer for others in a group program: its part
+    simply begins later.
 
     Args:
       plans: Plan of each instance; no rows for one whose step is under way.
