@@ -13,7 +13,7 @@ from infinite_llm.cache.host_pool import Copy, HostPool
 from infinite_llm.cache.slab_store import HeldSlab, LeavingSlab, SlabStore
 from infinite_llm.config import EngineConfig
 from infinite_llm.engine.model_runner import ModelRunner
-from infinite_llm.errors import InvariantError
+from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.scheduler.effects import OverflowBlocks, SwapBlocks
 from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.swap_costs import SwapCosts
@@ -48,10 +48,11 @@ class HostTiers:
       runner: The devices.
 
     Raises:
-      ConfigError: If host memory, or what of it may be pinned, does not do.
+      ConfigError: If host memory, or what of it may be pinned, does not do,
+        and if it is to be attended but adds nothing to what HBM holds.
     """
-    self._group_config = config
     self._config = cache = config.cache
+    self._rule = _overflow_rule(config) if cache.host_attention else None
     self._runner = runner
     self.pools: list[HostPool] = []
     self.slabs: list[SlabStore] = []
@@ -99,18 +100,8 @@ class HostTiers:
     """Makes the books of an instance's HOST tier; None if it has none."""
     if not self._config.host_blocks:
       return None
-    rule, cache = None, self._config
-    if cache.host_attention:
-      own = cache.capacity_tokens // cache.block_size
-      rule = OverflowRule(
-        reachable_blocks=self._group_config.lending.reachable_blocks(
-          own, self._group_config.num_instances
-        ),
-        kept_blocks=cache.kept_blocks,
-        slab_blocks=cache.slab_blocks,
-      )
     return HostTier(
-      overflow=rule,
+      overflow=self._rule,
       pool=BlockPool(instance, self._config.host_blocks, tier=Tier.HOST),
       costs=SwapCosts(
         block_bytes=self._runner.pool.block_bytes,
@@ -173,6 +164,28 @@ class HostTiers:
     for own, host in enumerate(self.pools):
       pool = host.warm_up(self._runner.pool.row(own))
       self._runner.pool.set_row(own, pool)
+
+
+def _overflow_rule(config: EngineConfig) -> OverflowRule:
+  """Which requests keep rBlocks in host memory while they run."""
+  cache = config.cache
+  reachable_blocks = config.lending.reachable_blocks(
+    cache.capacity_tokens // cache.block_size, config.num_instances
+  )
+  in_host = cache.overflow_blocks - cache.kept_blocks
+  missing = reachable_blocks - cache.kept_blocks
+  if in_host <= missing:
+    raise ConfigError(
+      f"host_blocks must have room for more than {missing} rBlocks with"
+      f" host_attention: a request could have {reachable_blocks} in HBM, and"
+      f" keeps {cache.kept_blocks} there beside host memory; got"
+      f" {cache.host_blocks}, room for {in_host}."
+    )
+  return OverflowRule(
+    reachable_blocks=reachable_blocks,
+    kept_blocks=cache.kept_blocks,
+    slab_blocks=cache.slab_blocks,
+  )
 
 
 def _reporter(instance: InstanceId) -> Callable[[int, int], None]:

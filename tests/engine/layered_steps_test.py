@@ -456,6 +456,15 @@ def test_the_largest_context_is_filled_to_its_last_token(engine, oracle):
   check(oracle, finished[name], sampling)
 
 
+def test_host_memory_that_adds_nothing_is_refused(checkpoint):
+  """16 rBlocks are in the HBM of two; 4 and 12 are no more."""
+  model = load(checkpoint, 2)
+  with pytest.raises(
+    ConfigError, match=r"room for more than 12 rBlocks .* got 14, room for 12"
+  ):
+    build(model, num_instances=2, host_blocks=14)
+
+
 def test_a_model_with_windows_is_refused():
   model = load(GOLDEN / "mistral_window")
   with pytest.raises(ConfigError, match="False for a model with sliding"):
