@@ -81,6 +81,9 @@ class StepLauncher:
     Returns:
       What was launched; nothing for instances without rows.
     """
+    # Before local programs too: tables of leases that ended name rBlocks that
+    # own requests may have by now, and there is no room for both.
+    self._group.install_tables()
     local: dict[InstanceId, list[LaunchedStep]] = {}
     for instance, plan in zip(self._runner.instances, plans, strict=True):
       for rows, kind in (
@@ -138,7 +141,6 @@ class StepLauncher:
     turn: StepHeader | None,
     request_of: RequestOf,
   ) -> tuple[list[LaunchedStep], list[StepOutput]]:
-    self._group.install_tables()
     slots = self._group.slots(
       [{row.uid: b for b, row in enumerate(mine)} for mine in rows]
     )

@@ -227,6 +227,19 @@ def test_each_instance_has_its_own_host_memory(lenders, oracle, instance):
   assert lenders.num_unproved_rows == 0
 
 
+def test_local_steps_keep_no_tables_of_leases_that_ended(lenders, oracle):
+  """They name rBlocks that the steps' own requests have by now."""
+  lent = dict([add(lenders, 200, 4, instance=0)])
+  finished = drain(lenders)
+  assert pools_are_empty(lenders)
+  own = dict([add(lenders, 100, 8, instance=1)])
+  finished |= drain(lenders)
+  for name, sampling in (lent | own).items():
+    check(oracle, finished[name], sampling)
+  hosted = lenders.group.managers[1].hosted
+  assert lenders.runner._tables[1]._hosted == hosted.versions()
+
+
 def test_a_second_long_request_waits_and_short_ones_overtake_it(engine, oracle):
   first = add(engine, 300, 12)
   second = add(engine, 280, 6, text=1)
