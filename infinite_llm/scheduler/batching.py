@@ -376,6 +376,8 @@ class Batcher:
     uid = max(self._running.values(), key=lambda r: r.arrival).uid
     if uid == request.uid or swapping.is_making_room:
       return False
+    if uid == self._rmanager.overflow.uid:
+      self._free_host()
     if self._rmanager.overflow.gives_way(uid):
       return False
     if swapping.is_preferred(uid) and swapping.swap_out(uid):
