@@ -18,6 +18,10 @@ DTYPES = ("float32", "bfloat16")
 KV_DTYPES = (*DTYPES, "float8_e4m3fn")
 """What keys and values can be."""
 
+MAX_SLAB_BLOCKS = 64
+"""rBlocks that go to HOST together to be attended there: a layer of an 8B
+Llama-3 of them is 16 MiB, which a link takes as fast as more."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -41,6 +45,11 @@ class CacheConfig:
     recompute_tokens_per_s: Speed of prefill, for the same.
     verify_moves: Whether to compare checksums of both ends of every move
       between the tiers. It blocks the host: for debugging.
+    host_attention: Whether a request that is larger than all HBM within its
+      reach keeps its oldest rBlocks in its instance's host memory and attends
+      them there; one such request of each instance at a time.
+    host_attention_share: Part of its instance's HBM that such a request keeps
+      at most; the rest is left to others.
   """
 
   block_size: int = 64
@@ -52,6 +61,8 @@ class CacheConfig:
   host_link_bytes_per_s: float = 40e9
   recompute_tokens_per_s: float = 40e3
   verify_moves: bool = False
+  host_attention: bool = False
+  host_attention_share: float = 0.5
 
   def __post_init__(self):
     require_integer("block_size", self.block_size)
@@ -85,7 +96,16 @@ class CacheConfig:
     for name in speeds:
       value = getattr(self, name)
       require(0 < value < math.inf, name, "positive and finite", value)
-    require_flags(self, "verify_moves")
+    require_flags(self, "verify_moves", "host_attention")
+    require(
+      not self.host_attention or self.host_blocks > 0,
+      "host_blocks",
+      "at least 2 with host_attention, which attends rBlocks there",
+      self.host_blocks,
+    )
+    require_numbers(self, "host_attention_share")
+    share = self.host_attention_share
+    require(0 < share <= 1, "host_attention_share", "in (0, 1]", share)
 
   @property
   def capacity_tokens(self) -> int:
@@ -94,6 +114,44 @@ class CacheConfig:
     Raises:
       ConfigError: If `num_blocks` is yet to be found out.
     """
+    return self._own_blocks * self.block_size
+
+  @property
+  def kept_blocks(self) -> int:
+    """rBlocks in HBM of a request that has others in HOST; at most.
+
+    Raises:
+      ConfigError: If `num_blocks` is yet to be found out.
+    """
+    return max(int(self._own_blocks * self.host_attention_share), 1)
+
+  @property
+  def slab_blocks(self) -> int:
+    """S: rBlocks of such a request that go to HOST together.
+
+    Half of what it keeps at most, so that there is room for as many new ones
+    when the last of them is not full.
+
+    Raises:
+      ConfigError: If `num_blocks` is yet to be found out.
+    """
+    most = min(MAX_SLAB_BLOCKS, self.kept_blocks // 2, self.host_blocks - 1)
+    return max(most, 1)
+
+  @property
+  def overflow_blocks(self) -> int:
+    """Most rBlocks of such a request, in both tiers; 0 if there can be none.
+
+    Raises:
+      ConfigError: If `num_blocks` is yet to be found out.
+    """
+    if not self.host_attention:
+      return 0
+    num_slabs = (self.host_blocks - 1) // self.slab_blocks
+    return self.kept_blocks + num_slabs * self.slab_blocks
+
+  @property
+  def _own_blocks(self) -> int:
     if self.num_blocks is None:
       raise ConfigError("num_blocks must be known by now; got None.")
-    return (self.num_blocks - 1) * self.block_size
+    return self.num_blocks - 1

@@ -145,13 +145,17 @@ class EngineConfig:
     Every bucket of every kind of step is one. So is each of the two ways of
     sampling for each number of rows, marking the tokens seen and writing table
     entries, and each direction between the tiers; a group has its exchange,
-    coverage check and reservation epochs.
+    coverage check and reservation epochs. A step that attends HOST consists of
+    five, for one token and for many, and there is one more way to HOST.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
     row_counts = {*scheduler.decode_buckets, scheduler.prefill_rows}
     if self.cache.host_blocks:
       steps += 2
+    if self.cache.host_attention:
+      steps += 2 * 5 + 1
+      row_counts.add(1)
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets) + 3
       row_counts |= {lending.spill_slots, 1}

@@ -222,3 +222,17 @@ class LendingConfig:
   def has_lenders(self) -> bool:
     """Whether the policy has instances lend at all."""
     return self.policy not in _WITHOUT_LENDERS
+
+  def reachable_blocks(self, own_blocks: int, num_instances: int) -> int:
+    """rBlocks of HBM that one request could have if it were alone.
+
+    Args:
+      own_blocks: rBlocks of each instance, without the null block.
+      num_instances: I, instances of the group.
+    """
+    if not self.has_lenders:
+      return own_blocks
+    lent = max(own_blocks - (self.headroom_blocks or 0), 0)
+    if self.max_lent_blocks is not None:
+      lent = min(lent, self.max_lent_blocks)
+    return own_blocks + lent * (num_instances - 1)

@@ -27,6 +27,34 @@ def test_a_headroom_that_was_asked_for_is_kept(headroom):
   assert config.lending.headroom_blocks == headroom
 
 
+class TestHostAttention:
+  def test_a_request_keeps_a_part_of_hbm_and_leaves_by_half_of_it(self):
+    cache = engine_config(
+      num_blocks=101,
+      host_blocks=100,
+      host_attention=True,
+      host_attention_share=0.3,
+    ).cache
+    assert (cache.kept_blocks, cache.slab_blocks) == (30, 15)
+    assert cache.overflow_blocks == 30 + 90  # 9 rBlocks make no slab.
+
+  @pytest.mark.parametrize(
+    ("num_blocks", "host_blocks", "slab_blocks"),
+    [(2, 100, 1), (1001, 1000, 64), (1001, 11, 10)],
+  )
+  def test_a_slab_is_not_too_small_and_not_too_large(
+    self, num_blocks, host_blocks, slab_blocks
+  ):
+    cache = engine_config(
+      num_blocks=num_blocks, host_blocks=host_blocks, host_attention=True
+    ).cache
+    assert cache.slab_blocks == slab_blocks
+
+  def test_without_it_no_request_has_any(self):
+    cache = engine_config(num_blocks=9, host_blocks=9).cache
+    assert cache.overflow_blocks == 0
+
+
 class TestProgramKinds:
   def test_one_instance_has_its_steps_and_their_sampling(self):
     # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark,
@@ -43,6 +71,17 @@ class TestProgramKinds:
   def test_host_memory_adds_a_program_for_each_direction(self):
     config = engine_config(host_blocks=8)
     assert config.num_program_kinds == 5 + 6 + 2 + 2
+
+  def test_attention_over_host_memory_adds_five_for_one_token_and_for_many(
+    self,
+  ):
+    # And a way to HOST; its rows are one each, as in a decode bucket.
+    config = engine_config(host_blocks=8, host_attention=True)
+    assert config.num_program_kinds == 5 + 6 + 2 + 2 + 11
+    config = engine_config(
+      host_blocks=8, host_attention=True, decode_buckets=(4, 16)
+    )
+    assert config.num_program_kinds == 4 + 4 + 2 + 2 + 11 + 2
 
   def test_instances_that_lend_nothing_are_no_group(self):
     config = engine_config(num_instances=2, policy="static")

@@ -74,6 +74,9 @@ def check_books(manager: RManager, running: Collection[RequestUid]) -> None:
       own[uid].update(pending.new for pending in account.recall.moves)
   for copy in copies:  # What is copied out has left its table already.
     own[copy.uid].update(copy.home)
+  slabs = manager.overflow._leaving
+  for effect, slab in slabs.items():  # Here only if nobody wants it any more.
+    own[effect.uid].update(slab.home)
   hosted = {
     block_id: _Holder(lease.owner.instance, lease.uid, lease.epoch)
     for block_id, lease in leases.items()
@@ -85,7 +88,14 @@ def check_books(manager: RManager, running: Collection[RequestUid]) -> None:
     is_hosted = manager.pool.block(block_id).state is BlockState.HOSTED
     assert is_hosted == lease.is_hosted, (block_id, lease)
   if swapping._host is not None:
-    in_host = {copy.uid: set(copy.host) for copy in copies}
+    in_host: dict[RequestUid, set[Location]] = collections.defaultdict(set)
+    for copy in copies:
+      in_host[copy.uid].update(copy.host)
+    for uid in running:
+      table = debtor.account(uid).table
+      in_host[uid].update(table.location(n) for n in range(table.num_host))
+    for effect, slab in slabs.items():
+      in_host[effect.uid].update(slab.host)
     _check_pool(swapping.host_pool, in_host, {})
 
 

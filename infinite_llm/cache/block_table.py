@@ -13,7 +13,7 @@ from infinite_llm.cache.content_tag import (
 )
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
-from infinite_llm.types import Epoch, InstanceId, RequestUid
+from infinite_llm.types import Epoch, InstanceId, RequestUid, Tier
 
 _MANY = 8
 """Tags of so many rBlocks are faster computed together."""
@@ -50,9 +50,10 @@ class BlockTable:
     self._full_coverage: list[int] = []
     self._num_summed = 0
     self._sum = 0
-    # The rBlocks at home: what a log has from `_local_begin` on. Appending and
-    # moving the oldest one away leave the log as it is; after any other change
-    # it is None until somebody asks.
+    self._num_host = 0
+    # The rBlocks at home in HBM: what a log has from `_local_begin` on.
+    # Appending and moving the oldest one away leave the log as it is; after any
+    # other change it is None until somebody asks.
     self._local: BlockEntries | None = BlockEntries()
     self._local_begin = 0
     # What tags are made of, and the tag that was last asked for: an rBlock
@@ -72,6 +73,11 @@ class BlockTable:
   def is_home(self) -> bool:
     """Whether no other instance holds any of them."""
     return self._num_at[self.home] == len(self._locations)
+
+  @property
+  def num_host(self) -> int:
+    """How many of them lie in HOST: always the oldest."""
+    return self._num_host
 
   def append(self, locations: Iterable[Location]) -> None:
     """Adds rBlocks after the last one."""
@@ -111,6 +117,7 @@ class BlockTable:
     self._locations[logical_id] = new
     self._count(old.instance, -1)
     self._count(new.instance, 1)
+    self._num_host += (new.tier is Tier.HOST) - (old.tier is Tier.HOST)
     before = self._full_coverage[logical_id]
     after = self._coverage_of(logical_id, self.block_size)
     self._full_coverage[logical_id] = after
@@ -121,7 +128,7 @@ class BlockTable:
     return old
 
   def local_entries(self) -> EntrySpan:
-    """The rBlocks at home, by rising logical number.
+    """The rBlocks at home in HBM, by rising logical number.
 
     In O(1), except after a change other than an append and the move of the
     oldest one away.
@@ -136,11 +143,11 @@ class BlockTable:
   def hosted_entries(
     self, instance: InstanceId
   ) -> tuple[tuple[int, Location], ...]:
-    """The rBlocks on one instance, as `(logical_id, location)` in order."""
+    """The rBlocks in one HBM, as `(logical_id, location)` in order."""
     return tuple(
       (logical_id, location)
       for logical_id, location in enumerate(self._locations)
-      if location.instance == instance
+      if location.instance == instance and location.tier is Tier.HBM
     )
 
   def creditors(self) -> tuple[InstanceId, ...]:
@@ -160,9 +167,9 @@ class BlockTable:
     return self._num_at.get(instance, 0)
 
   def num_home_below(self, logical_id: int) -> int:
-    """How many rBlocks at home have a logical number below one."""
+    """How many rBlocks at home in HBM have a logical number below one."""
     if self.is_home:
-      return min(logical_id, self.num_blocks)
+      return max(min(logical_id, self.num_blocks) - self._num_host, 0)
     return len(self.local_entries().below(logical_id))
 
   def tag(self, logical_id: int, filled: int) -> int:
@@ -216,8 +223,8 @@ class BlockTable:
     self._num_at[instance] = self._num_at.get(instance, 0) + change
 
   def _log_local(self, log: BlockEntries, logical_ids: Iterable[int]) -> None:
-    """Appends those of some rBlocks that are at home."""
-    local = [i for i in logical_ids if self._locations[i].instance == self.home]
+    """Appends those of some rBlocks that are at home in HBM."""
+    local = [i for i in logical_ids if self._is_local(self._locations[i])]
     log.append([self._locations[i].block_id for i in local], local)
 
   def _follow_switch(self, logical_id: int, new: Location) -> None:
@@ -225,10 +232,13 @@ class BlockTable:
     if self._local is None:
       return
     local = self.local_entries()
-    if new.instance != self.home and local.logical_ids[0] == logical_id:
+    if not self._is_local(new) and local.logical_ids[0] == logical_id:
       self._local_begin += 1
     else:
       self._local = None
+
+  def _is_local(self, location: Location) -> bool:
+    return location.instance == self.home and location.tier is Tier.HBM
 
   def _full_coverages(self, logical_ids: range) -> list[int]:
     """What each of some rBlocks adds to coverage when it is full."""

@@ -189,6 +189,11 @@ class HostPool:
     """KV `[L, 2, K, P, D]` and tag of an rBlock; blocks the host."""
     return np.asarray(self._blocks[block_id])[0], int(self._tag[block_id])
 
+  def release(self, block_ids: Iterable[BlockId]) -> None:
+    """Gives the memory of rBlocks to something else until they are written."""
+    for block_id in block_ids:
+      self._blocks.pop(block_id, None)
+
   def copy(self, to_tier: Tier, moves: Iterable[TierMove]) -> Copy:
     """Has rBlocks copied, in order, as soon as there is room for them.
 

@@ -18,9 +18,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache.kv_pool import POOL_SPECS
+from infinite_llm.cache.tier_moves import pack_by_layer
 from infinite_llm.errors import InvariantError
 from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID
-from pallas_kernels.copy_blocks.api import pack_blocks
 from pallas_kernels.micro_attention.api import BlockTables
 
 _PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
@@ -119,13 +119,8 @@ class HostSlabs:
     Args:
       most_staged: Slabs' layers that are in HBM at once, at least 2.
     """
-    return SlabStream(self._in_order(), self._hbm, most_staged)
-
-  def _in_order(self) -> Iterator[jax.Array]:
-    num_layers = len(self._slabs[0].layers) if self._slabs else 0
-    for layer in range(num_layers):
-      for slab in self._slabs:
-        yield slab.layers[layer]
+    parts = in_order([slab.layers for slab in self._slabs])
+    return SlabStream(parts, self._hbm, most_staged)
 
   def _pad(self, ids: Sequence[Sequence[int]], value: int) -> np.ndarray:
     """`[I, 1 + S]` int32: a null block, then these, then padding."""
@@ -138,6 +133,16 @@ class HostSlabs:
         )
       row[1 : 1 + len(mine)] = mine
     return padded
+
+
+def in_order(slabs: Sequence[Sequence[jax.Array]]) -> Iterator[jax.Array]:
+  """All slabs' parts of layer 0, then of layer 1, and so on.
+
+  Args:
+    slabs: The layers of each.
+  """
+  for parts in zip(*slabs, strict=True):
+    yield from parts
 
 
 class SlabStream:
@@ -209,17 +214,9 @@ class SlabStream:
 @functools.cache
 def _by_layer(mesh: Mesh):
   """Program that packs rBlocks and takes them apart by layer."""
-
-  def body(kv, block_ids):
-    packed = pack_blocks(kv, block_ids)
-    return tuple(
-      jax.lax.slice_in_dim(packed, layer, layer + 1, axis=1)
-      for layer in range(packed.shape[1])
-    )
-
   return jax.jit(
     jax.shard_map(
-      body,
+      pack_by_layer,
       mesh=mesh,
       in_specs=(POOL_SPECS.kv, _PER_INSTANCE),
       out_specs=POOL_SPECS.kv,

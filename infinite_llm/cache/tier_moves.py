@@ -132,6 +132,56 @@ def build_enter(
   )
 
 
+def build_leave_as_slab(
+  mesh: Mesh,
+) -> Callable[..., tuple[tuple[jax.Array, ...], jax.Array]]:
+  """Builds the program that takes rBlocks out of a pool layer by layer.
+
+  Args:
+    mesh: Row of the instance.
+
+  Returns:
+    Jitted `(kv, tag, batch) -> (layers, slab_tag)`: for each layer the `Q`
+    rBlocks of the batch as `[1 + Q, 1, 2, K, P, D]`, behind a null block, and
+    `[1 + Q]` uint32 what they hold. Destinations of the batch mean nothing.
+    Donates nothing: the pool is only read.
+  """
+
+  def body(kv, tag, batch):
+    is_proved = tag[batch.src_block] == batch.src_tag
+    slab_tag = jnp.where(is_proved, batch.dst_tag, jnp.uint32(0))
+    null = jnp.full(1, NULL_BLOCK_ID, jnp.int32)
+    layers = pack_by_layer(kv, jnp.concatenate([null, batch.src_block]))
+    return layers, jnp.concatenate([jnp.zeros(1, jnp.uint32), slab_tag])
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _REPLICATED),
+      out_specs=(POOL_SPECS.kv, POOL_SPECS.tag),
+      check_vma=False,
+    )
+  )
+
+
+def pack_by_layer(kv: jax.Array, block_ids: jax.Array) -> Blocks:
+  """Copies rBlocks, and takes them apart by layer.
+
+  Args:
+    kv: `[N, L, 2, K, P, D]` pool.
+    block_ids: `[Q]` int32 rBlocks.
+
+  Returns:
+    For each layer `[Q, 1, 2, K, P, D]`.
+  """
+  packed = pack_blocks(kv, block_ids)
+  return tuple(
+    jax.lax.slice_in_dim(packed, layer, layer + 1, axis=1)
+    for layer in range(packed.shape[1])
+  )
+
+
 def _pack_each(kv: jax.Array, block_ids: jax.Array) -> Blocks:
   """Copies each rBlock into an array of its own: what a transfer takes."""
   return tuple(

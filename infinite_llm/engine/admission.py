@@ -10,16 +10,14 @@ from infinite_llm.types import InstanceId, RequestUid
 
 
 def reachable_tokens(config: EngineConfig) -> int:
-  """Tokens that one request could have if it were alone in its group."""
-  own = config.cache.num_blocks - 1
-  lending = config.lending
-  if not lending.has_lenders:
-    return own * config.cache.block_size
-  lent = max(own - lending.headroom_blocks, 0)
-  if lending.max_lent_blocks is not None:
-    lent = min(lent, lending.max_lent_blocks)
-  blocks = own + lent * (config.num_instances - 1)
-  return blocks * config.cache.block_size
+  """Tokens that one request could have if it were alone in its group.
+
+  In the HBM of all instances, or in its own and host memory.
+  """
+  cache = config.cache
+  own = cache.capacity_tokens // cache.block_size
+  in_hbm = config.lending.reachable_blocks(own, config.num_instances)
+  return max(in_hbm, cache.overflow_blocks) * cache.block_size
 
 
 def as_token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
@@ -92,11 +90,14 @@ def check_request(
     )
   available = reachable_tokens(config)
   if len(prompt) + 1 > available:
+    cache = config.cache
+    with_host = cache.overflow_blocks * cache.block_size
+    host = f", {with_host} with host memory" if with_host else ""
     raise CapacityError(
       f"The prompt needs room for {len(prompt) + 1} tokens (one of them for the"
       f" answer), but all reachable rBlocks hold {available}:"
       f" {config.num_instances} instance(s) of"
-      f" {config.cache.capacity_tokens} tokens, policy"
+      f" {cache.capacity_tokens} tokens{host}, policy"
       f" {config.lending.policy!r}."
     )
 

@@ -25,6 +25,7 @@ from infinite_llm.engine.in_flight import (
   IsReady,
   is_computed,
 )
+from infinite_llm.engine.layered_steps import LayeredSteps
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.news import blocks_of, use_of
@@ -122,8 +123,12 @@ class Engine:
         self.instances, self.runner.row_meshes, strict=True
       )
     ]
+    layered = None
+    if config.cache.host_attention:
+      tiers = self.group.host_tiers
+      layered = LayeredSteps(model, config, self.runner, tiers, attention)
     self._launcher = StepLauncher(
-      self.runner, self.group, self._samplers, clock
+      self.runner, self.group, self._samplers, clock, layered
     )
     self._in_flight = InFlight(is_ready)
     self._book = RequestBook(self.instances)
@@ -170,7 +175,7 @@ class Engine:
     Args:
       progress: Told how far this is.
     """
-    self.group.host_tiers.warm_up()
+    self._launcher.warm_up()
     warm_up(self.runner, self._samplers, self.config, progress)
 
   def add_request(

@@ -1,7 +1,8 @@
 """Joins the books of the HOST tiers to the devices."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -9,16 +10,30 @@ from absl import logging
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.host_memory import check_host_memory, host_memory
 from infinite_llm.cache.host_pool import Copy, HostPool
-from infinite_llm.cache_config import CacheConfig
+from infinite_llm.cache.slab_store import HeldSlab, LeavingSlab, SlabStore
+from infinite_llm.config import EngineConfig
 from infinite_llm.engine.model_runner import ModelRunner
-from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.effects import SwapBlocks
+from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.scheduler.effects import (
+  DropOverflow,
+  OverflowBlocks,
+  SwapBlocks,
+)
+from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
-from infinite_llm.types import InstanceId, Tier
+from infinite_llm.types import InstanceId, RequestUid, Tier
 
 _REPORTS = 10
 """Lines of the log that tell how far allocating a HOST pool is."""
+
+
+class _Copying(NamedTuple):
+  """What is being copied between the tiers of an instance."""
+
+  instance: InstanceId
+  effect: SwapBlocks | OverflowBlocks
+  copy: Copy | LeavingSlab
 
 
 class HostTiers:
@@ -26,39 +41,55 @@ class HostTiers:
 
   Attributes:
     pools: HOST pool of each instance; empty if there are none.
+    slabs: What each instance attends in host memory; empty if none does.
   """
 
-  def __init__(self, config: CacheConfig, runner: ModelRunner):
+  def __init__(self, config: EngineConfig, runner: ModelRunner):
     """Allocates all host memory, which takes seconds; blocks the host.
 
     Args:
-      config: Sizes of the pools.
+      config: Sizes of the pools, and who may have what there.
       runner: The devices.
 
     Raises:
-      ConfigError: If host memory, or what of it may be pinned, does not do.
+      ConfigError: If host memory, or what of it may be pinned, does not do,
+        and if it is to be attended but adds nothing to what HBM holds.
     """
-    self._config = config
+    self._config = cache = config.cache
+    self._rule = _overflow_rule(config) if cache.host_attention else None
     self._runner = runner
     self.pools: list[HostPool] = []
-    self._copies: list[tuple[InstanceId, SwapBlocks, Copy]] = []
-    if not config.host_blocks:
+    self.slabs: list[SlabStore] = []
+    self._copies: list[_Copying] = []
+    if not cache.host_blocks:
       return
-    pool_bytes = (config.host_blocks - 1) * runner.pool.block_bytes
+    num_blocks = cache.host_blocks - 1
+    if cache.host_attention:  # Each slab has a null block of its own.
+      num_blocks += num_blocks // cache.slab_blocks
     check_host_memory(
-      len(runner.instances) * pool_bytes,
+      len(runner.instances) * num_blocks * runner.pool.block_bytes,
       "host_blocks",
-      config.host_blocks,
+      cache.host_blocks,
       host_memory(os.environ, jax.default_backend()),
     )
+    for own, instance in enumerate(runner.instances):
+      if cache.host_attention:
+        store = SlabStore(
+          runner.row_meshes[own],
+          name=instance,
+          slab_blocks=cache.slab_blocks,
+          run=runner.programs.run,
+          verify=cache.verify_moves,
+        )
+        self.slabs.append(store)
     self.pools += (
       HostPool(
         runner.pool.row(own),
         runner.row_meshes[own],
         name=instance,
-        num_blocks=config.host_blocks,
+        num_blocks=cache.host_blocks,
         run=runner.programs.run,
-        verify=config.verify_moves,
+        verify=cache.verify_moves,
         progress=_reporter(instance),
       )
       for own, instance in enumerate(runner.instances)
@@ -74,6 +105,7 @@ class HostTiers:
     if not self._config.host_blocks:
       return None
     return HostTier(
+      overflow=self._rule,
       pool=BlockPool(instance, self._config.host_blocks, tier=Tier.HOST),
       costs=SwapCosts(
         block_bytes=self._runner.pool.block_bytes,
@@ -82,15 +114,41 @@ class HostTiers:
       ),
     )
 
-  def begin(self, instance: InstanceId, effect: SwapBlocks) -> None:
-    """Has rBlocks of an instance copied as soon as there is room for them."""
-    if not self.pools:
-      raise InvariantError(f"Instance {instance} has no HOST pool: {effect}.")
-    own = self._runner.instances.index(instance)
-    copy = self.pools[own].copy(effect.to_tier, effect.swaps)
-    self._copies.append((instance, effect, copy))
+  def carry_out(
+    self,
+    instance: InstanceId,
+    effect: SwapBlocks | OverflowBlocks | DropOverflow,
+  ) -> None:
+    """Does what an instance's manager asks for.
 
-  def advance(self) -> list[tuple[InstanceId, SwapBlocks]]:
+    rBlocks of a preempted request are copied as soon as there is room for them,
+    a slab at once, to where steps attend it; what was dropped is forgotten.
+    """
+    is_swap = isinstance(effect, SwapBlocks)
+    if not (self.pools if is_swap else self.slabs):
+      raise InvariantError(f"Instance {instance} has no HOST for {effect}.")
+    own = self._runner.instances.index(instance)
+    match effect:
+      case SwapBlocks(to_tier=to_tier, swaps=swaps):
+        copy = self.pools[own].copy(to_tier, swaps)
+      case OverflowBlocks(uid=uid, swaps=swaps):
+        self.pools[own].release(swap.dst_block for swap in swaps)
+        copy = self.slabs[own].leave(
+          self._runner.pool.row(own),
+          uid,
+          swaps,
+          [swap.logical_id for swap in swaps],
+        )
+      case DropOverflow(uid=uid):
+        self.slabs[own].drop(uid)
+        return
+    self._copies.append(_Copying(instance, effect, copy))
+
+  def held(self, instance: InstanceId, uid: RequestUid) -> Sequence[HeldSlab]:
+    """What steps of a request attend in host memory, oldest first."""
+    return self.slabs[self._runner.instances.index(instance)].slabs(uid)
+
+  def advance(self) -> list[tuple[InstanceId, SwapBlocks | OverflowBlocks]]:
     """Launches what there is room for; never waits.
 
     Returns:
@@ -100,15 +158,40 @@ class HostTiers:
       if not host.is_idle:
         pool = host.advance(self._runner.pool.row(own))
         self._runner.pool.set_row(own, pool)
-    ended = [(i, effect) for i, effect, copy in self._copies if copy.is_done]
-    self._copies = [part for part in self._copies if not part[2].is_done]
-    return ended
+    ended = [each for each in self._copies if each.copy.is_done]
+    self._copies = [each for each in self._copies if each not in ended]
+    for instance, _, copy in ended:
+      if isinstance(copy, LeavingSlab):
+        self.slabs[self._runner.instances.index(instance)].keep(copy)
+    return [(instance, effect) for instance, effect, _ in ended]
 
   def warm_up(self) -> None:
     """Compiles the programs of the moves."""
     for own, host in enumerate(self.pools):
       pool = host.warm_up(self._runner.pool.row(own))
       self._runner.pool.set_row(own, pool)
+
+
+def _overflow_rule(config: EngineConfig) -> OverflowRule:
+  """Which requests keep rBlocks in host memory while they run."""
+  cache = config.cache
+  reachable_blocks = config.lending.reachable_blocks(
+    cache.capacity_tokens // cache.block_size, config.num_instances
+  )
+  in_host = cache.overflow_blocks - cache.kept_blocks
+  missing = reachable_blocks - cache.kept_blocks
+  if in_host <= missing:
+    raise ConfigError(
+      f"host_blocks must have room for more than {missing} rBlocks with"
+      f" host_attention: a request could have {reachable_blocks} in HBM, and"
+      f" keeps {cache.kept_blocks} there beside host memory; got"
+      f" {cache.host_blocks}, room for {in_host}."
+    )
+  return OverflowRule(
+    reachable_blocks=reachable_blocks,
+    kept_blocks=cache.kept_blocks,
+    slab_blocks=cache.slab_blocks,
+  )
 
 
 def _reporter(instance: InstanceId) -> Callable[[int, int], None]:

@@ -26,10 +26,13 @@ from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.pending_check import Asked, PendingCheck, names_of
 from infinite_llm.engine.step_batch import CheckRow
 from infinite_llm.errors import ConfigError, InvariantError
+from infinite_llm.rules import require
 from infinite_llm.scheduler.effects import (
+  DropOverflow,
   GrantEpochs,
   Move,
   MoveBlocks,
+  OverflowBlocks,
   SwapBlocks,
 )
 from infinite_llm.scheduler.gmanager import GManager
@@ -85,15 +88,17 @@ class LendingGroup:
       ConfigError: If the policy is one for the simulator only, or lacks a
         performance profile, or if the HOST pools do not fit.
     """
-    if config.lending.policy not in _POLICIES:
-      raise ConfigError(
-        f"policy must be one of {', '.join(_POLICIES)} in an engine; got"
-        f" {config.lending.policy!r}."
-      )
-    if config.lending.policy == "swap" and not config.cache.host_blocks:
+    policy, rule = config.lending.policy, f"one of {', '.join(_POLICIES)}"
+    require(policy in _POLICIES, "policy", f"{rule} in an engine", policy)
+    if policy == "swap" and not config.cache.host_blocks:
       raise ConfigError(
         "host_blocks must be at least 2 for policy 'swap', which swaps to them;"
         f" got {config.cache.host_blocks}."
+      )
+    if config.cache.host_attention and order.is_shared:
+      raise ConfigError(
+        "host_attention must be False in an engine of several processes; got"
+        " True."
       )
     profile = config.lending.performance_profile
     planning = PlanningConfig.of(
@@ -111,7 +116,7 @@ class LendingGroup:
     self._runner = runner
     self._order = order
     self.transport = transport
-    self.host_tiers = HostTiers(config.cache, runner)
+    self.host_tiers = HostTiers(config, runner)
     self.managers = [
       RManager(
         instance=instance,
@@ -294,16 +299,19 @@ class LendingGroup:
             )
           case MoveBlocks(moves=moves):
             moving.extend(moves)
-          case SwapBlocks():
-            self.host_tiers.begin(manager.instance, effect)
+          case SwapBlocks() | OverflowBlocks() | DropOverflow():
+            self.host_tiers.carry_out(manager.instance, effect)
     return happened
 
   def _end_swaps(self) -> bool:
     """Moves rBlocks between the tiers; whether any are or were on their way."""
     was_copying = self.host_tiers.is_copying
     for instance, effect in self.host_tiers.advance():
-      own = self._runner.instances.index(instance)
-      self.managers[own].swapping.on_swapped(effect)
+      manager = self.managers[self._runner.instances.index(instance)]
+      if isinstance(effect, OverflowBlocks):
+        manager.overflow.on_copied(effect)
+      else:
+        manager.swapping.on_swapped(effect)
     return was_copying
 
   def _exchange(self, turn: StepHeader) -> bool:

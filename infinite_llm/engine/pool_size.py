@@ -9,6 +9,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from infinite_llm.cache.host_pool import STAGING_BLOCKS
+from infinite_llm.cache.slab_store import MOST_STAGED
+from infinite_llm.cache_config import MAX_SLAB_BLOCKS
 from infinite_llm.config import EngineConfig
 from infinite_llm.engine.group_inputs import empty_slots
 from infinite_llm.engine.model_runner import ModelRunner
@@ -209,6 +211,10 @@ def measure(
   block_bytes = runner.pool.block_bytes // config.tensor_parallel
   if config.cache.host_blocks:
     temporary_bytes += STAGING_BLOCKS * block_bytes
+  if config.cache.host_attention:
+    # A slab that leaves, and one layer each of those that are attended.
+    num_slabs = 2 + -(-MOST_STAGED // model.config.num_layers)
+    temporary_bytes += num_slabs * (1 + MAX_SLAB_BLOCKS) * block_bytes
   return Needs(
     temporary_bytes=temporary_bytes + output_bytes + sampler.state_bytes,
     block_bytes=block_bytes + _ENTRY_BYTES,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from infinite_llm.distributed.step_header import StepHeader
 from infinite_llm.engine.in_flight import Flight, LaunchedStep
+from infinite_llm.engine.layered_steps import LayeredSteps
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import StepKind, StepOutput
@@ -30,6 +31,7 @@ class StepLauncher:
     group: LendingGroup,
     samplers: Sequence[Sampler],
     clock: Callable[[], float],
+    layered: LayeredSteps | None,
   ):
     """Keeps what it launches with.
 
@@ -38,11 +40,21 @@ class StepLauncher:
       group: Where rBlocks lie.
       samplers: Sampler of each instance.
       clock: Monotonic seconds, to note when steps were launched.
+      layered: Steps that attend HOST; None if there are none.
     """
+    self._layered = layered
     self._runner = runner
     self._group = group
     self._samplers = samplers
     self._clock = clock
+
+  def warm_up(self) -> None:
+    """Compiles what only an instance with host memory needs."""
+    self._group.host_tiers.warm_up()
+    if self._layered is not None:
+      for instance, output in self._layered.warm_up():
+        own = self._runner.instances.index(instance)
+        self._samplers[own].warm_up(output)
 
   def launch(
     self,
@@ -52,11 +64,13 @@ class StepLauncher:
   ) -> list[Flight]:
     """Launches local programs of each instance, then group programs.
 
-    Waits for none of them, and for none launched before: every program takes
-    the pools that it reads and writes donated from the one before, so each
-    device runs them in the order of launching and sees what earlier ones wrote.
-    That is also why an instance whose step is under way may answer for others
-    in a group program: its part simply begins later.
+    After its other ones an instance may have a step that attends HOST: that one
+    waits until its last slab may come. No other is waited for, and none that
+    was launched before: every program takes the pools that it reads and writes
+    donated from the one before, so each device runs them in the order of
+    launching and sees what earlier ones wrote. That is also why an instance
+    whose step is under way may answer for others in a group program: its part
+    simply begins later.
 
     Args:
       plans: Plan of each instance; no rows for one whose step is under way.
@@ -83,6 +97,15 @@ class StepLauncher:
             is_prefill=kind.is_prefill,
           )
           step = self._sample(instance, rows, kind, output, request_of)
+          local.setdefault(instance, []).append(step)
+      if self._layered is not None:
+        for row in plan.layered:
+          output = self._layered.step(
+            instance, row.uid, self._input(instance, row, request_of)
+          )
+          step = self._sample(
+            instance, (row,), _LOCAL_PREFILL, output, request_of
+          )
           local.setdefault(instance, []).append(step)
     group, proved = [], []
     for rows, kind in (

@@ -21,7 +21,9 @@ class Phase(enum.Enum):
   to the next candidate or to IDLE; if it fails after the reservation, RETURNING
   gives the grants back first. A recall goes FETCHING, SWITCHED, RETURNING; if
   it fails, it ends at once and a sync follows. What comes back from the HOST
-  tier goes SWAPPING_IN, SWAPPED_IN.
+  tier goes SWAPPING_IN, SWAPPED_IN. A request that is larger than all HBM
+  within its reach rests in OVERFLOWN instead of IDLE, from when that is known:
+  nothing of it goes anywhere but to HOST, in OVERFLOWING.
   """
 
   IDLE = "idle"
@@ -35,6 +37,8 @@ class Phase(enum.Enum):
   SYNCING = "awaiting that creditors install their tables anew"
   SWAPPING_IN = "awaiting copies from the HOST tier"
   SWAPPED_IN = "awaiting the proof of copies from the HOST tier"
+  OVERFLOWN = "keeping its oldest rBlocks in the HOST tier"
+  OVERFLOWING = "awaiting copies of its oldest rBlocks to the HOST tier"
 
 
 class Reconcile(enum.Enum):

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.chunks import Chunks
 from infinite_llm.scheduler.condition import Demand
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.retries import failed, recomputed
@@ -53,11 +55,8 @@ class Batcher:
     self._rmanager = rmanager
     self._scheduler = scheduler
     self._most_attempts = scheduler.max_row_attempts
-    self._lending = lending
     self._block_size = block_size
-    self._joined_chunk_tokens = min(
-      lending.group_prefill_buckets[-1], scheduler.chunk_tokens
-    )
+    self._chunks = Chunks(rmanager, scheduler, lending)
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
     self._ended: collections.deque[Request] = collections.deque()
@@ -106,11 +105,7 @@ class Batcher:
     self._end(uid, RequestStatus.FAILED, error)
 
   def take_ended(self) -> Request | None:
-    """Hands out each request that ended, however it did, once.
-
-    Returns:
-      The one that ended first; None if all were handed out.
-    """
+    """Hands out each request that ended, once and in order; None at last."""
     return self._ended.popleft() if self._ended else None
 
   def preempt(self, uid: RequestUid) -> None:
@@ -142,7 +137,7 @@ class Batcher:
       if self._rmanager.spill(uid) is not None
       and self._rmanager.is_readable(uid)
     ]
-    return next_group_rows(spilled, under_way, self._group_chunk_tokens)
+    return next_group_rows(spilled, under_way, self._chunks.group_tokens)
 
   def plan(self, ceiling: GroupRows = EVERYTHING) -> StepPlan:
     """Chooses the rows of the next step and allocates what they write to.
@@ -230,22 +225,28 @@ class Batcher:
     if not self._waiting or self._rmanager.is_frozen:
       return
     room = self._rmanager.pool.num_free - self._promised()
-    while self._waiting and len(self._running) < self._scheduler.max_num_seqs:
-      request = self._waiting[0]
-      needed = self._num_blocks(request.num_tokens)
+    overflow = self._rmanager.overflow
+    while len(self._running) < self._scheduler.max_num_seqs:
+      # Only those that wait for another one's place in HOST are overtaken.
+      ready = (r for r in self._waiting if overflow.may_enter(r.num_tokens))
+      if (request := next(ready, None)) is None:
+        return
+      needed = overflow.needed_blocks(request.num_tokens)
       is_allotted = self._rmanager.allotted_to == request.arrival
       elsewhere = self._rmanager.lendable_elsewhere() if is_allotted else 0
       if needed > room + elsewhere or not self._enter(request):
         return
       room -= needed
-      self._waiting.popleft()
+      self._waiting.remove(request)
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
 
   def _promised(self) -> int:
     """rBlocks that running requests are still to get for their prompts."""
     return sum(
-      self._missing_blocks(request, request.num_tokens)
+      self._rmanager.overflow.room(
+        request.uid, self._missing_blocks(request, request.num_tokens)
+      )
       for request in self._running.values()
       if request.num_uncomputed > 1
     )
@@ -262,10 +263,13 @@ class Batcher:
 
   def _enter(self, request: Request) -> bool:
     """Opens a request that fits; whether it can come now."""
-    swapping = self._rmanager.swapping
+    swapping, overflow = self._rmanager.swapping, self._rmanager.overflow
+    is_beyond = overflow.is_beyond(request.num_tokens)
+    if is_beyond:  # It could not come back as a whole.
+      swapping.drop(request.uid)
     if swapping.stage(request.uid) is None:
       self._rmanager.open(request.uid)
-      return True
+      return not is_beyond or overflow.enter(request.uid)
     num_tokens = swapping.swap_in(request.uid)
     if num_tokens is None:
       return False
@@ -275,9 +279,10 @@ class Batcher:
   def _note_demand(self) -> None:
     """Lets the rManager know what it must keep, the gManager who waits."""
     first = self._waiting[0] if self._waiting else None
+    needed_blocks = self._rmanager.overflow.needed_blocks
     demand = Demand(
       num_waiting=len(self._waiting),
-      next_blocks=self._num_blocks(first.num_tokens) if first else 0,
+      next_blocks=needed_blocks(first.num_tokens) if first else 0,
       next_arrival=first.arrival if first else 0,
       promised=self._promised(),
       local_blocks=self._local_blocks() if first else 0,
@@ -296,14 +301,11 @@ class Batcher:
     if not self._rmanager.is_readable(uid):
       return
     is_group = self._rmanager.spill(uid) is not None
+    is_layered = self._rmanager.table(uid).num_host > 0
     uncomputed = request.num_uncomputed
-    is_decode = uncomputed == 1
-    wanted = uncomputed
-    if is_decode:
-      if is_group and not draft.ceiling.decode:
-        return
-    else:
-      wanted = min(uncomputed, self._prefill_room(request, draft, is_group))
+    wanted = self._chunks.wanted(
+      request, draft, is_group=is_group, is_layered=is_layered
+    )
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
     if num_tokens > 0:
       row = Row(
@@ -312,33 +314,8 @@ class Batcher:
         num_tokens=num_tokens,
         samples=num_tokens == uncomputed,
       )
-      draft.rows_for(is_group=is_group, is_decode=is_decode).append(row)
-
-  def _prefill_room(
-    self, request: Request, draft: Draft, is_group: bool
-  ) -> int:
-    """Prompt tokens that a request may have beside those in the draft."""
-    if not is_group:
-      return draft.prefill_room(self._scheduler, self._local_chunk_tokens())
-    if draft.group_prefill:
-      return 0
-    most = draft.ceiling.prefill_tokens
-    return min(self._group_chunk_tokens(request), most)
-
-  def _local_chunk_tokens(self) -> int:
-    """Prompt tokens of a local program: fewer where others may wait for it."""
-    is_owing = self._rmanager.num_free_slots < self._lending.spill_slots
-    if is_owing or self._rmanager.pool.num_lent:
-      return self._joined_chunk_tokens
-    return self._scheduler.chunk_tokens
-
-  def _group_chunk_tokens(self, request: Request) -> int:
-    """Tokens whose group step takes as long as is allowed, by the last one."""
-    buckets = self._lending.group_prefill_buckets
-    if request.group_token_s <= 0:
-      return buckets[-1]
-    tokens = self._lending.group_chunk_s / request.group_token_s
-    return int(min(max(tokens, buckets[0]), buckets[-1]))
+      rows = draft.rows_for(is_group=is_group, is_decode=uncomputed == 1)
+      (draft.layered if is_layered else rows).append(row)
 
   def _make_room(self, request: Request, num_tokens: int) -> int:
     """Allocates rBlocks for a request's next tokens; how many it may compute.
@@ -352,9 +329,10 @@ class Batcher:
       missing = self._missing_blocks(request, start + num_tokens)
       if not missing or self._rmanager.allocate(request.uid, missing):
         return num_tokens
-      if self._borrow(missing):
+      if self._relocate(request, missing):
         return 0
       some = min(self._rmanager.pool.num_free, missing)
+      some = self._rmanager.overflow.room(request.uid, some)
       if some > 0:
         self._rmanager.allocate(request.uid, some)
       room = self._capacity(request) - start
@@ -362,6 +340,25 @@ class Batcher:
         return min(room, num_tokens)
       if not self._preempt_younger_than(request):
         return 0
+
+  def _relocate(self, request: Request, missing: int) -> bool:
+    """Whether HBM is about to become free: elsewhere, or in HOST, is room."""
+    overflow, uid = self._rmanager.overflow, request.uid
+    if not overflow.takes(uid, request.num_tokens):
+      return self._borrow(missing)
+    if not overflow.enter(uid):
+      if self._rmanager.phase(uid) is Phase.IDLE:
+        self.preempt(uid)  # To begin anew with nothing elsewhere.
+      return True
+    self._free_host()
+    return overflow.begin()
+
+  def _free_host(self) -> None:
+    """Has preempted requests give HOST up to the one that overflows."""
+    for request in reversed(self._waiting):
+      if not self._rmanager.overflow.lacks_host:
+        return
+      self._rmanager.swapping.drop(request.uid)
 
   def _borrow(self, missing: int) -> bool:
     """Whether local rBlocks are about to become free, elsewhere is room."""
@@ -371,13 +368,17 @@ class Batcher:
     if victim is None:
       return False
     most = _BORROW_CHUNKS * self._num_blocks(self._scheduler.chunk_tokens)
-    least = _BORROW_CHUNKS * self._num_blocks(self._joined_chunk_tokens)
+    least = _BORROW_CHUNKS * self._num_blocks(self._chunks.joined_tokens)
     wanted = max(least, min(self._promised(), most), missing)
     return self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
     uid = max(self._running.values(), key=lambda r: r.arrival).uid
     if uid == request.uid or self._rmanager.swapping.is_making_room:
+      return False
+    if uid == self._rmanager.overflow.uid:
+      self._free_host()
+    if self._rmanager.overflow.gives_way(uid):
       return False
     self.set_aside(uid)
     return True
@@ -390,9 +391,7 @@ class Batcher:
   def _missing_blocks(self, request: Request, num_tokens: int) -> int:
     """rBlocks that a request lacks for its first tokens."""
     num_blocks = self._rmanager.table(request.uid).num_blocks
-    if num_tokens <= num_blocks * self._block_size:
-      return 0
-    return self._num_blocks(num_tokens) - num_blocks
+    return max(self._num_blocks(num_tokens) - num_blocks, 0)
 
   def _num_blocks(self, num_tokens: int) -> int:
     return -(-num_tokens // self._block_size)

@@ -144,14 +144,16 @@ def swap_blocks(
   old: Sequence[Location],
   new: Sequence[Location],
   block_size: int,
+  first: int = 0,
 ) -> SwapBlocks:
-  """Names the copying of a request's first rBlocks to the other tier.
+  """Names the copying of rBlocks of a request to the other tier.
 
   Args:
     uid: The request.
-    old: Where they lie, from the first one on; at least one.
+    old: Where they lie, in order and without a gap; at least one.
     new: Where each is to lie.
     block_size: P, tokens in each.
+    first: Number of the first of them in the request.
 
   Returns:
     The effect, with the content tag that each rBlock has in either place.
@@ -159,7 +161,7 @@ def swap_blocks(
   src_tags, dst_tags = (
     content_tags(
       uid=uid,
-      logical_ids=range(len(places)),
+      logical_ids=range(first, first + len(places)),
       epochs=[place.epoch for place in places],
       filled=block_size,
     )
@@ -177,7 +179,7 @@ def swap_blocks(
         dst_tag=dst_tag,
       )
       for logical_id, (src, src_tag, dst, dst_tag) in enumerate(
-        zip(old, src_tags, new, dst_tags, strict=True)
+        zip(old, src_tags, new, dst_tags, strict=True), first
       )
     ),
   )
@@ -199,4 +201,39 @@ class MigrateRequest:
   dst: InstanceId
 
 
-type Effect = GrantEpochs | MoveBlocks | SwapBlocks | MigrateRequest
+@value_type
+class OverflowBlocks:
+  """rBlocks to copy to HOST, where steps will attend them.
+
+  To be acknowledged once all are copied.
+
+  Attributes:
+    uid: The request.
+    swaps: By rising logical number: those that follow what it has there.
+  """
+
+  uid: RequestUid
+  swaps: tuple[Swap, ...]
+
+
+@value_type
+class DropOverflow:
+  """Nobody attends what a request has in HOST any more.
+
+  Copies that are still under way are acknowledged all the same.
+
+  Attributes:
+    uid: The request.
+  """
+
+  uid: RequestUid
+
+
+type Effect = (
+  GrantEpochs
+  | MoveBlocks
+  | SwapBlocks
+  | OverflowBlocks
+  | DropOverflow
+  | MigrateRequest
+)

@@ -24,6 +24,7 @@ from infinite_llm.scheduler.messages import (
   MoveKvcache,
   RecallKvcache,
 )
+from infinite_llm.scheduler.overflow import Overflow
 from infinite_llm.scheduler.plans import PlanFollower
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.scheduler.reception import Reception
@@ -46,13 +47,14 @@ class RManager:
 
   It decides and keeps books; it sends nothing and touches no device. Messages
   go in through `on_message` and out through `drain_messages`; what the devices
-  are to do comes out of `drain_effects`, and `on_exchanged`, `on_verified` and
-  `swapping.on_swapped` tell what they did.
+  are to do comes out of `drain_effects`, and `on_exchanged`, `on_verified`,
+  `swapping.on_swapped` and `overflow.on_copied` tell what they did.
 
   Attributes:
     instance: The instance.
     pool: Books of its rBlocks in HBM.
     swapping: Preempted requests whose rBlocks wait in HOST.
+    overflow: The running request that keeps rBlocks there.
     hosted: Tables of what it hosts for others.
     condition: What it tells the gManagers of itself.
     plans: What it does about the gManager's plans.
@@ -113,6 +115,9 @@ class RManager:
       pool, block_size, lending, clock, self._outbox, effects, faults
     )
     self.swapping = Swapping(debtor, pool, host, block_size, faults)
+    self.overflow = Overflow(
+      debtor, pool, host and host.pool, host and host.overflow, block_size
+    )
     self.condition = Condition(pool, self._creditor, debtor)
     self._reporter = Reporter(self._outbox, lending, clock, gmanagers)
     self._group = Group(
@@ -184,7 +189,8 @@ class RManager:
 
   def allocate(self, uid: RequestUid, num_blocks: int) -> bool:
     """Adds local rBlocks to an open request, all or none; whether it did."""
-    return self._debtor.allocate(uid, num_blocks)
+    is_allowed = self.overflow.room(uid, num_blocks) == num_blocks
+    return is_allowed and self._debtor.allocate(uid, num_blocks)
 
   def confirm(self, uid: RequestUid, num_tokens: int) -> None:
     """Notes that a step proved the KV of a request's first tokens."""
@@ -200,16 +206,13 @@ class RManager:
     Args:
       uid: An open request.
     """
-    self._debtor.close(uid, num_kept=self.swapping.drop(uid))
+    num_kept = max(self.swapping.drop(uid), self.overflow.drop(uid))
+    self._debtor.close(uid, num_kept=num_kept)
 
   # Steps.
 
   def spill(self, uid: RequestUid) -> SpillInfo | None:
-    """How to name a request in a group program.
-
-    Returns:
-      Its slot and table versions; None if all of it is at home.
-    """
+    """How a group program names a request; None if all of it is at home."""
     return self._debtor.spill(uid)
 
   def resident_blocks(self, uid: RequestUid) -> int:
@@ -255,14 +258,7 @@ class RManager:
     return self._debtor.movable_blocks(uid)
 
   def choose_victim(self, uids: Iterable[RequestUid]) -> RequestUid | None:
-    """Has the policy pick the request whose rBlocks are to make room.
-
-    Args:
-      uids: Open requests to choose from.
-
-    Returns:
-      One of them; None if nothing can move.
-    """
+    """Which open request the policy has make room; None if nothing can move."""
     movable = [(uid, self.movable_blocks(uid)) for uid in uids]
     return self._policy.choose_victim(movable)
 
@@ -383,7 +379,8 @@ class RManager:
   def drain_effects(self) -> list[Effect]:
     """Takes what the devices are to do now, in this order."""
     effects, self._effects[:] = self._effects[:], []
-    return effects + self.swapping.drain_effects()
+    swaps = self.swapping.drain_effects() + self.overflow.drain_effects()
+    return effects + swaps
 
   def _tell(self, *, is_full: bool = False) -> None:
     heartbeat = self.condition.heartbeat(self._reporter.leader_epoch)

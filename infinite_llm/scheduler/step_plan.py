@@ -41,12 +41,14 @@ class StepPlan:
     local_prefill: Many tokens each, all rBlocks at home.
     group_decode: One token each, rBlocks elsewhere too.
     group_prefill: At most one row with rBlocks elsewhere.
+    layered: At most one row, of any length, with rBlocks in HOST.
   """
 
   local_decode: tuple[Row, ...] = ()
   local_prefill: tuple[Row, ...] = ()
   group_decode: tuple[Row, ...] = ()
   group_prefill: tuple[Row, ...] = ()
+  layered: tuple[Row, ...] = ()
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -56,6 +58,7 @@ class StepPlan:
       + self.local_prefill
       + self.group_decode
       + self.group_prefill
+      + self.layered
     )
 
 
@@ -89,7 +92,8 @@ class Draft:
     local_prefill: Rows.
     group_decode: Rows.
     group_prefill: Rows.
-    ceiling: Which rows of the latter two there may be.
+    layered: Rows.
+    ceiling: Which rows of group steps there may be.
   """
 
   ceiling: GroupRows = EVERYTHING
@@ -97,6 +101,7 @@ class Draft:
   local_prefill: list[Row] = dataclasses.field(default_factory=_no_rows)
   group_decode: list[Row] = dataclasses.field(default_factory=_no_rows)
   group_prefill: list[Row] = dataclasses.field(default_factory=_no_rows)
+  layered: list[Row] = dataclasses.field(default_factory=_no_rows)
 
   def rows_for(self, *, is_group: bool, is_decode: bool) -> list[Row]:
     """The rows of one program."""
@@ -123,6 +128,7 @@ class Draft:
       local_prefill=tuple(self.local_prefill),
       group_decode=tuple(self.group_decode),
       group_prefill=tuple(self.group_prefill),
+      layered=tuple(self.layered),
     )
 
 

@@ -27,6 +27,7 @@ from infinite_llm.scheduler.effects import (
   swap_blocks,
 )
 from infinite_llm.scheduler.fault_points import Mishap, Place
+from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
 from infinite_llm.types import FaultPoint, PoolCounts, RequestUid, Tier
 
@@ -57,10 +58,12 @@ class HostTier:
   Attributes:
     pool: Its rBlocks.
     costs: Of copies to it and back.
+    overflow: Which requests keep rBlocks there while they run; None if none.
   """
 
   pool: BlockPool
   costs: SwapCosts
+  overflow: OverflowRule | None = None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

@@ -352,6 +352,8 @@ class ClusterSimulator:
           self._migrate(instance, effect)
         case GrantEpochs():  # What was granted is all that arrives.
           pass
+        case _:
+          raise InvariantError(f"No simulated request overflows; got {effect}.")
     for envelope in manager.drain_messages():
       self.network.send(envelope)
 

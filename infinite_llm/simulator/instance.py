@@ -6,13 +6,15 @@ What is wrong is raised as a `ViolationError` where it happens.
 from collections.abc import Callable
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.errors import CoverageError
+from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import (
+  DropOverflow,
   GrantEpochs,
   MigrateRequest,
   Move,
   MoveBlocks,
+  OverflowBlocks,
   SwapBlocks,
 )
 from infinite_llm.scheduler.fault_points import Mishap
@@ -161,6 +163,8 @@ class Instance:
         case MigrateRequest(uid=uid, dst=dst):
           self.batcher.abort(uid)
           self._emigrate(self.requests[uid], dst)
+        case OverflowBlocks() | DropOverflow():
+          raise InvariantError(f"No simulated request overflows; got {effect}.")
     self.watch.check_books()
 
   def add(self, request: Request) -> None:

@@ -88,6 +88,14 @@ def _no_half_state():
     ({"host_blocks": 1}, r"host_blocks must be 0 or at least 2; got 1\."),
     ({"host_blocks": -1}, r"host_blocks must be 0 or at least 2; got -1\."),
     (
+      {"host_attention": True},
+      r"host_blocks must be at least 2 with host_attention, .*; got 0\.",
+    ),
+    (
+      {"host_attention_share": 0},
+      r"host_attention_share must be in \(0, 1\]; got 0\.",
+    ),
+    (
       {"host_link_bytes_per_s": 0},
       r"host_link_bytes_per_s must be positive and finite; got 0\.",
     ),

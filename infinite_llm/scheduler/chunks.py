@@ -1,0 +1,80 @@
+"""How many tokens of a request the next step of an instance computes."""
+
+from infinite_llm.config import LendingConfig, SchedulerConfig
+from infinite_llm.scheduler.request import Request
+from infinite_llm.scheduler.rmanager import RManager
+from infinite_llm.scheduler.step_plan import Draft
+
+
+class Chunks:
+  """Sizes of rows, by the program that computes them.
+
+  Attributes:
+    joined_tokens: Of a local program behind which others may wait.
+  """
+
+  def __init__(
+    self,
+    rmanager: RManager,
+    scheduler: SchedulerConfig,
+    lending: LendingConfig,
+  ):
+    """Keeps what decides.
+
+    Args:
+      rmanager: The instance's manager.
+      scheduler: Sizes of a step.
+      lending: Sizes of group prefill steps.
+    """
+    self._rmanager = rmanager
+    self._scheduler = scheduler
+    self._lending = lending
+    self.joined_tokens = min(
+      lending.group_prefill_buckets[-1], scheduler.chunk_tokens
+    )
+
+  def wanted(
+    self, request: Request, draft: Draft, *, is_group: bool, is_layered: bool
+  ) -> int:
+    """Tokens that a request may have beside those in a draft; 0 for none.
+
+    Args:
+      request: One that has tokens to compute.
+      draft: What the step has so far.
+      is_group: Whether the request has rBlocks elsewhere.
+      is_layered: Whether it has rBlocks in HOST.
+    """
+    uncomputed = request.num_uncomputed
+    if is_layered:
+      most = self._scheduler.chunk_tokens
+      most = self._rmanager.overflow.chunk_tokens(most)
+    elif uncomputed > 1:
+      most = self._prefill_room(request, draft, is_group)
+    else:
+      most = 0 if is_group and not draft.ceiling.decode else 1
+    return min(most, uncomputed)
+
+  def _prefill_room(
+    self, request: Request, draft: Draft, is_group: bool
+  ) -> int:
+    """Prompt tokens that a request may have beside those in a draft."""
+    if not is_group:
+      return draft.prefill_room(self._scheduler, self._local_tokens())
+    if draft.group_prefill:
+      return 0
+    return min(self.group_tokens(request), draft.ceiling.prefill_tokens)
+
+  def group_tokens(self, request: Request) -> int:
+    """Tokens whose group step takes as long as is allowed, by the last one."""
+    buckets = self._lending.group_prefill_buckets
+    if request.group_token_s <= 0:
+      return buckets[-1]
+    tokens = self._lending.group_chunk_s / request.group_token_s
+    return int(min(max(tokens, buckets[0]), buckets[-1]))
+
+  def _local_tokens(self) -> int:
+    """Prompt tokens of a local program: fewer where others may wait for it."""
+    is_owing = self._rmanager.num_free_slots < self._lending.spill_slots
+    if is_owing or self._rmanager.pool.num_lent:
+      return self.joined_tokens
+    return self._scheduler.chunk_tokens

@@ -1,0 +1,260 @@
+"""How a request larger than all HBM keeps its oldest rBlocks in HOST.
+
+One request of an instance at a time. It keeps some rBlocks in HBM; when it
+needs more, its oldest full, proved ones are copied to HOST, a slab at a time,
+and steps attend them there (`attention/host_attention.py`). The books change
+when the data plane acknowledges the copies. What is in HOST never comes back:
+it goes when the request ends or is to be computed again.
+
+Such a request has nothing at other instances: it neither borrows nor lends its
+own out, so every rBlock of it is in one of two tiers of one instance.
+"""
+
+import dataclasses
+
+from infinite_llm.cache.block_pool import BlockPool
+from infinite_llm.cache.rblock import Location
+from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.account import Account, Phase
+from infinite_llm.scheduler.debtor import Debtor
+from infinite_llm.scheduler.effects import (
+  DropOverflow,
+  Effect,
+  OverflowBlocks,
+  Swap,
+  swap_blocks,
+)
+from infinite_llm.types import RequestUid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverflowRule:
+  """Which requests may overflow, and by how much.
+
+  Attributes:
+    reachable_blocks: rBlocks of HBM, own and lent ones, that a request could
+      have if it were alone; only a larger one overflows.
+    kept_blocks: rBlocks that it keeps in HBM at most.
+    slab_blocks: S, rBlocks that go to HOST together.
+  """
+
+  reachable_blocks: int
+  kept_blocks: int
+  slab_blocks: int
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Leaving:
+  """rBlocks on their way to HOST.
+
+  Attributes:
+    account: Of the request.
+    home: Where they lie in HBM.
+    host: Where they are to lie in HOST.
+    is_dropped: Nobody wants them any more.
+  """
+
+  account: Account
+  home: tuple[Location, ...]
+  host: tuple[Location, ...]
+  is_dropped: bool = False
+
+
+class Overflow:
+  """Keeps the books of the request that overflows on one instance.
+
+  Attributes:
+    uid: That request; None if there is none.
+  """
+
+  def __init__(
+    self,
+    debtor: Debtor,
+    pool: BlockPool,
+    host: BlockPool | None,
+    rule: OverflowRule | None,
+    block_size: int,
+  ):
+    """Makes the books of an instance on which nothing overflows.
+
+    Args:
+      debtor: Keeps the accounts of requests that run.
+      pool: The instance's HBM.
+      host: Its host memory; None if it has none.
+      rule: Which requests may overflow; None if none may.
+      block_size: P, tokens per rBlock.
+    """
+    self.uid: RequestUid | None = None
+    self._debtor = debtor
+    self._pool = pool
+    self._host_pool = host
+    self._rule = rule
+    self._block_size = block_size
+    # By the first copy of each: its tags tell it from any other.
+    self._leaving: dict[Swap, _Leaving] = {}
+    self._effects: list[Effect] = []
+
+  @property
+  def lacks_host(self) -> bool:
+    """Whether HOST has no room for a slab, which others could make."""
+    return self._rule is not None and (
+      self._host.num_free < self._rule.slab_blocks
+    )
+
+  def is_beyond(self, num_tokens: int) -> bool:
+    """Whether so many tokens need more HBM than a request can reach.
+
+    False where nothing may overflow.
+    """
+    return self._rule is not None and (
+      -(-num_tokens // self._block_size) > self._rule.reachable_blocks
+    )
+
+  def needed_blocks(self, num_tokens: int) -> int:
+    """rBlocks of HBM that a request needs for so many tokens."""
+    num_blocks = -(-num_tokens // self._block_size)
+    if self._rule is not None and self.is_beyond(num_tokens):
+      return min(num_blocks, self._rule.kept_blocks)
+    return num_blocks
+
+  def may_enter(self, num_tokens: int) -> bool:
+    """Whether a request of so many tokens need not wait for another one."""
+    return self.uid is None or not self.is_beyond(num_tokens)
+
+  def takes(self, uid: RequestUid, num_tokens: int) -> bool:
+    """Whether a running request of so many tokens overflows, or is to."""
+    if self.uid is not None:
+      return uid == self.uid
+    return self.is_beyond(num_tokens)
+
+  def enter(self, uid: RequestUid) -> bool:
+    """Has a request keep its oldest rBlocks in HOST from now on.
+
+    Args:
+      uid: An open request.
+
+    Returns:
+      Whether it does. False if another one does, or if it is busy or has
+      rBlocks elsewhere.
+    """
+    if self.uid is not None:
+      return uid == self.uid
+    account = self._debtor.account(uid)
+    if not account.can_leave():
+      return False
+    account.phase = Phase.OVERFLOWN
+    self.uid = uid
+    return True
+
+  def room(self, uid: RequestUid, wanted: int) -> int:
+    """How many of the rBlocks of HBM that a request wants it may have.
+
+    All of them, unless it is the one that overflows.
+    """
+    if uid != self.uid or self._rule is None:
+      return wanted
+    held = len(self._debtor.account(uid).table.local_entries())
+    return max(min(wanted, self._rule.kept_blocks - held), 0)
+
+  def chunk_tokens(self, most: int) -> int:
+    """Tokens of a step that attends HOST: what a slab makes room for."""
+    if self._rule is None:
+      return most
+    return min(most, self._rule.slab_blocks * self._block_size)
+
+  def begin(self) -> bool:
+    """Starts to copy a slab of the request's oldest rBlocks to HOST.
+
+    Returns:
+      Whether one is under way now. False if none overflows, or has a slab of
+      full, proved rBlocks in HBM, and if HOST has no room.
+    """
+    if self._leaving:
+      return True
+    if self.uid is None or self._rule is None:
+      return False
+    account = self._debtor.account(self.uid)
+    first, count = account.table.num_host, self._rule.slab_blocks
+    num_proved = account.num_proved_tokens // self._block_size
+    if num_proved < first + count:
+      return False
+    host = self._host.allocate(count, self.uid)
+    if host is None:
+      return False
+    home = tuple(account.table.location(first + n) for n in range(count))
+    for location in home:
+      self._pool.begin_move(location.block_id)
+    account.phase = Phase.OVERFLOWING
+    swaps = swap_blocks(self.uid, home, host, self._block_size, first).swaps
+    self._leaving[swaps[0]] = _Leaving(account=account, home=home, host=host)
+    self._effects.append(OverflowBlocks(uid=self.uid, swaps=swaps))
+    return True
+
+  def gives_way(self, uid: RequestUid) -> bool:
+    """Whether HBM is about to become free, so that a request can stay.
+
+    Args:
+      uid: Who is to be preempted; it makes room if it can overflow.
+    """
+    return bool(self._leaving) or (uid == self.uid and self.begin())
+
+  def on_copied(self, effect: OverflowBlocks) -> None:
+    """Notes that the data plane copied a slab to HOST, or tried to.
+
+    Raises:
+      InvariantError: If no such copies are under way.
+    """
+    leaving = self._leaving.pop(effect.swaps[0], None)
+    if leaving is None:
+      raise InvariantError(
+        f"No slab like this is on its way to HOST on instance"
+        f" {self._pool.instance}: {effect.swaps[:1]}."
+      )
+    for location in leaving.home:
+      self._pool.free(location.block_id, effect.uid)
+    if leaving.is_dropped:
+      self._free_host(leaving.host, effect.uid)
+      return
+    for swap, location in zip(effect.swaps, leaving.host, strict=True):
+      self._host.mark_live(location.block_id)
+      leaving.account.table.switch(swap.logical_id, location)
+    leaving.account.phase = Phase.OVERFLOWN
+
+  def drop(self, uid: RequestUid) -> int:
+    """Gives up what a request has in HOST, if it is the one that overflows.
+
+    Args:
+      uid: A request that is about to be closed.
+
+    Returns:
+      How many of the first rBlocks of its table are not to be freed with the
+      others: they are in HOST, or being copied there.
+    """
+    if uid != self.uid:
+      return 0
+    self.uid = None
+    table = self._debtor.account(uid).table
+    num_kept = table.num_host
+    in_host = tuple(table.location(n) for n in range(num_kept))
+    self._free_host(in_host, uid)
+    for leaving in self._leaving.values():
+      if leaving.account.table is table:
+        leaving.is_dropped = True
+        num_kept += len(leaving.home)
+    self._effects.append(DropOverflow(uid=uid))
+    return num_kept
+
+  def drain_effects(self) -> list[Effect]:
+    """Takes what the data plane is to do now, in order."""
+    effects, self._effects = self._effects, []
+    return effects
+
+  @property
+  def _host(self) -> BlockPool:
+    if self._host_pool is None:
+      raise InvariantError(f"Instance {self._pool.instance} has no HOST pool.")
+    return self._host_pool
+
+  def _free_host(self, places: tuple[Location, ...], uid: RequestUid) -> None:
+    for location in places:
+      self._host.free(location.block_id, uid)

@@ -1,0 +1,484 @@
+"""Requests larger than all HBM attend host memory, and give the same tokens.
+
+Every copy is verified. Engines are shared by tests, which leave both tiers
+empty.
+"""
+
+import numpy as np
+import pytest
+
+from infinite_llm.cache import slab_store
+from infinite_llm.config import engine_config
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine.engine import Engine
+from infinite_llm.errors import CapacityError, ConfigError
+from infinite_llm.models.hf_loader import load_hf
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.account import Phase
+from infinite_llm.types import Tier
+from tests.testing import (
+  GOLDEN,
+  SamplingOracle,
+  drain,
+  lockstep,
+  pools_are_empty,
+  write_shallow_checkpoint,
+)
+
+BLOCK_SIZE = 16
+MAX_TOKENS = 640
+WAYS = (
+  {},
+  {"temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.3, "seed": 5},
+)
+
+
+def load(path, num_instances=1, tensor_parallel=1):
+  mesh = make_mesh(num_instances, tensor_parallel)
+  return load_hf(path, mesh, dtype="float32")
+
+
+def build(model, **options) -> Engine:
+  """Of 8 rBlocks in HBM, 128 tokens, a long request keeps 4; 32 in HOST."""
+  options = {
+    "block_size": BLOCK_SIZE,
+    "num_blocks": 9,
+    "host_blocks": 33,
+    "host_attention": True,
+    "verify_moves": True,
+    "max_num_seqs": 4,
+    "decode_buckets": (4,),
+    "prefill_buckets": (32,),
+    "group_prefill_buckets": (32,),
+    "headroom_blocks": 0,
+    "prefill_rows": 4,
+    "spill_slots": 4,
+    "exchange_blocks": 4,
+    "resend_after_s": 0.01,
+    "heartbeat_every_s": 0.005,
+  } | options
+  return Engine(model, engine_config(**options), is_ready=lockstep)
+
+
+@pytest.fixture(scope="module", name="checkpoint")
+def _checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("layered")
+  return write_shallow_checkpoint(folder, num_layers=2)
+
+
+@pytest.fixture(scope="module", name="oracle")
+def _oracle(checkpoint):
+  return SamplingOracle(load(checkpoint).dense(), MAX_TOKENS)
+
+
+@pytest.fixture(scope="module", name="lonely_engine")
+def _lonely_engine(checkpoint):
+  return build(load(checkpoint))
+
+
+@pytest.fixture(name="engine")
+def _engine(lonely_engine):
+  yield lonely_engine
+  assert is_clean(lonely_engine)
+
+
+@pytest.fixture(scope="module", name="lending_engine")
+def _lending_engine(checkpoint):
+  return build(load(checkpoint, 2, 2), num_instances=2, tensor_parallel=2)
+
+
+@pytest.fixture(name="lenders")
+def _lenders(lending_engine):
+  """Two instances that lend, of two tensor ranks each."""
+  yield lending_engine
+  assert is_clean(lending_engine)
+
+
+def host_is_empty(engine) -> bool:
+  counts = [m.counts(Tier.HOST) for m in engine.group.managers]
+  tiers = engine.group.host_tiers
+  return all(c.free == c.total for c in counts) and not any(
+    store._slabs or store._leaving for store in tiers.slabs
+  )
+
+
+def is_clean(engine) -> bool:
+  return (
+    drain(engine) == {} and pools_are_empty(engine) and host_is_empty(engine)
+  )
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+  return np.random.default_rng(seed).integers(3, 256, length).tolist()
+
+
+def sampling_of(count: int, **options) -> SamplingParams:
+  return SamplingParams(max_tokens=count, ignore_eos=True, **options)
+
+
+def add(engine, length, count, text=0, instance=None, **way):
+  """Adds a request; gives its name and what to check it by."""
+  sampling = sampling_of(count, **way)
+  name = engine.add_request(
+    prompt_of(length, text), sampling, instance=instance
+  )
+  return name, sampling
+
+
+def check(oracle, output, sampling):
+  """An answer is the oracle's, and has the length that was asked for."""
+  assert output.error is None
+  assert len(output.token_ids) == sampling.max_tokens
+  prompt = list(output.prompt_token_ids)
+  expected = oracle.tokens(prompt, output.token_ids, sampling)
+  assert list(output.token_ids) == expected
+
+
+def request_of(engine, name):
+  return engine._book.find(name).request
+
+
+def num_host(engine, name) -> int:
+  """rBlocks of a running request in host memory."""
+  entry = engine._book.find(name)
+  manager = engine.group.managers[entry.instance]
+  is_open = entry.request in engine.batchers[entry.instance].running
+  return manager.table(entry.request.uid).num_host if is_open else 0
+
+
+def step_until(engine, condition, max_steps=2000):
+  """Steps; gives the last outputs of requests that ended."""
+  finished = {}
+  for _ in range(max_steps):
+    if condition():
+      return finished
+    for output in engine.step():
+      if output.is_finished:
+        finished[output.request_id] = output
+  raise AssertionError(f"not so after {max_steps} steps")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", [129, 256, 383, 520])
+def test_a_context_of_several_hbms_gives_the_dense_tokens(
+  engine, oracle, length, way
+):
+  before = dict(engine.runner.launches)
+  unproved = engine.num_unproved_rows
+  asked = dict([add(engine, length, 20, **way)])
+  asked |= dict([add(engine, 9 + n, 12, text=n, **WAYS[n % 2]) for n in (1, 2)])
+  finished = drain(engine)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  launches = engine.runner.launches
+  assert launches["layered_prefill"] > before.get("layered_prefill", 0)
+  assert launches["layered_decode"] >= before.get("layered_decode", 0) + 19
+  assert engine.num_unproved_rows == unproved
+
+
+def test_what_fits_in_hbm_never_leaves_it(engine, oracle):
+  before = dict(engine.runner.launches)
+  asked = dict(add(engine, 100 - n, 12, text=n) for n in range(3))
+  finished = drain(engine)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  for kind in ("layered_prefill", "layered_decode"):
+    assert engine.runner.launches[kind] == before.get(kind, 0)
+
+
+def test_a_request_outgrows_hbm_while_it_decodes(engine, oracle):
+  """It stays where it is: nothing is computed twice."""
+  (name, sampling), before = add(engine, 100, 60), dict(engine.runner.launches)
+  finished = drain(engine)
+  check(oracle, finished[name], sampling)
+  launches = engine.runner.launches
+  decoded = sum(
+    launches[kind] - before.get(kind, 0)
+    for kind in ("layered_decode", "local_decode")
+  )
+  assert decoded == 59
+  assert launches["layered_decode"] > before.get("layered_decode", 0)
+
+
+def test_it_borrows_first_and_begins_anew_once_that_is_not_enough(
+  lenders, oracle
+):
+  (name, sampling) = add(lenders, 240, 60, instance=0)
+  moved = lenders.group.num_blocks_moved
+  step_until(lenders, lambda: num_host(lenders, name) > 0)
+  assert lenders.group.num_blocks_moved > moved
+  table = lenders.group.managers[0].table(request_of(lenders, name).uid)
+  assert table.creditors() == ()
+  finished = drain(lenders)
+  check(oracle, finished[name], sampling)
+
+
+@pytest.mark.parametrize("instance", [0, 1])
+def test_each_instance_has_its_own_host_memory(lenders, oracle, instance):
+  asked = dict([add(lenders, 400, 16, instance=instance)])
+  asked |= dict([add(lenders, 300, 12, text=3, instance=1 - instance)])
+  asked |= dict(
+    [add(lenders, 20 + n, 10, text=n, instance=n % 2) for n in range(4)]
+  )
+  asked |= dict([add(lenders, 150, 6, text=7, instance=instance)])
+  finished = drain(lenders)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert lenders.num_unproved_rows == 0
+
+
+def test_local_steps_keep_no_tables_of_leases_that_ended(lenders, oracle):
+  """They name rBlocks that the steps' own requests have by now."""
+  lent = dict([add(lenders, 200, 4, instance=0)])
+  finished = drain(lenders)
+  assert pools_are_empty(lenders)
+  own = dict([add(lenders, 100, 8, instance=1)])
+  finished |= drain(lenders)
+  for name, sampling in (lent | own).items():
+    check(oracle, finished[name], sampling)
+  hosted = lenders.group.managers[1].hosted
+  assert lenders.runner._tables[1]._hosted == hosted.versions()
+
+
+def test_a_second_long_request_waits_and_short_ones_overtake_it(engine, oracle):
+  first = add(engine, 300, 12)
+  second = add(engine, 280, 6, text=1)
+  short = add(engine, 20, 4, text=2)
+  step_until(engine, lambda: not engine.is_unfinished(short[0]))
+  assert engine.is_unfinished(first[0])
+  assert request_of(engine, second[0]).num_computed_tokens == 0
+  finished = drain(engine)
+  check(oracle, finished[first[0]], first[1])
+  check(oracle, finished[second[0]], second[1])
+
+
+def test_it_gives_way_to_elder_requests(engine, oracle):
+  """They need more than half of HBM; its own part goes to HOST instead."""
+  elder = [add(engine, 16, 44, text=n) for n in range(2)]
+  long = add(engine, 200, 10, text=9)
+  asked = dict([*elder, long])
+  finished = drain(engine)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+
+
+def test_preempted_requests_give_host_memory_up(checkpoint, oracle):
+  """What waits there for HBM is computed again when a long one needs it."""
+  engine = build(load(checkpoint), host_blocks=17, policy="swap")
+  asked = dict([add(engine, 40, 56), add(engine, 50, 40, text=1)])
+  younger = list(asked)[1]
+  swapping = engine.group.managers[0].swapping
+  uid = request_of(engine, younger).uid
+  step_until(engine, lambda: swapping.stage(uid) is not None)
+  name, sampling = add(engine, 260, 8, text=2)
+  asked[name] = sampling
+  finished = drain(engine)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert is_clean(engine)
+
+
+def num_steps(engine) -> int:
+  add(engine, 200, 6)
+  count = 0
+  while engine.has_unfinished():
+    engine.step()
+    count += 1
+  return count
+
+
+def test_it_may_be_aborted_after_any_step(engine, oracle):
+  seen = set()
+  for step in range(num_steps(engine)):
+    name, _ = add(engine, 200, 6)
+    short = add(engine, 20, 4, text=3)
+    for _ in range(step):
+      engine.step()
+    entry = engine._book.find(name)
+    if entry is not None:
+      manager = engine.group.managers[0]
+      if entry.request in engine.batchers[0].running:
+        seen.add((manager.phase(entry.request.uid), num_host(engine, name) > 0))
+    is_short_left = engine.is_unfinished(short[0])
+    engine.abort(name)
+    finished = drain(engine)
+    if is_short_left:
+      check(oracle, finished[short[0]], short[1])
+    assert pools_are_empty(engine)
+    assert host_is_empty(engine)
+  assert (Phase.OVERFLOWN, True) in seen
+  assert (Phase.OVERFLOWING, True) in seen
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
+def test_a_copy_may_end_before_and_after_an_abort(
+  engine, oracle, monkeypatch, is_late
+):
+  """Neither end is given to anybody else while it is being written to."""
+  name, _ = add(engine, 200, 6)
+  manager = engine.group.managers[0]
+  uid = request_of(engine, name).uid
+  step_until(engine, lambda: num_host(engine, name) > 0)
+  with monkeypatch.context() as patch:
+    patch.setattr(slab_store.LeavingSlab, "is_done", False)
+    step_until(engine, lambda: manager.phase(uid) is Phase.OVERFLOWING)
+    assert engine.settle()  # A slow link is no stall.
+    if is_late:
+      engine.abort(name)
+      engine.settle()
+      slab = engine.config.cache.slab_blocks
+      for tier in Tier:
+        counts = manager.counts(tier)
+        assert counts.total - counts.free == slab, tier
+      again = add(engine, 200, 6)  # Under way beside the old copy.
+      engine.step()
+  if is_late:
+    finished = drain(engine)
+    check(oracle, finished[again[0]], again[1])
+  else:
+    step_until(engine, lambda: manager.phase(uid) is Phase.OVERFLOWN)
+    engine.abort(name)
+    drain(engine)
+
+
+def spoil(engine, name, fault: str) -> None:
+  """Disturbs what a request has in host memory; no book knows."""
+  uid = request_of(engine, name).uid
+  store = engine.group.host_tiers.slabs[0]
+  slabs = store._slabs[uid]
+  match fault:
+    case "untagged":
+      slab = slabs[1]
+      slabs[1] = slab_store.HeldSlab(
+        layers=slab.layers, tag=slab.tag * 0, tables=slab.tables
+      )
+    case "swapped":  # Each with its tags, in the other's place.
+      a, b = slabs[:2]
+      slabs[0], slabs[1] = (
+        slab_store.HeldSlab(layers=x.layers, tag=x.tag, tables=y.tables)
+        for x, y in ((b, a), (a, b))
+      )
+    case "missing":
+      del slabs[1]
+    case "twice":
+      slabs[1] = slabs[0]
+
+
+@pytest.mark.parametrize("fault", ["untagged", "swapped", "missing", "twice"])
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_a_spoilt_rblock_in_host_is_noticed_and_computed_again(
+  engine, oracle, fault, when
+):
+  """Its step proves nothing, and no token comes of it."""
+  name, sampling = add(engine, 280, 8)
+  short = add(engine, 20, 6, text=4)
+  request = request_of(engine, name)
+  unproved = engine.num_unproved_rows
+  finished = step_until(
+    engine,
+    lambda: (
+      num_host(engine, name) >= 6
+      and (when == "prefill" or len(request.output_token_ids) == 3)
+    ),
+  )
+  answered = list(request.output_token_ids)
+  spoil(engine, name, fault)
+  finished |= step_until(engine, lambda: engine.num_unproved_rows > unproved)
+  assert request.output_token_ids == answered
+  finished |= drain(engine)
+  check(oracle, finished[name], sampling)
+  check(oracle, finished[short[0]], short[1])
+  assert engine.num_unproved_rows == unproved + 1
+
+
+def test_a_copy_that_was_not_what_the_books_say_proves_nothing(
+  engine, oracle, monkeypatch
+):
+  """The rBlock loses its tag in HBM before it leaves."""
+  name, sampling = add(engine, 200, 6)
+  step_until(engine, lambda: num_host(engine, name) == 2)
+  store, unproved = engine.group.host_tiers.slabs[0], engine.num_unproved_rows
+  with monkeypatch.context() as patch:
+    leave = store.leave
+
+    def leave_untagged(pool, *rest):
+      patch.undo()
+      return leave(pool._replace(tag=pool.tag * 0), *rest)
+
+    patch.setattr(store, "leave", leave_untagged)
+    step_until(engine, lambda: engine.num_unproved_rows > unproved)
+  finished = drain(engine)
+  check(oracle, finished[name], sampling)
+  assert engine.num_unproved_rows == unproved + 1
+
+
+def test_random_schedules_end_right_and_leave_nothing(lenders, oracle):
+  for seed in range(2):
+    rng = np.random.default_rng(seed)
+    arrivals = sorted(rng.integers(0, 40, 9).tolist())
+    aborts = rng.integers(5, 120, 2).tolist()
+    asked, finished, step = {}, {}, 0
+    while arrivals or lenders.has_unfinished():
+      while arrivals and arrivals[0] <= step:
+        arrivals.pop(0)
+        longest = 450 if rng.integers(3) == 0 else 120
+        name, sampling = add(
+          lenders,
+          int(rng.integers(1, longest)),
+          int(rng.integers(2, 36)),
+          text=int(rng.integers(99)),
+          **rng.choice(WAYS),
+        )
+        asked[name] = sampling
+      if step in aborts and asked:
+        lenders.abort(str(rng.choice(list(asked))))
+      for output in lenders.step():
+        if output.is_finished:
+          finished[output.request_id] = output
+      step += 1
+    for name, sampling in asked.items():
+      if finished[name].finish_reason != "abort":
+        check(oracle, finished[name], sampling)
+    assert is_clean(lenders)
+
+
+def test_warm_up_compiles_all_of_it(checkpoint, oracle):
+  engine = build(load(checkpoint))
+  engine.warm_up()
+  assert not engine.runner.launches
+  name, sampling = add(engine, 300, 12)
+  finished = drain(engine)
+  check(oracle, finished[name], sampling)
+  assert engine.runner.programs.num_late_compiles == 0
+  assert len(engine.runner.programs) == engine.config.num_program_kinds
+  assert is_clean(engine)
+
+
+def test_a_prompt_beyond_both_tiers_is_refused(engine):
+  """4 rBlocks of 16 in HBM, and 32 in host memory."""
+  assert engine.capacity_tokens == 576
+  with pytest.raises(
+    CapacityError, match=r"577 tokens .* hold 576: .* 576 with host memory"
+  ):
+    engine.add_request(prompt_of(576), sampling_of(1))
+
+
+def test_the_largest_context_is_filled_to_its_last_token(engine, oracle):
+  name, sampling = add(engine, 560, 16)
+  finished = drain(engine)
+  check(oracle, finished[name], sampling)
+
+
+def test_host_memory_that_adds_nothing_is_refused(checkpoint):
+  """16 rBlocks are in the HBM of two; 4 and 12 are no more."""
+  model = load(checkpoint, 2)
+  with pytest.raises(
+    ConfigError, match=r"room for more than 12 rBlocks .* got 14, room for 12"
+  ):
+    build(model, num_instances=2, host_blocks=14)
+
+
+def test_a_model_with_windows_is_refused():
+  model = load(GOLDEN / "mistral_window")
+  with pytest.raises(ConfigError, match="False for a model with sliding"):
+    build(model)

@@ -1,0 +1,159 @@
+"""The programs of steps that attend host memory assemble, and copy no pool."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from infinite_llm.cache.kv_pool import PoolArrays
+from infinite_llm.cache.table_store import TableStore
+from infinite_llm.cache.tier_moves import TierBatch, build_leave_as_slab
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine.layered_programs import LayeredPrograms
+from infinite_llm.engine.step_batch import build_batch
+from infinite_llm.models.loaded_model import LoadedModel
+from infinite_llm.models.registry import ModelConfig
+from infinite_llm.models.transformer import abstract_transformer, param_specs
+from pallas_kernels.attention_state import AttentionState
+from pallas_kernels.micro_attention.api import BlockTables
+
+N, L, K, P, D, H, S = 4096, 32, 8, 64, 128, 32, 64
+CONFIG = ModelConfig(
+  vocab_size=1024,
+  model_dim=4096,
+  mlp_dim=14336,
+  num_layers=1,
+  num_q_heads=H,
+  num_kv_heads=K,
+  head_dim=D,
+)
+BLOCK_BYTES = 2 * L * 2 * K * P * D
+
+
+def _array(shape, dtype):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _ints(n, dtype=jnp.int32):
+  return _array((n,), dtype)
+
+
+POOL = PoolArrays(
+  kv=_array((N, L, 2, K, P, D), jnp.bfloat16),
+  tag=_ints(N, jnp.uint32),
+  epoch=_ints(N, jnp.uint32),
+  block_ids=_ints(5 * N // 2),
+  logical_ids=_ints(5 * N // 2),
+)
+
+
+@pytest.fixture(name="row")
+def _row(sm90a, monkeypatch):
+  # The kernels for GPUs are taken where JAX runs on one.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  return make_mesh(1, 1, sm90a.devices)
+
+
+class Step:
+  """Programs for one number of tokens, and what they take.
+
+  Attributes:
+    programs: Their builders.
+    layer: Parameters of a layer.
+    batch: One row.
+  """
+
+  def __init__(self, row, num_tokens):
+    graphdef, state = abstract_transformer(
+      CONFIG, dtype=jnp.bfloat16, tensor_axis="tensor"
+    )
+    model = LoadedModel(config=CONFIG, graphdef=graphdef, state=state, mesh=row)
+    whole = nnx.merge(graphdef, state)
+    self.programs = LayeredPrograms(
+      model=model,
+      layer_def=nnx.split(whole.layers[0])[0],
+      param_specs=param_specs(CONFIG, row),
+      mesh=row,
+      num_tokens=num_tokens,
+      attention=None,
+    )
+    self.layer = state["layers"][0]
+    batch = build_batch(
+      [],
+      [],
+      TableStore(N).take_writes(),
+      num_tokens=num_tokens,
+      num_rows=1,
+      block_size=P,
+    )
+    self.batch = _with_leading_axis(batch)
+    self.x = _array((num_tokens, CONFIG.model_dim), jnp.bfloat16)
+    self.q = _array((num_tokens, H, D), jnp.bfloat16)
+    self.state = AttentionState(
+      _array((num_tokens, H, D), jnp.float32),
+      _array((num_tokens, H), jnp.float32),
+    )
+
+
+def _with_leading_axis(tree):
+  return jax.tree.map(lambda x: _array((1, *np.shape(x)), x.dtype), tree)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1024])
+def test_a_layer_appends_in_place_and_reads_the_pool_where_it_is(
+  sm90a, row, num_tokens
+):
+  step = Step(row, num_tokens)
+  tables = BlockTables(
+    *_with_leading_axis(
+      (np.zeros(N, np.int32),) * 2 + (np.zeros(1, np.int32),) * 2
+    )
+  )
+  compiled, spills = sm90a.compile(
+    step.programs.front(),
+    step.layer,
+    step.x,
+    POOL,
+    _array((), jnp.int32),
+    step.batch,
+    tables,
+    donate_argnums=2,
+  )
+  assert spills
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes > N * BLOCK_BYTES
+  assert memory.temp_size_in_bytes < N * BLOCK_BYTES / 100
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1024])
+def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens):
+  step = Step(row, num_tokens)
+  tables = BlockTables(_ints(1 + S), _ints(1 + S), _ints(1), _ints(1))
+  compiled, spills = sm90a.compile(
+    step.programs.add(),
+    step.state,
+    _ints(1, jnp.uint32),
+    step.q,
+    step.batch,
+    _array((1 + S, 1, 2, K, P, D), jnp.bfloat16),
+    _ints(1 + S, jnp.uint32),
+    tables,
+  )
+  assert spills
+  slab_bytes = (1 + S) * BLOCK_BYTES // L
+  assert compiled.memory_analysis().temp_size_in_bytes < slab_bytes / 10
+
+
+def test_a_slab_leaves_by_way_of_one_copy(sm90a, row):
+  batch = TierBatch(
+    _ints(S), _ints(S, jnp.uint32), _ints(S), _ints(S, jnp.uint32)
+  )
+  compiled, spills = sm90a.compile(
+    build_leave_as_slab(row), POOL.kv, POOL.tag, batch
+  )
+  assert spills
+  memory = compiled.memory_analysis()
+  # `engine/pool_size.py` counts on that: once packed, once layer by layer.
+  assert memory.temp_size_in_bytes <= (1 + S) * BLOCK_BYTES + 2**20
+  assert memory.output_size_in_bytes <= (1 + S) * BLOCK_BYTES + 2**20
