@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from infinite_llm.cache.rows import place_rows, split_rows
+from infinite_llm.cache.rows import place_rows
 from infinite_llm.cache.slab_store import HeldSlab
 from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
@@ -58,17 +58,10 @@ class LayeredSteps:
     self._runner = runner
     self._tiers = tiers
     self._num_layers = model.config.num_layers
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
+    params = runner.row_params[0]
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
     whole = nnx.merge(model.graphdef, model.state)
     layer_def, _ = nnx.split(whole.layers[0])
-    self._params = [
-      jax.tree.map(
-        lambda leaf, spec, row=row: split_rows(leaf, [row], spec)[0],
-        model.state,
-        specs,
-      )
-      for row in runner.row_meshes
-    ]
     self._programs = {
       (instance, num_tokens): LayeredPrograms(
         model=model,
@@ -136,7 +129,7 @@ class LayeredSteps:
     bucket = self._buckets[num_tokens > 1]
     programs = self._programs[instance, bucket]
     own = self._runner.instances.index(instance)
-    params = self._params[own]
+    weights, kv_scales = self._runner.row_params[own]
     batch, tables = self._place(own, rows, bucket)
 
     def run(name: str, *args: Any) -> Any:
@@ -146,22 +139,22 @@ class LayeredSteps:
         args,
       )
 
-    pool, x, proved = run("begin", params, self._runner.pool.row(own), batch)
+    pool, x, proved = run("begin", weights, self._runner.pool.row(own), batch)
     self._runner.pool.set_row(own, pool)
     stream = self._tiers.slabs[own].stream(slabs)
     for index, layer in enumerate(self._layers[own]):
-      weights = params["layers"][index]
+      mine, read = weights["layers"][index], (layer, kv_scales, batch)
       pool, q, state, covered = run(
-        "front", weights, x, self._runner.pool.row(own), layer, batch, tables
+        "front", mine, x, self._runner.pool.row(own), *read, tables
       )
       self._runner.pool.set_row(own, pool)
       for slab in slabs:
-        state, covered = run(
-          "add", state, covered, q, batch, stream.take(), slab.tag, slab.tables
-        )
+        staged = (stream.take(), slab.tag, slab.tables)
+        state, covered = run("add", state, covered, q, *read, *staged)
+        del staged  # Its room is that of the next one.
         stream.used(covered)
-      x, proved = run("back", weights, x, batch, state, covered, proved)
-    return run("end", params, x, batch, proved)
+      x, proved = run("back", mine, x, batch, state, covered, proved)
+    return run("end", weights, x, batch, proved)
 
   def _place(
     self, own: int, rows: Sequence[RowInput], num_tokens: int

@@ -53,6 +53,7 @@ class ModelRunner:
   Attributes:
     instances: Numbers of this process's instances.
     row_meshes: The row of the mesh of each.
+    row_params: What the steps of each read.
     pool: The rBlock pools.
     programs: The compiled programs.
     launches: How often each kind of program was launched since warm-up.
@@ -82,7 +83,7 @@ class ModelRunner:
     self._params = params = programs.Params(model.state, scales)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
     self._param_specs = specs
-    self._row_params = [
+    self.row_params = [
       jax.tree.map(
         lambda leaf, spec, row=row: split_rows(leaf, [row], spec)[0],
         params,
@@ -141,7 +142,7 @@ class ModelRunner:
       (name, instance, bucket),
       lambda: self._build(kind, self.row_meshes[own], bucket),
       (
-        self._row_params[own],
+        self.row_params[own],
         self.pool.row(own),
         self._place(instance, batch),
       ),

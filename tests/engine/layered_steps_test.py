@@ -18,12 +18,14 @@ from infinite_llm.scheduler.account import Phase
 from infinite_llm.types import Tier
 from tests.testing import (
   GOLDEN,
+  GreedyOracle,
   SamplingOracle,
   drain,
   lockstep,
   pools_are_empty,
   write_shallow_checkpoint,
 )
+from tests.tolerances import tolerance
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 640
@@ -73,23 +75,27 @@ def _oracle(checkpoint):
 
 @pytest.fixture(scope="module", name="lonely_engine")
 def _lonely_engine(checkpoint):
-  return build(load(checkpoint))
+  engine = build(load(checkpoint))
+  engine.warm_up()
+  assert not engine.runner.launches
+  return engine
 
 
 @pytest.fixture(name="engine")
 def _engine(lonely_engine):
   yield lonely_engine
   assert is_clean(lonely_engine)
+  assert lonely_engine.runner.programs.num_late_compiles == 0
 
 
 @pytest.fixture(scope="module", name="lending_engine")
 def _lending_engine(checkpoint):
-  return build(load(checkpoint, 2, 2), num_instances=2, tensor_parallel=2)
+  return build(load(checkpoint, 2), num_instances=2)
 
 
 @pytest.fixture(name="lenders")
 def _lenders(lending_engine):
-  """Two instances that lend, of two tensor ranks each."""
+  """Two instances that lend."""
   yield lending_engine
   assert is_clean(lending_engine)
 
@@ -442,16 +448,9 @@ def test_random_schedules_end_right_and_leave_nothing(lenders, oracle):
     assert is_clean(lenders)
 
 
-def test_warm_up_compiles_all_of_it(checkpoint, oracle):
-  engine = build(load(checkpoint))
-  engine.warm_up()
-  assert not engine.runner.launches
-  name, sampling = add(engine, 300, 12)
-  finished = drain(engine)
-  check(oracle, finished[name], sampling)
-  assert engine.runner.programs.num_late_compiles == 0
+def test_warm_up_compiles_all_of_it(engine):
+  """After each test of this engine, that it compiled nothing is checked."""
   assert len(engine.runner.programs) == engine.config.num_program_kinds
-  assert is_clean(engine)
 
 
 def test_a_prompt_beyond_both_tiers_is_refused(engine):
@@ -476,6 +475,36 @@ def test_host_memory_that_adds_nothing_is_refused(checkpoint):
     ConfigError, match=r"room for more than 12 rBlocks .* got 14, room for 12"
   ):
     build(model, num_instances=2, host_blocks=14)
+
+
+def test_float8_gives_the_tokens_of_a_model_that_rounds_alike(checkpoint):
+  """Rounded once: HBM, slabs and those that wait for their scales are bytes."""
+  model = load(checkpoint, 1, 2)
+  shape = (2, 2, model.config.num_kv_heads)
+  # All different, so that one head's or layer's is seen to be no other's.
+  scales = 0.01 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)
+  kind = "float8_e4m3fn"
+  engine = build(model, tensor_parallel=2, kv_dtype=kind, kv_scales=scales)
+  names = [add(engine, length, 16)[0] for length in (383, 20)]
+  finished = drain(engine)
+  assert is_clean(engine)
+  assert engine.runner.launches["layered_decode"] >= 15
+  dense = load(checkpoint).dense()
+
+  def differences(kv_scales):
+    oracle = GreedyOracle(dense, MAX_TOKENS, kind, kv_scales)
+    return [
+      oracle.first_difference(
+        list(finished[name].prompt_token_ids),
+        list(finished[name].token_ids),
+        tolerance("float32", kind).greedy_tie,
+      )
+      for name in names
+    ]
+
+  assert not any(differences(scales))
+  assert differences(scales[::-1])[0]
+  assert engine.num_unproved_rows == 0
 
 
 def test_a_model_with_windows_is_refused():

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from infinite_llm.cache.kv_pool import PoolArrays
 from infinite_llm.cache.table_store import TableStore
 from infinite_llm.cache.tier_moves import TierBatch, build_leave_as_slab
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.layered_programs import LayeredPrograms
+from infinite_llm.engine.programs import Params
 from infinite_llm.engine.step_batch import build_batch
 from infinite_llm.models.loaded_model import LoadedModel
 from infinite_llm.models.registry import ModelConfig
@@ -29,6 +31,8 @@ CONFIG = ModelConfig(
   head_dim=D,
 )
 BLOCK_BYTES = 2 * L * 2 * K * P * D
+SCALE_SPECS = PartitionSpec(None, None, "tensor")
+DTYPES = (jnp.bfloat16, jnp.uint8)
 
 
 def _array(shape, dtype):
@@ -73,7 +77,7 @@ class Step:
     self.programs = LayeredPrograms(
       model=model,
       layer_def=nnx.split(whole.layers[0])[0],
-      param_specs=param_specs(CONFIG, row),
+      param_specs=Params(param_specs(CONFIG, row), SCALE_SPECS),
       mesh=row,
       num_tokens=num_tokens,
       attention=None,
@@ -96,13 +100,19 @@ class Step:
     )
 
 
+def _scales(dtype):
+  """Those of a pool of float8, which is one of bytes."""
+  return _array((L, 2, K), jnp.float32) if dtype == jnp.uint8 else None
+
+
 def _with_leading_axis(tree):
   return jax.tree.map(lambda x: _array((1, *np.shape(x)), x.dtype), tree)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 1024])
 def test_a_layer_appends_in_place_and_reads_the_pool_where_it_is(
-  sm90a, row, num_tokens
+  sm90a, row, num_tokens, dtype
 ):
   step = Step(row, num_tokens)
   tables = BlockTables(
@@ -114,20 +124,23 @@ def test_a_layer_appends_in_place_and_reads_the_pool_where_it_is(
     step.programs.front(),
     step.layer,
     step.x,
-    POOL,
+    POOL._replace(kv=_array(POOL.kv.shape, dtype)),
     _array((), jnp.int32),
+    _scales(dtype),
     step.batch,
     tables,
     donate_argnums=2,
   )
   assert spills
   memory = compiled.memory_analysis()
-  assert memory.alias_size_in_bytes > N * BLOCK_BYTES
-  assert memory.temp_size_in_bytes < N * BLOCK_BYTES / 100
+  pool_bytes = N * BLOCK_BYTES * jnp.dtype(dtype).itemsize // 2
+  assert memory.alias_size_in_bytes > pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes / 100
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 1024])
-def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens):
+def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens, dtype):
   step = Step(row, num_tokens)
   tables = BlockTables(_ints(1 + S), _ints(1 + S), _ints(1), _ints(1))
   compiled, spills = sm90a.compile(
@@ -135,14 +148,20 @@ def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens):
     step.state,
     _ints(1, jnp.uint32),
     step.q,
+    _array((), jnp.int32),
+    _scales(dtype),
     step.batch,
-    _array((1 + S, 1, 2, K, P, D), jnp.bfloat16),
+    _array((1 + S, 1, 2, K, P, D), dtype),
     _ints(1 + S, jnp.uint32),
     tables,
   )
   assert spills
   slab_bytes = (1 + S) * BLOCK_BYTES // L
-  assert compiled.memory_analysis().temp_size_in_bytes < slab_bytes / 10
+  # Bytes are widened for prefill, here all at once (docs/float8.md), and what
+  # was attended of them is merged.
+  is_widened = dtype == jnp.uint8 and num_tokens > 1
+  most = 3 * slab_bytes if is_widened else slab_bytes / 20
+  assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
 def test_a_slab_leaves_by_way_of_one_copy(sm90a, row):
