@@ -22,7 +22,8 @@ MAX_GROUP_ROWS = 512
 """Rows of a group decode step, over all instances."""
 
 MAX_PROGRAM_KINDS = 24
-"""Compiled programs that differ in more than the instance; more are a lot."""
+"""Compiled programs of whole models that differ in more than the instance; more
+are a lot."""
 
 _MAX_DEFAULT_HEADROOM = 4
 """At most this part of a pool, one in four, is headroom unless asked for: a
@@ -145,8 +146,8 @@ class EngineConfig:
     Every bucket of every kind of step is one. So is each of the two ways of
     sampling for each number of rows, marking the tokens seen and writing table
     entries, and each direction between the tiers; a group has its exchange,
-    coverage check and reservation epochs. A step that attends HOST consists of
-    five, for one token and for many, and there is one more way to HOST.
+    coverage check and reservation epochs. With `num_layered_kinds` there is one
+    more way to HOST, and steps have one row.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
@@ -154,12 +155,20 @@ class EngineConfig:
     if self.cache.host_blocks:
       steps += 2
     if self.cache.host_attention:
-      steps += 2 * 5 + 1
+      steps += self.num_layered_kinds + 1
       row_counts.add(1)
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets) + 3
       row_counts |= {lending.spill_slots, 1}
     return steps + 2 * len(row_counts) + 2
+
+  @property
+  def num_layered_kinds(self) -> int:
+    """Those among them of which steps that attend HOST consist.
+
+    Five for one token and five for many, none of more than a layer.
+    """
+    return 2 * 5 if self.cache.host_attention else 0
 
 
 _PARTS: dict[str, type] = {

@@ -72,7 +72,7 @@ class BlockTable:
   @property
   def is_home(self) -> bool:
     """Whether no other instance holds any of them."""
-    return self._num_at[self.home] == len(self._locations)
+    return self._num_at[self.home] + self._num_host == len(self._locations)
 
   @property
   def num_host(self) -> int:
@@ -85,7 +85,7 @@ class BlockTable:
     self._locations += locations
     added = range(first, self.num_blocks)
     for logical_id in added:
-      self._count(self._locations[logical_id].instance, 1)
+      self._count(self._locations[logical_id], 1)
     self._full_coverage += self._full_coverages(added)
     if self._local is not None:
       self._log_local(self._local, added)
@@ -115,9 +115,8 @@ class BlockTable:
     """
     old = self.location(logical_id)
     self._locations[logical_id] = new
-    self._count(old.instance, -1)
-    self._count(new.instance, 1)
-    self._num_host += (new.tier is Tier.HOST) - (old.tier is Tier.HOST)
+    self._count(old, -1)
+    self._count(new, 1)
     before = self._full_coverage[logical_id]
     after = self._coverage_of(logical_id, self.block_size)
     self._full_coverage[logical_id] = after
@@ -163,7 +162,7 @@ class BlockTable:
     )
 
   def num_at(self, instance: InstanceId) -> int:
-    """How many rBlocks of the request lie on an instance."""
+    """How many rBlocks of the request lie in an instance's HBM."""
     return self._num_at.get(instance, 0)
 
   def num_home_below(self, logical_id: int) -> int:
@@ -219,8 +218,12 @@ class BlockTable:
       return self._sum
     return add_coverage(self._sum, self._coverage_of(num_full, rest))
 
-  def _count(self, instance: InstanceId, change: int) -> None:
-    self._num_at[instance] = self._num_at.get(instance, 0) + change
+  def _count(self, location: Location, change: int) -> None:
+    if location.tier is Tier.HOST:
+      self._num_host += change
+    else:
+      instance = location.instance
+      self._num_at[instance] = self._num_at.get(instance, 0) + change
 
   def _log_local(self, log: BlockEntries, logical_ids: Iterable[int]) -> None:
     """Appends those of some rBlocks that are at home in HBM."""

@@ -53,11 +53,12 @@ def warm_up(
 
 def warn_of_many_programs(config: EngineConfig) -> None:
   """Logs a warning if the buckets make more programs than are sensible."""
-  if config.num_program_kinds > MAX_PROGRAM_KINDS:
+  num_kinds = config.num_program_kinds - config.num_layered_kinds
+  if num_kinds > MAX_PROGRAM_KINDS:
     logging.warning(
       "The buckets make %d kinds of programs; more than %d take long to compile"
       " and much memory.",
-      config.num_program_kinds,
+      num_kinds,
       MAX_PROGRAM_KINDS,
     )
 

@@ -6,6 +6,7 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import add_coverage, content_tag, mix_tag
 from infinite_llm.cache.rblock import Location
 from infinite_llm.errors import InvariantError
+from infinite_llm.types import Tier
 
 P = 8
 
@@ -54,6 +55,19 @@ def test_home_is_counted_up_to_a_logical_number():
   assert not table.is_home
   assert [table.num_home_below(n) for n in range(5)] == [0, 1, 1, 2, 2]
   assert [table.num_at(n) for n in range(3)] == [2, 0, 1]
+
+
+def test_what_lies_in_host_is_neither_in_hbm_nor_elsewhere():
+  table = _table(_at(0, 5), _at(0, 6), _at(0, 3))
+
+  table.switch(0, Location(instance=0, block_id=9, epoch=1, tier=Tier.HOST))
+
+  assert table.is_home
+  assert table.creditors() == ()
+  assert (table.num_host, table.num_at(0)) == (1, 2)
+  assert [table.num_home_below(n) for n in range(5)] == [0, 0, 1, 2, 2]
+  assert table.local_entries().block_ids.tolist() == [6, 3]
+  assert [n for n, _ in table.hosted_entries(0)] == [1, 2]
 
 
 @hypothesis.given(

@@ -402,8 +402,13 @@ def test_a_lot_of_buckets_is_warned_of(is_many, monkeypatch):
   monkeypatch.setattr(
     warm_up.logging, "warning", lambda text, *args: warnings.append(text % args)
   )
+  # Ten more are of a layer each, and no bucket's.
   warm_up.warn_of_many_programs(
-    engine_config(prefill_buckets=range(8, 8 * (20 if is_many else 5), 8))
+    engine_config(
+      host_blocks=8,
+      host_attention=True,
+      prefill_buckets=range(8, 8 * (17 if is_many else 5), 8),
+    )
   )
   expected = ["The buckets make 30 kinds of programs; more than 24 take long"]
   assert [w[: len(expected[0])] for w in warnings] == expected * is_many
