@@ -92,6 +92,14 @@ def _no_half_state():
       r"host_blocks must be at least 2 with host_attention, .*; got 0\.",
     ),
     (
+      {"host_attention": "no", "host_blocks": 8},
+      r"host_attention must be True or False; got 'no'\.",
+    ),
+    (
+      {"host_attention_share": True},
+      r"host_attention_share must be a number; got True\.",
+    ),
+    (
       {"host_attention_share": 0},
       r"host_attention_share must be in \(0, 1\]; got 0\.",
     ),
