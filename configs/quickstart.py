@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
   config.cache.host_link_bytes_per_s = 40e9
   config.cache.recompute_tokens_per_s = 40e3
   config.cache.verify_moves = False
+  config.cache.host_attention = False
+  config.cache.host_attention_share = 0.5
 
   config.lending = ConfigDict()
   config.lending.policy = "borrow"
