@@ -97,7 +97,7 @@ def test_a_worker_has_no_races(name):
     *inputs,
     **case.options,
     tuning=Tuning(
-      tile_tokens=64, num_stages=2, num_wide_k=2, num_wide_v=1, num_workers=1
+      tile_tokens=64, num_stages=4, num_wide_v=2, num_workers=1
     ),
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
