@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+REDUCTION_NUMBERS = 512
+"""Of 4 bytes, that a warpgroup's reduction over its warps may exchange."""
+
 _SHARED_MEMORY_BYTES = 224 * 1024  # Of a block, less barriers and scratch.
 
 
@@ -51,7 +54,8 @@ def default_tuning(
   Returns:
     The tuning.
   """
-  tile_tokens = 128 if head_dim <= 128 and columns <= 16 else 64
+  is_small = head_dim <= 128 and columns <= (8 if is_narrow else 16)
+  tile_tokens = 128 if is_small else 64
   tile_bytes = 2 * 2 * head_dim * tile_tokens  # Keys and values of 16 bits.
   room = _SHARED_MEMORY_BYTES - columns * (
     2 * 2 * head_dim + 2 * tile_tokens + 4 * head_dim
@@ -63,7 +67,7 @@ def default_tuning(
   # warpgroup has weights of its own, and hands its sums on.
   num_wide_v = 2
   room -= columns * (2 * tile_tokens + 4 * head_dim)
-  room -= num_wide_v * tile_bytes // 2
+  room -= 2 * 4 * REDUCTION_NUMBERS + num_wide_v * tile_bytes // 2
   return Tuning(
     tile_tokens=tile_tokens,
     num_stages=min(room // (tile_bytes // 2), 8) // 2 * 2,

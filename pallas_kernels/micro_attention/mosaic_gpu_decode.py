@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.decode_geometry import (
+  REDUCTION_NUMBERS,
   Geometry,
   Tuning,
   default_tuning,
@@ -261,8 +262,9 @@ def _decode(
     if g.interpret:
       more_smem["wide_k"] = kv_ring(g.dtype, g.attenders).smem
     else:
-      of_warps = plgpu.SMEM((g.attenders, 512), jnp.float32)
-      more_smem["reductions"] = of_warps
+      more_smem["reductions"] = plgpu.SMEM(
+        (g.attenders, REDUCTION_NUMBERS), jnp.float32
+      )
   scratch = {
     **more_smem,
     "p_smem": plgpu.SMEM(

@@ -48,7 +48,7 @@ def run(g: Geometry, refs: Refs) -> None:
 
   # Two warpgroups have enough registers. Four start with 128 a thread; two of
   # the first and the others add up to 512, and nothing spills.
-  to_attend, to_copy, to_widen = 168, 72, 104
+  to_attend, to_copy, to_widen = 176, 64, 96
 
   def limit_registers(count: int, action: Any) -> None:
     if g.is_narrow and not g.interpret:

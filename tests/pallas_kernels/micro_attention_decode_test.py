@@ -104,6 +104,19 @@ def test_a_worker_has_no_races(name):
   _assert_close(case, state, inputs)
 
 
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"num_stages": 3}, r"tuning\.num_stages must be even .*; got 3"),
+    ({"num_wide_v": 1}, r"tuning\.num_wide_v must be even .*; got 1"),
+  ],
+)
+def test_two_warpgroups_in_turns_need_rings_of_even_size(sizes, message):
+  case = next(case for case in _CASES if case.name == "fp8")
+  with pytest.raises(ValueError, match=message):
+    decode(*case.make_inputs(), **case.options, tuning=Tuning(**sizes))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", _CASES, ids=str)
 def test_a_gpu_agrees(case):
