@@ -96,9 +96,7 @@ def test_a_worker_has_no_races(name):
   state = decode(
     *inputs,
     **case.options,
-    tuning=Tuning(
-      tile_tokens=64, num_stages=4, num_wide_v=2, num_workers=1
-    ),
+    tuning=Tuning(tile_tokens=64, num_stages=4, num_wide_v=2, num_workers=1),
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   _assert_close(case, state, inputs)
@@ -108,7 +106,10 @@ def test_a_worker_has_no_races(name):
   ("sizes", "message"),
   [
     ({"num_stages": 3}, r"tuning\.num_stages must be even .*; got 3"),
-    ({"num_wide_v": 1}, r"tuning\.num_wide_v must be even .*; got 1"),
+    (
+      {"num_stages": 4, "num_wide_v": 1},
+      r"tuning\.num_wide_v must be even .*; got 1",
+    ),
   ],
 )
 def test_two_warpgroups_in_turns_need_rings_of_even_size(sizes, message):
