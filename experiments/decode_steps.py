@@ -13,6 +13,7 @@ from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import EngineConfig, engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.model_runner import ModelRunner
+from infinite_llm.engine.programs import StepOutput
 from infinite_llm.engine.step_batch import RowInput
 
 
@@ -70,26 +71,31 @@ class DecodeSteps:
   def times_s(
     self, count: int, between: Callable[[], None] = nothing
   ) -> list[float]:
-    """Runs steps, all instances at once; each waits for the one before.
+    """Runs steps, all instances at once, each launched behind the one before.
 
     Args:
       count: How many.
       between: Called before each step is launched.
 
     Returns:
-      Seconds of each step, what is called between included.
+      Seconds from the end of a step to that of the next one.
     """
-    times = []
-    for _ in range(count):
-      started = time.perf_counter()
+    times: list[float] = []
+    before: list[StepOutput] = []
+    ended = time.perf_counter()
+    for _ in range(count + 1):
       between()
       outputs = [
         self.runner.local_step(instance, rows, is_prefill=False)
         for instance, rows in enumerate(self._rows)
       ]
-      for output in outputs:
+      for output in before:
         np.asarray(output.proved)  # As an engine fetches tokens.
-      times.append(time.perf_counter() - started)
+      if before:
+        times.append(time.perf_counter() - ended)
+      ended, before = time.perf_counter(), outputs
+    for output in before:
+      np.asarray(output.proved)
     return times
 
   def median_s(

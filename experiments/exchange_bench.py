@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.decode_steps import DecodeSteps
 from infinite_llm.cache.movement import Payloads
-from infinite_llm.cache.rows import place_rows
+from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import empty_payloads, shifts_of_payloads
 
@@ -57,7 +57,7 @@ class _Exchange:
       _payloads(steps, instance, count if instance in senders else 0, count)
       for instance in range(num_instances)
     ]
-    self._args = place_rows(
+    self._sent = place_rows(
       [
         (sent, shifts_of_payloads(instance, sent))
         for instance, sent in enumerate(payloads)
@@ -69,7 +69,7 @@ class _Exchange:
 
   def run(self) -> None:
     """Launches it; waits for nothing."""
-    self._pool.set_group(self._program(self._pool.group(), *self._args))
+    self._pool.set_group(self._program(self._pool.group(), self._sent))
 
   def time_s(self) -> float:
     started = time.perf_counter()

@@ -7,7 +7,6 @@ of it, and both must see the same buffers: nothing here copies device memory.
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.types import INSTANCE_AXIS
@@ -70,30 +69,6 @@ def join_rows(
   return jax.make_array_from_single_device_arrays(
     shape, NamedSharding(mesh, spec), buffers
   )
-
-
-def place_rows[Tree](
-  trees: Sequence[Tree], mesh: Mesh, rows: Sequence[Mesh]
-) -> Tree:
-  """Places one host tree per instance on the instance's own devices.
-
-  Args:
-    trees: Equal trees of numpy arrays, one per instance of this process.
-    mesh: The mesh of the program that will read them.
-    rows: The `(1, tensor)` meshes of the same instances.
-
-  Returns:
-    A tree of global arrays with a new leading axis, sharded over "instance".
-  """
-  spec = PartitionSpec(INSTANCE_AXIS)
-  placed = [
-    jax.device_put(
-      jax.tree.map(lambda leaf: np.asarray(leaf)[None], tree),
-      NamedSharding(row, spec),
-    )
-    for tree, row in zip(trees, rows, strict=True)
-  ]
-  return jax.tree.map(lambda *leaves: join_rows(leaves, mesh, spec), *placed)
 
 
 def _axes(spec: PartitionSpec, dim: int) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class LayeredPrograms:
     """
 
     def body(weights, pool, batch):
-      batch = _drop_leading_axis(batch)
+      batch = batch.own()
       tag = pool.tag.at[batch.tag_block].set(
         jnp.where(batch.tag_block == 0, jnp.uint32(0), batch.tag_value)
       )
@@ -80,7 +80,7 @@ class LayeredPrograms:
     """
 
     def body(weights, x, pool, layer, kv_scales, batch, tables):
-      batch, tables = _drop_leading_axis((batch, tables))
+      batch, tables = batch.own(), tables.own()
       module = self._merge_layer(weights)
       window = self._window(kv_scales, layer)
       kept = []
@@ -132,7 +132,7 @@ class LayeredPrograms:
     """
 
     def body(state, covered, q, layer, kv_scales, batch, staged, tag, tables):
-      batch = _drop_leading_axis(batch)
+      batch = batch.own()
       state = staged_attention(
         state,
         q,
@@ -157,7 +157,7 @@ class LayeredPrograms:
     """
 
     def body(weights, x, batch, state, covered, proved):
-      batch = _drop_leading_axis(batch)
+      batch = batch.own()
 
       def attend(q, k, v, cache):
         return state.out.astype(q.dtype), cache
@@ -178,7 +178,7 @@ class LayeredPrograms:
     """
 
     def body(weights, x, batch, proved):
-      batch = _drop_leading_axis(batch)
+      batch = batch.own()
       model = self._merge(weights)
       last = jnp.maximum(batch.cu_seqlens[1:] - 1, 0)
       return StepOutput(model.logits(model.norm(x)[last]), proved)
@@ -231,8 +231,3 @@ class LayeredPrograms:
       ),
       donate_argnums=donated,
     )
-
-
-def _drop_leading_axis[Tree](tree: Tree) -> Tree:
-  """Inside `shard_map` the axis over instances has size 1."""
-  return jax.tree.map(lambda leaf: leaf[0], tree)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from infinite_llm.cache.rows import place_rows
+from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.cache.slab_store import HeldSlab
 from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
@@ -176,4 +176,4 @@ class LayeredSteps:
     block_ids, logical_ids = entries
     tables = BlockTables(block_ids, logical_ids, batch.starts, batch.counts)
     mesh = self._runner.row_meshes[own]
-    return place_rows([(batch, tables)], mesh, [mesh])
+    return tuple(place_rows([tree], mesh, [mesh]) for tree in (batch, tables))

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 from infinite_llm.attention.dist_attention import HostedRows, SpillSlots
 from infinite_llm.cache.kv_pool import KVPool
 from infinite_llm.cache.movement import Payloads
-from infinite_llm.cache.rows import join_rows, place_rows, split_rows
+from infinite_llm.cache.packed_rows import place_rows
+from infinite_llm.cache.rows import join_rows, split_rows
 from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import own_instances, row_mesh
@@ -252,7 +253,7 @@ class ModelRunner:
       lambda: programs.build_exchange(self._mesh),
       (
         self.pool.group(),
-        *place_rows(
+        place_rows(
           [
             (sent, shifts_of_payloads(instance, sent))
             for instance, sent in zip(self.instances, payloads, strict=True)
@@ -283,7 +284,7 @@ class ModelRunner:
         lambda: programs.build_grant(self.row_meshes[own]),
         (
           self.pool.row(own),
-          *self._place(instance, (block_ids, values)),
+          self._place(instance, (block_ids, values)),
         ),
       )
       self.pool.set_row(own, pool)
@@ -383,10 +384,9 @@ class ModelRunner:
       hosted=jax.tree.map(
         lambda *leaves: join_rows(leaves, self._mesh, spec), *self._hosted_rows
       ),
-      slots=place_rows(slots, self._mesh, self.row_meshes),
-      shifts=place_rows(
+      slots=place_rows(
         [
-          shifts_of_slots(instance, mine)
+          (mine, shifts_of_slots(instance, mine))
           for instance, mine in zip(self.instances, slots, strict=True)
         ],
         self._mesh,

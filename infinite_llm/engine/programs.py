@@ -28,6 +28,7 @@ from infinite_llm.cache.kv_pool import (
   coverage,
   write_entries,
 )
+from infinite_llm.cache.packed_rows import PackedRows
 from infinite_llm.models.registry import ModelConfig
 from pallas_kernels.append_kv.api import append_kv
 from pallas_kernels.micro_attention.api import BlockTables
@@ -65,20 +66,12 @@ class GroupInputs(NamedTuple):
 
   Attributes:
     hosted: Where each instance finds what it hosts.
-    slots: Spill slots of each owner.
-    shifts: `[I]` bool. Entry s: this owner i has rBlocks on i + s.
+    slots: Spill slots of each owner i, and `[I]` bool: entry s is whether it
+      has rBlocks on i + s.
   """
 
-  hosted: HostedRows
-  slots: SpillSlots
-  shifts: jax.Array
-
-
-GROUP_SPECS = GroupInputs(
-  hosted=HostedRows(*[_PER_INSTANCE] * len(HostedRows._fields)),
-  slots=SpillSlots(*[_PER_INSTANCE] * len(SpillSlots._fields)),
-  shifts=_PER_INSTANCE,
-)
+  hosted: PackedRows[HostedRows]
+  slots: PackedRows[tuple[SpillSlots, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,9 +119,10 @@ def build_step(
   )
 
   def body(params, pool, batch, group=None):
-    batch, slots, hosted = _drop_leading_axis(
-      (batch, group and group.slots, group and group.hosted)
-    )
+    batch = batch.own()
+    if kind.is_group:
+      hosted = group.hosted.own()
+      slots, shifts = group.slots.own()
     # Entries and tags first: coverage is then of what attention will read.
     pool = write_entries(pool, batch.writes)
     tables = pool.tables(batch.starts, batch.counts)
@@ -140,7 +134,7 @@ def build_step(
     answered = holders = None
     if kind.is_group:
       if kind.is_prefill:
-        holders = dist_attention.needed_anywhere(group.shifts[0])
+        holders = dist_attention.needed_anywhere(shifts)
       answered = dist_attention.answer_slots(hosted, tables, slots)
       covered = dist_attention.dist_coverage(
         pool.tag,
@@ -208,7 +202,7 @@ def build_step(
 
   in_specs = (param_specs, POOL_SPECS, _PER_INSTANCE)
   if kind.is_group:
-    in_specs += (GROUP_SPECS,)
+    in_specs += (_PER_INSTANCE,)
   return jax.jit(
     jax.shard_map(
       body,
@@ -230,9 +224,8 @@ def build_verify(mesh: Mesh) -> Callable[..., jax.Array]:
   """
 
   def body(tag, block_ids, logical_ids, batch, group):
-    batch, slots, hosted = _drop_leading_axis(
-      (batch, group.slots, group.hosted)
-    )
+    batch, hosted = batch.own(), group.hosted.own()
+    slots, _ = group.slots.own()
     tables = BlockTables(block_ids, logical_ids, batch.starts, batch.counts)
     answered = dist_attention.answer_slots(hosted, tables, slots)
     covered = dist_attention.dist_coverage(tag, tables, answered, slots)
@@ -247,7 +240,7 @@ def build_verify(mesh: Mesh) -> Callable[..., jax.Array]:
         POOL_SPECS.block_ids,
         POOL_SPECS.logical_ids,
         _PER_INSTANCE,
-        GROUP_SPECS,
+        _PER_INSTANCE,
       ),
       out_specs=_PER_INSTANCE,
       check_vma=False,
@@ -259,60 +252,15 @@ def build_exchange(mesh: Mesh) -> Callable[..., PoolArrays]:
   """Builds the exchange of rBlocks between all pairs of instances.
 
   Returns:
-    Jitted `(pool, payloads, shifts) -> pool`; `shifts` is `[1, I]` bool on
-    each instance: which of them its payloads need. Donates `pool`.
+    Jitted `(pool, sent) -> pool`, where `sent` are the payloads of each
+    instance and `[I]` bool: which shifts they need. Donates `pool`.
   """
 
-  def body(pool, payloads, shifts):
+  def body(pool, sent):
+    payloads, shifts = sent.own()
     return movement.exchange(
-      pool,
-      _drop_leading_axis(payloads),
-      dist_attention.needed_anywhere(shifts[0]),
+      pool, payloads, dist_attention.needed_anywhere(shifts)
     )
-
-  return jax.jit(
-    jax.shard_map(
-      body,
-      mesh=mesh,
-      in_specs=(POOL_SPECS, _PER_INSTANCE, _PER_INSTANCE),
-      out_specs=POOL_SPECS,
-      check_vma=False,
-    ),
-    donate_argnums=(0,),
-  )
-
-
-def build_grant(mesh: Mesh) -> Callable[..., PoolArrays]:
-  """Builds the local program that records reservation epochs.
-
-  Returns:
-    Jitted `(pool, block_ids [1, G], epochs [1, G]) -> pool`. Donates `pool`.
-  """
-
-  def body(pool, block_ids, epochs):
-    return movement.grant_epochs(pool, block_ids[0], epochs[0])
-
-  return jax.jit(
-    jax.shard_map(
-      body,
-      mesh=mesh,
-      in_specs=(POOL_SPECS, _PER_INSTANCE, _PER_INSTANCE),
-      out_specs=POOL_SPECS,
-      check_vma=False,
-    ),
-    donate_argnums=(0,),
-  )
-
-
-def build_write_entries(mesh: Mesh) -> Callable[..., PoolArrays]:
-  """Builds the local program that writes table entries.
-
-  Returns:
-    Jitted `(pool, writes [1, W] each) -> pool`. Donates `pool`.
-  """
-
-  def body(pool, writes):
-    return write_entries(pool, _drop_leading_axis(writes))
 
   return jax.jit(
     jax.shard_map(
@@ -326,6 +274,46 @@ def build_write_entries(mesh: Mesh) -> Callable[..., PoolArrays]:
   )
 
 
-def _drop_leading_axis[Tree](tree: Tree) -> Tree:
-  """Inside `shard_map` the axis over instances has size 1."""
-  return jax.tree.map(lambda leaf: leaf[0], tree)
+def build_grant(mesh: Mesh) -> Callable[..., PoolArrays]:
+  """Builds the local program that records reservation epochs.
+
+  Returns:
+    Jitted `(pool, granted) -> pool`, where `granted` are `[G]` rBlocks and
+    `[G]` epochs. Donates `pool`.
+  """
+
+  def body(pool, granted):
+    return movement.grant_epochs(pool, *granted.own())
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS, _PER_INSTANCE),
+      out_specs=POOL_SPECS,
+      check_vma=False,
+    ),
+    donate_argnums=(0,),
+  )
+
+
+def build_write_entries(mesh: Mesh) -> Callable[..., PoolArrays]:
+  """Builds the local program that writes table entries.
+
+  Returns:
+    Jitted `(pool, writes) -> pool`. Donates `pool`.
+  """
+
+  def body(pool, writes):
+    return write_entries(pool, writes.own())
+
+  return jax.jit(
+    jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(POOL_SPECS, _PER_INSTANCE),
+      out_specs=POOL_SPECS,
+      check_vma=False,
+    ),
+    donate_argnums=(0,),
+  )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infinite_llm.cache.packed_rows import PackedRows, place_rows
 from infinite_llm.engine.program_cache import ProgramCache
 from infinite_llm.engine.programs import StepOutput
 from infinite_llm.engine.sampling import (
@@ -75,6 +76,7 @@ class Sampler:
       max_logprobs: Most likely tokens reported with each token.
     """
     self._instance = instance
+    self._row_mesh = row_mesh
     self._programs = programs
     self._max_logprobs = max_logprobs
     self._replicated = NamedSharding(row_mesh, PartitionSpec())
@@ -121,12 +123,11 @@ class Sampler:
     arrays: SamplingArrays,
     seen_rows: np.ndarray,
   ) -> PendingSample:
-    arrays, seen_rows = jax.device_put((arrays, seen_rows), self._replicated)
-    bucket = len(seen_rows)
+    given = place_rows([(arrays, seen_rows)], self._row_mesh, [self._row_mesh])
     sampled, self._seen = self._programs.run(
-      (name, self._instance, bucket),
+      (name, self._instance, len(seen_rows)),
       lambda: _build_sample(name == "sample_greedy", self._max_logprobs),
-      (*output, arrays, self._seen, seen_rows),
+      (*output, given, self._seen),
     )
     return PendingSample(sampled, output.proved)
 
@@ -195,10 +196,10 @@ def _build_sample(greedy_only: bool, max_logprobs: int):
   def run(
     logits: jax.Array,
     proved: jax.Array,
-    arrays: SamplingArrays,
+    given: PackedRows[tuple[SamplingArrays, jax.Array]],
     seen: jax.Array,
-    seen_rows: jax.Array,
   ) -> tuple[Sampled, jax.Array]:
+    arrays, seen_rows = given.own()
     # Rows without a penalty point past the state: they read no token as seen,
     # and what they would write is dropped.
     mine = seen.at[seen_rows].get(mode="fill", fill_value=False)

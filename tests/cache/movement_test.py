@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
-from infinite_llm.cache.rows import place_rows
+from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.cache.table_store import table_capacity
 from infinite_llm.distributed.mesh import make_mesh, row_mesh
 from infinite_llm.engine import programs
@@ -99,7 +99,8 @@ class Devices:
         for x, spec in zip(arrays, POOL_SPECS, strict=True)
       )
     )
-    pool = self._program(pool, self._place(payloads), self._place(shifts))
+    sent = list(zip(payloads, shifts, strict=True))
+    pool = self._program(pool, self._place(sent))
     assert not np.asarray(pool.block_ids).any()
     np.testing.assert_array_equal(pool.epoch, self.epoch.reshape(-1))
     self.kv = np.array(pool.kv).reshape(self.kv.shape)
@@ -238,10 +239,11 @@ def test_granting_forgets_what_lay_there(devices):
   arrays = (devices.kv[0], devices.tag[0], devices.epoch[0])
   entries = jnp.zeros((table_capacity(N),), jnp.int32)
   pool = PoolArrays(*map(jnp.asarray, arrays), entries, entries.copy())
-  block_ids = np.asarray([[3, 5, 0, 0]], np.int32)
-  epochs = np.asarray([[8, 9, 7, 7]], np.uint32)
+  block_ids = np.asarray([3, 5, 0, 0], np.int32)
+  epochs = np.asarray([8, 9, 7, 7], np.uint32)
+  granted = place_rows([(block_ids, epochs)], mesh, [mesh])
 
-  pool = programs.build_grant(mesh)(pool, block_ids, epochs)
+  pool = programs.build_grant(mesh)(pool, granted)
 
   assert pool.epoch.tolist() == [0, 0, 0, 8, 0, 9, 0, 0]
   want = devices.tag[0].copy()

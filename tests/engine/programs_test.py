@@ -1,5 +1,7 @@
 """Programs work on the pool in place: temporaries stay below 1 % of it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
+from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.table_store import TableStore, table_capacity
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
@@ -28,15 +31,15 @@ BLOCK_SIZE = 16
 SLOTS = 2
 
 
-def abstract(tree, mesh, spec):
-  """Shapes of a host tree per instance, as arrays sharded over a mesh."""
-  count = mesh.shape["instance"]
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      (count, *np.shape(x)), x.dtype, sharding=NamedSharding(mesh, spec)
-    ),
-    tree,
+def abstract_rows(tree, mesh):
+  """What `place_rows` gives for a host tree of each instance, as a shape."""
+  packed = pack(tree)
+  words = jax.ShapeDtypeStruct(
+    (mesh.shape["instance"], packed.words.shape[1]),
+    jnp.int32,
+    sharding=NamedSharding(mesh, PartitionSpec("instance")),
   )
+  return dataclasses.replace(packed, words=words)
 
 
 def abstract_pool(
@@ -94,7 +97,6 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill, kv_dtype):
   mesh = make_mesh(num_instances, 1)
   model = load_hf(GOLDEN / "llama3", mesh, dtype="float32")
   num_tokens = 128 if is_prefill else SLOTS
-  spec = PartitionSpec("instance")
   batch = empty_batch(num_tokens, 1 if is_prefill else SLOTS)
   # As many bytes, so that the bound of 1 % is the same one.
   num_blocks = NUM_BLOCKS * 4 // jnp.dtype(kv_dtype).itemsize
@@ -102,14 +104,16 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill, kv_dtype):
   config = engine_config(num_instances=num_instances, kv_dtype=kv_dtype)
   params = Params(model.state, place_kv_scales(model, config))
   assert (params.kv_scales is None) == (kv_dtype == "float32")
-  args = [params, pool, abstract(batch, mesh, spec)]
+  args = [params, pool, abstract_rows(batch, mesh)]
   if is_group:
     hosted = hosted_rows((), (), num_instances, SLOTS)
     args.append(
       GroupInputs(
-        hosted=abstract(hosted, mesh, spec),
-        slots=abstract(empty_slots(num_instances, SLOTS), mesh, spec),
-        shifts=abstract(np.zeros(num_instances, bool), mesh, spec),
+        hosted=abstract_rows(hosted, mesh),
+        slots=abstract_rows(
+          (empty_slots(num_instances, SLOTS), np.zeros(num_instances, bool)),
+          mesh,
+        ),
       )
     )
   step = programs.build_step(
@@ -128,9 +132,8 @@ def test_an_exchange_stages_two_quotas_however_many_instances(kv_dtype):
   mesh = make_mesh(4, 1)
   config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
   pool = abstract_pool(config, mesh, num_blocks=4096, kv_dtype=kv_dtype)
-  payloads = abstract(empty_payloads(4, 16), mesh, PartitionSpec("instance"))
-  shifts = abstract(np.zeros(4, bool), mesh, PartitionSpec("instance"))
-  exchange = programs.build_exchange(mesh).lower(pool, payloads, shifts)
+  sent = abstract_rows((empty_payloads(4, 16), np.zeros(4, bool)), mesh)
+  exchange = programs.build_exchange(mesh).lower(pool, sent)
   check_in_place(exchange.compile(), pool, mesh)
 
 
@@ -149,7 +152,7 @@ def test_a_local_step_has_no_collective_over_instances():
   lowered = step.lower(
     Params(model.state),
     abstract_pool(model.config, mesh),
-    abstract(batch, mesh, PartitionSpec("instance")),
+    abstract_rows(batch, mesh),
   ).as_text()
   for collective in ("all_gather", "all_to_all", "collective_permute"):
     assert collective not in lowered

@@ -4,13 +4,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from infinite_llm.cache.kv_pool import PoolArrays
+from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.table_store import EntryWrites, table_capacity
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.programs import Params, StepKind, build_step
-from infinite_llm.engine.step_batch import StepBatch, max_writes
+from infinite_llm.engine.step_batch import build_batch
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
 from infinite_llm.types import TENSOR_AXIS
@@ -40,25 +42,15 @@ def _pool(dtype):
 
 
 def _batch(num_tokens, num_rows):
-  """What `build_batch` gives, with a leading axis over one instance."""
-  writes = max_writes(num_tokens, num_rows, BLOCK_SIZE)
-
-  def ints(n, dtype=jnp.int32):
-    return _array((1, n), dtype)
-
-  return StepBatch(
-    tokens=ints(num_tokens),
-    positions=ints(num_tokens),
-    cu_seqlens=ints(num_rows + 1),
-    starts=ints(num_rows),
-    counts=ints(num_rows),
-    demand=ints(num_rows, jnp.uint32),
-    append_block=ints(num_tokens),
-    append_offset=ints(num_tokens),
-    tag_block=ints(writes),
-    tag_value=ints(writes, jnp.uint32),
-    writes=EntryWrites(ints(writes), ints(writes), ints(writes)),
+  batch = build_batch(
+    [],
+    [],
+    EntryWrites(*np.zeros((3, 0), np.int32)),
+    num_tokens=num_tokens,
+    num_rows=num_rows,
+    block_size=BLOCK_SIZE,
   )
+  return jax.tree.map(lambda x: _array(x.shape, x.dtype), pack(batch))
 
 
 @pytest.mark.parametrize(
