@@ -24,6 +24,7 @@ from infinite_llm.attention.dist_attention import (
   NO_VERSION,
   SpillSlots,
   Window,
+  asked_positions,
   decode_attention,
   local_attention,
 )
@@ -296,6 +297,7 @@ def _dist(config, case, num_calls, q, kv):
     versions=jnp.full((1, case.num_instances), NO_VERSION, jnp.int32),
   )
   positions = jnp.where(is_owner, _position(config, case), -1)
+  asked = asked_positions(positions, slots)
   for call in range(num_calls):
     state = decode_attention(
       q,
@@ -304,6 +306,7 @@ def _dist(config, case, num_calls, q, kv):
       call % case.num_layers,
       own,
       answered,
+      asked,
       slots,
       _window(config),
     )

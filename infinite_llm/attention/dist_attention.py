@@ -153,6 +153,23 @@ def answer_slots(
   )
 
 
+def asked_positions(positions: jax.Array, slots: SpillSlots) -> jax.Array:
+  """Positions of what owners ask in a decode step, the same in all layers.
+
+  Collective over axis: "instance".
+
+  Args:
+    positions: `[B]` int32 position of each row of this instance; -1 pads.
+    slots: This instance's own slots, as an owner.
+
+  Returns:
+    `[I * S]` int32, row `owner * S + slot`; -1 for a slot that is not used.
+  """
+  used = slots.rows != NO_ROW
+  mine = jnp.where(used, positions[jnp.where(used, slots.rows, 0)], -1)
+  return jax.lax.all_gather(mine, INSTANCE_AXIS, tiled=True)
+
+
 def dist_coverage(
   tag: jax.Array,
   tables: BlockTables,
@@ -201,6 +218,7 @@ def decode_attention(
   layer: int,
   tables: BlockTables,
   answered: BlockTables,
+  asked: jax.Array,
   slots: SpillSlots,
   window: Window,
 ) -> AttentionState:
@@ -218,6 +236,7 @@ def decode_attention(
     layer: Layer of the pool to read.
     tables: Own tables, `B` rows.
     answered: Result of `answer_slots`.
+    asked: Result of `asked_positions`.
     slots: This instance's own slots.
     window: What the layer looks at.
 
@@ -226,18 +245,15 @@ def decode_attention(
   """
   num_rows, num_heads, head_dim = q.shape
   num_slots = slots.rows.shape[0]
-  used = slots.rows != NO_ROW
-  row = jnp.where(used, slots.rows, 0)
-  sent_q, sent_positions = jax.lax.all_gather(
-    (q[row], jnp.where(used, positions[row], -1)), INSTANCE_AXIS, tiled=True
-  )
+  row = jnp.where(slots.rows == NO_ROW, 0, slots.rows)
+  sent_q = jax.lax.all_gather(q[row], INSTANCE_AXIS, tiled=True)
   local = local_attention(
     q, _one_token_each(num_rows), positions, kv, layer, tables, window
   )
   hosted = local_attention(
     sent_q,
     _one_token_each(sent_q.shape[0]),
-    sent_positions,
+    asked,
     kv,
     layer,
     answered,

@@ -131,10 +131,12 @@ def build_step(
         jnp.where(batch.tag_block == 0, jnp.uint32(0), batch.tag_value)
       )
     )
-    answered = holders = None
+    answered = asked = holders = None
     if kind.is_group:
       if kind.is_prefill:
         holders = dist_attention.needed_anywhere(shifts)
+      else:
+        asked = dist_attention.asked_positions(batch.positions, slots)
       answered = dist_attention.answer_slots(hosted, tables, slots)
       covered = dist_attention.dist_coverage(
         pool.tag,
@@ -188,6 +190,7 @@ def build_step(
           layer,
           tables,
           answered,
+          asked,
           slots,
           layer_window,
         )

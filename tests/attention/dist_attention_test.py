@@ -227,7 +227,15 @@ def test_decode_over_instances_equals_attention_in_one_place(seed):
   def body(q, positions, pool, own, hosted, slots):
     answered = dist_attention.answer_slots(hosted, own, slots)
     return dist_attention.decode_attention(
-      q, positions, pool, LAYER, own, answered, slots, Window(SCALE, None, 1)
+      q,
+      positions,
+      pool,
+      LAYER,
+      own,
+      answered,
+      dist_attention.asked_positions(positions, slots),
+      slots,
+      Window(SCALE, None, 1),
     )
 
   state = on_mesh(
