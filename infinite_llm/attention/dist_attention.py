@@ -116,8 +116,7 @@ def select_hosted(
   Returns:
     Tables of `R` rows.
   """
-  parity = version & 1
-  row = jnp.arange(version.shape[0])
+  parity, row = version & 1, jnp.arange(version.shape[0])
   matches = (
     (version >= 0)
     & (hosted.version[parity, row] == version)
