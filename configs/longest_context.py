@@ -2,7 +2,8 @@
 
 As it stands: an 8B Llama-3 shape, bf16, on four H200. A token has 128 KiB of
 KV; before JAX starts, set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to what the longest
-context has in host memory: 330 for 6M tokens.
+context has in host memory: 330 for 6M tokens. Pools and weights take 129 of 140
+GiB, for which XLA_PYTHON_CLIENT_MEM_FRACTION must be 0.97.
 """
 
 from ml_collections import ConfigDict

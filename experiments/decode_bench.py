@@ -94,14 +94,16 @@ def bench(
   """
   known = {_anchor_case(anchor): anchor for anchor in anchors["decode"]}
   ceiling = anchors["ceilings"]["copy_TB_per_s"]
-  name, peer_times = "", [None] * len(known)
+  plain = list(dict.fromkeys([*known, *_sweep(config)]))
+  name, peer_times = "", [None] * len(plain)
   if config.decode.peers:
     name, peer_times = flashinfer_peer.times_us(
-      [(len(x.contexts), x.contexts[0], *_heads(x), x.head_dim) for x in known]
+      "decode",
+      [(len(x.contexts), x.contexts[0], *_heads(x), x.head_dim) for x in plain],
     )
-  peers = dict(zip(known, peer_times, strict=True))
+  peers = dict(zip(plain, peer_times, strict=True))
   times: dict[DecodeCase, float] = {}
-  for case in dict.fromkeys([*known, *_more_cases(config)]):
+  for case in dict.fromkeys([*plain, *_more_cases(config)]):
     row = _bench_ours(config, case, ceiling)
     times[case] = row["time_us"]
     anchor = known.get(case)
@@ -134,11 +136,15 @@ def _anchor_case(anchor: Mapping) -> DecodeCase:
   )
 
 
-def _more_cases(config: ml_collections.ConfigDict) -> Iterator[DecodeCase]:
-  """Cases beside those of the anchors."""
+def _sweep(config: ml_collections.ConfigDict) -> Iterator[DecodeCase]:
+  """The cases of the plot: as much KV in rows of every length."""
   for context in config.decode.sweep:
     rows = max(1, config.decode.sweep_tokens // context)
     yield DecodeCase(contexts=(context,) * rows)
+
+
+def _more_cases(config: ml_collections.ConfigDict) -> Iterator[DecodeCase]:
+  """Cases beside those of the anchors and of the plot."""
   for text in config.decode.more:
     mix, heads, *options = text.split()
     contexts: list[int] = []

@@ -5,6 +5,7 @@ layer while the one before is computed. All instances compute the same tokens,
 each attends the rBlocks that it holds in either tier, and their states merge.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from infinite_llm.attention.dist_attention import Window, local_attention
 from infinite_llm.attention.host_attention import staged_attention
+from infinite_llm.cache.device_memory import free_bytes
 from infinite_llm.cache.host_slabs import TABLE_SPECS, HostSlabs
 from infinite_llm.cache.kv_pool import POOL_SPECS
 from infinite_llm.errors import ConfigError
@@ -67,7 +69,7 @@ class LayeredDecode:
       most_staged: Parts of slabs in HBM at once.
 
     Raises:
-      ConfigError: If the model has sliding windows.
+      ConfigError: If the model has sliding windows, or the pools do not fit.
     """
     config = model.config
     if config.sliding_window is not None:
@@ -88,6 +90,15 @@ class LayeredDecode:
       block_size,
       config.head_dim,
     )
+    block_bytes = math.prod(shape[1:]) * jnp.dtype(kv_dtype).itemsize
+    device_bytes = num_blocks * block_bytes // ranks
+    free = free_bytes(mesh.local_devices)
+    if free is not None and device_bytes > free:
+      raise ConfigError(
+        f"num_blocks must fit on the devices; got {num_blocks}, which takes"
+        f" {device_bytes} bytes of each, more than is free ({free}). Of GPUs"
+        " JAX takes the part that XLA_PYTHON_CLIENT_MEM_FRACTION says."
+      )
     self.kv = jax.jit(
       lambda: jnp.zeros(shape, kv_dtype),
       out_shardings=NamedSharding(mesh, POOL_SPECS.kv),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
+from experiments import flashinfer_peer
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
@@ -74,7 +75,9 @@ def bench(
     Rows of the bench, one an implementation and case.
   """
   ceiling = anchors["ceilings"]["gemm_bf16_TFLOP_per_s"]
-  for case in _cases(config, anchors):
+  cases = _cases(config, anchors)
+  peers = _flashinfer(cases) if config.prefill.peers else {}
+  for case in cases:
     inputs = _draw(config, case)
     times = {_IMPLEMENTATION: _bench_ours(config, case, inputs, time_us)}
     if config.prefill.peers and case.query == case.context:
@@ -87,16 +90,43 @@ def bench(
         "time_us": us,
         "tflop_per_s": case.flops / us / 1e6,
         "roofline": case.flops / us / 1e6 / ceiling,
-        "peer": "FlashInfer 0.6.1 FA3, page 16 (anchor)"
-        if case.peer_us
-        else None,
-        "peer_us": case.peer_us,
-        "ratio": us / case.peer_us if case.peer_us else None,
+        **_peer(us, "FlashInfer 0.6.1 FA3, page 16 (anchor)", case.peer_us),
         "error": error,
         "correct": None if error is None else error < _TOLERANCE,
       }
+      if case.peer_us:
+        row["anchor_us"] = case.peer_us
+        row["anchor_ratio"] = us / case.peer_us
+      name, peer_us = peers.get(_flashinfer_case(case), ("", None))
+      if peer_us is not None:
+        row |= _peer(us, name, peer_us)
       _print(row)
       yield row
+
+
+def _peer(us: float, name: str, peer_us: float | None) -> dict[str, Any]:
+  if peer_us is None:
+    return {"peer": None, "peer_us": None, "ratio": None}
+  return {"peer": name, "peer_us": peer_us, "ratio": us / peer_us}
+
+
+def _flashinfer_case(case: PrefillCase) -> flashinfer_peer.Case:
+  return (
+    case.query,
+    case.context,
+    case.num_q_heads,
+    case.num_kv_heads,
+    case.head_dim,
+  )
+
+
+def _flashinfer(
+  cases: Sequence[PrefillCase],
+) -> dict[flashinfer_peer.Case, tuple[str, float | None]]:
+  """Name and microseconds of FlashInfer, where it is there, by its cases."""
+  wanted = list(dict.fromkeys(map(_flashinfer_case, cases)))
+  name, times = flashinfer_peer.times_us("prefill", wanted)
+  return {x: (name, us) for x, us in zip(wanted, times, strict=True)}
 
 
 def _cases(

@@ -1,6 +1,7 @@
 """Gives every test four CPU devices and exact float32 products.
 
 Tests marked `gpu` need `JAX_PLATFORMS=cuda`; without it nobody looks for a GPU.
+Drawn examples are the same in every run, and may take as long as they do.
 """
 
 import atexit
@@ -8,6 +9,7 @@ import os
 import shutil
 import tempfile
 
+import hypothesis
 import jax
 
 # Threads of XLA's pool. An interpreted kernel's warpgroups wait for each other
@@ -29,3 +31,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile(
+  "repeatable",
+  derandomize=True,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")

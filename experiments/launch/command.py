@@ -17,11 +17,13 @@ class Command:
     args: The arguments.
     num_instances: What it says of `config.cluster.num_instances`.
     tensor_parallel: What it says of `config.cluster.tensor_parallel`.
+    platform: What it says of `config.cluster.platform`.
   """
 
   args: tuple[str, ...]
   num_instances: int
   tensor_parallel: int
+  platform: str
 
   def instances_per_process(self, num_processes: int) -> int:
     """How many instances each of so many processes has.
@@ -107,4 +109,5 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], Command]:
     args=args,
     num_instances=config.cluster.num_instances,
     tensor_parallel=config.cluster.tensor_parallel,
+    platform=config.cluster.platform,
   )

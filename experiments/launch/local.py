@@ -4,11 +4,13 @@
       --config=configs/quickstart.py
 
 What follows `--` is the command line of `experiments.run`, the same for all
-processes. Each has an equal share of `config.cluster.num_instances`. When one
-of them dies, the others end too, since they are one JAX job; the launcher then
-starts the group again without it, up to `--max_restarts` times: with fewer
-processes, and as many fewer instances. An experiment that keeps a journal in
-its workdir goes on where it was. The exit status is that of process 0.
+processes. Each has an equal share of `config.cluster.num_instances`, and on the
+platform "gpu" as many GPUs as its instances take, of CUDA_VISIBLE_DEVICES where
+that is set. When one of them dies, the others end too, since they are one JAX
+job; the launcher then starts the group again without it, up to `--max_restarts`
+times: with fewer processes, and as many fewer instances. An experiment that
+keeps a journal in its workdir goes on where it was. The exit status is that of
+process 0.
 """
 
 import os
@@ -75,7 +77,9 @@ def _run(values: flags.FlagValues, command: Command) -> int:
     args = command.args
     if restarts:
       args = (*args, f"--config.cluster.num_instances={share * num_processes}")
-    statuses = _run_once(num_processes, args)
+    statuses = _run_once(
+      num_processes, args, _gpus(num_processes, share, command)
+    )
     dead = [n for n, status in enumerate(statuses) if _has_died(status)]
     num_left = num_processes - len(dead)
     if not dead or not num_left or restarts == values.max_restarts:
@@ -90,7 +94,29 @@ def _run(values: flags.FlagValues, command: Command) -> int:
   raise AssertionError("unreachable")
 
 
-def _run_once(num_processes: int, args: Sequence[str]) -> list[int]:
+def _gpus(num_processes: int, share: int, command: Command) -> list[str]:
+  """CUDA_VISIBLE_DEVICES of each process; empty on other platforms.
+
+  Raises:
+    ConfigError: If CUDA_VISIBLE_DEVICES of the launcher names too few.
+  """
+  if command.platform != "gpu":
+    return []
+  each = share * command.tensor_parallel
+  needed = num_processes * each
+  named = os.environ.get("CUDA_VISIBLE_DEVICES")
+  gpus = list(map(str, range(needed))) if named is None else named.split(",")
+  if len(gpus) < needed:
+    raise ConfigError(
+      f"CUDA_VISIBLE_DEVICES must name at least {needed} GPUs, {each} for each"
+      f" process; got {named!r}."
+    )
+  return [",".join(gpus[n * each :][:each]) for n in range(num_processes)]
+
+
+def _run_once(
+  num_processes: int, args: Sequence[str], gpus: Sequence[str]
+) -> list[int]:
   """Starts a group and waits for all of it.
 
   Returns:
@@ -104,7 +130,7 @@ def _run_once(num_processes: int, args: Sequence[str]) -> list[int]:
       _process_command(args),
       env={
         **os.environ,
-        **_environment(n, num_processes, port),
+        **_environment(n, num_processes, port, gpus),
         "INFINITE_LLM_SECRET": secret,
       },
     )
@@ -139,10 +165,14 @@ def _has_died(status: int) -> bool:
 _ABORTED = 6
 
 
-def _environment(n: int, num_processes: int, port: int) -> dict[str, str]:
+def _environment(
+  n: int, num_processes: int, port: int, gpus: Sequence[str]
+) -> dict[str, str]:
+  visible = {"CUDA_VISIBLE_DEVICES": gpus[n]} if gpus else {}
   if num_processes == 1:
-    return {}
+    return visible
   return {
+    **visible,
     "INFINITE_LLM_PROCESS": str(n),
     "INFINITE_LLM_NUM_PROCESSES": str(num_processes),
     "INFINITE_LLM_COORDINATOR": f"127.0.0.1:{port}",
@@ -154,8 +184,10 @@ def _process_command(args: Sequence[str]) -> list[str]:
 
 
 def _print_plan(num_processes: int, command: Command) -> None:
+  share = command.instances_per_process(num_processes)
+  gpus = _gpus(num_processes, share, command)
   for n in range(num_processes):
-    environment = _environment(n, num_processes, 12345)
+    environment = _environment(n, num_processes, 12345, gpus)
     shown = [f"{name}={value}" for name, value in environment.items()]
     print(*shown, shlex.join(_process_command(command.args)))
 

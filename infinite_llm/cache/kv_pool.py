@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache import rows as mesh_rows
+from infinite_llm.cache.device_memory import free_bytes
 from infinite_llm.cache.table_store import EntryWrites, table_capacity
 from infinite_llm.errors import ConfigError
 from infinite_llm.types import TENSOR_AXIS
@@ -100,13 +101,15 @@ class KVPool:
 
     pool_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
     device_bytes = pool_bytes // mesh.shape[TENSOR_AXIS]
+    free = free_bytes([device for row in rows for device in row.devices.flat])
     no_room = ConfigError(
       f"num_blocks x block_size must fit on the devices; got {num_blocks} x"
       f" {block_size}, which takes {device_bytes} bytes of each, more than is"
-      " free."
+      f" free{'' if free is None else f' ({free})'}."
     )
-    # XLA cannot even name a shape of that size.
-    if pool_bytes >= 2**63:
+    # Asked before, since some systems grant any amount until it is written to;
+    # and XLA cannot even name a shape beyond 2**63 bytes.
+    if pool_bytes >= 2**63 or (free is not None and device_bytes > free):
       raise no_room
     try:
       self._rows = [

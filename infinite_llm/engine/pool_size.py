@@ -1,13 +1,13 @@
 """How many rBlocks fit beside the weights and the temporaries of the steps."""
 
 import dataclasses
-from collections.abc import Iterable
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from infinite_llm.cache.device_memory import DeviceMemory, device_memory
 from infinite_llm.cache.host_pool import STAGING_BLOCKS
 from infinite_llm.cache.slab_store import MOST_STAGED
 from infinite_llm.cache_config import MAX_SLAB_BLOCKS
@@ -29,19 +29,6 @@ _ENTRY_BYTES = 128
 """Beside its KV an rBlock has a tag, an epoch and room for two and a half table
 entries, 28 bytes; the sums over all entries that prove coverage are temporaries
 that grow with the pool, a few times 10 bytes for each rBlock."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceMemory:
-  """What a device says of its memory.
-
-  Attributes:
-    limit_bytes: What this process may have of it.
-    in_use_bytes: What it has.
-  """
-
-  limit_bytes: int
-  in_use_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,21 +120,6 @@ def blocks_that_fit(
       " smaller prefill_buckets."
     )
   return num_blocks
-
-
-def device_memory(devices: Iterable[jax.Device]) -> list[DeviceMemory] | None:
-  """Asks devices of this process for their memory; None if one cannot tell."""
-  memories = []
-  for device in devices:
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-      return None
-    memories.append(
-      DeviceMemory(
-        limit_bytes=stats["bytes_limit"], in_use_bytes=stats["bytes_in_use"]
-      )
-    )
-  return memories
 
 
 def measure(

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+REDUCTION_NUMBERS = 512
+"""Of 4 bytes, that a warpgroup's reduction over its warps may exchange."""
+
 _SHARED_MEMORY_BYTES = 224 * 1024  # Of a block, less barriers and scratch.
 
 
@@ -13,16 +16,14 @@ class Tuning:
   Attributes:
     tile_tokens: KV tokens of one tile: 64 or 128.
     num_stages: Tiles in the ring that copies fill.
-    num_wide_k: Tiles in the ring of widened keys, where the pool's dtype is
-      narrower than the queries'.
-    num_wide_v: Likewise of values.
+    num_wide_v: Tiles in the ring of widened values, where the pool's dtype is
+      narrower than the queries'. It and `num_stages` must then be even.
     num_workers: Blocks of threads; one per multiprocessor.
   """
 
   tile_tokens: int = 128
   num_stages: int = 3
-  num_wide_k: int = 1
-  num_wide_v: int = 1
+  num_wide_v: int = 2
   num_workers: int = 132
 
   def __post_init__(self):
@@ -32,10 +33,8 @@ class Tuning:
       )
     if self.num_stages < 2:
       raise ValueError(f"num_stages must be at least 2; got {self.num_stages}.")
-    for name in ("num_wide_k", "num_wide_v"):
-      value = getattr(self, name)
-      if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}.")
+    if self.num_wide_v < 1:
+      raise ValueError(f"num_wide_v must be at least 1; got {self.num_wide_v}.")
     if self.num_workers < 1:
       raise ValueError(
         f"num_workers must be at least 1; got {self.num_workers}."
@@ -55,7 +54,8 @@ def default_tuning(
   Returns:
     The tuning.
   """
-  tile_tokens = 128 if head_dim <= 128 and columns <= 16 else 64
+  is_small = head_dim <= 128 and columns <= (8 if is_narrow else 16)
+  tile_tokens = 128 if is_small else 64
   tile_bytes = 2 * 2 * head_dim * tile_tokens  # Keys and values of 16 bits.
   room = _SHARED_MEMORY_BYTES - columns * (
     2 * 2 * head_dim + 2 * tile_tokens + 4 * head_dim
@@ -63,14 +63,14 @@ def default_tuning(
   if not is_narrow:
     num_stages = min(room // tile_bytes, 6)
     return Tuning(tile_tokens=tile_tokens, num_stages=num_stages)
-  # Two tiles of keys and one of values in 16 bits; the rest for 8 bits.
-  num_wide_k, num_wide_v = 2, 1
-  matrix_bytes = tile_bytes // 2
-  room -= (num_wide_k + num_wide_v) * matrix_bytes
+  # Two tiles of values in 16 bits; the rest for 8 bits. The second attending
+  # warpgroup has weights of its own, and hands its sums on.
+  num_wide_v = 2
+  room -= columns * (2 * tile_tokens + 4 * head_dim)
+  room -= 2 * 4 * REDUCTION_NUMBERS + num_wide_v * tile_bytes // 2
   return Tuning(
     tile_tokens=tile_tokens,
-    num_stages=min(room // matrix_bytes, 8),
-    num_wide_k=num_wide_k,
+    num_stages=min(room // (tile_bytes // 2), 8) // 2 * 2,
     num_wide_v=num_wide_v,
   )
 
@@ -117,15 +117,28 @@ class Geometry:
   tuning: Tuning
   interpret: bool
 
+  def __post_init__(self):
+    if not self.is_narrow:
+      return
+    for name in ("num_stages", "num_wide_v"):
+      value = getattr(self.tuning, name)
+      if value % 2:
+        # A warpgroup that takes every second tile must see every use of the
+        # slots that it waits for: barriers tell two uses apart, not four.
+        raise ValueError(
+          f"tuning.{name} must be even where the pool's dtype is narrower than"
+          f" the queries'; got {value}."
+        )
+
+  @property
+  def attenders(self) -> int:
+    """Warpgroups that attend, each to every second tile if they are two."""
+    return 2 if self.is_narrow else 1
+
   @property
   def columns(self) -> int:
     """Columns of one item."""
     return self.tokens_per_item * self.head_columns
-
-  @property
-  def tiles_under_way(self) -> int:
-    """Tiles copied of which the last may still be attended to."""
-    return self.tuning.num_stages + self.is_narrow * self.tuning.num_wide_k
 
   @property
   def copies(self) -> int:

@@ -2,7 +2,9 @@
 
 One block of threads per multiprocessor: a copy warpgroup streams tiles of keys
 and values through a ring in shared memory, a compute warpgroup consumes them.
-`decode_plan` says which tiles.
+`decode_plan` says which tiles. Of tiles of 8 bits, keys are widened in
+registers and values by a warpgroup of their own, and two compute warpgroups
+take turns.
 
 The operands are swapped, so that the tokens of a tile, not the few queries,
 fill the 64 rows of a tensor-core instruction:
@@ -31,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.decode_geometry import (
+  REDUCTION_NUMBERS,
   Geometry,
   Tuning,
   default_tuning,
@@ -54,6 +57,15 @@ _OPERANDS = (
   "pool",
 )  # Of `Refs`, in the order in which the kernel gets them.
 _RESULTS = ("out", "lse", "parts", "part_sums")
+_OPTIONAL = (
+  "k_scale",
+  "v_scale",
+  "narrow_v",
+  "handed",
+  "handed_sums",
+  "reductions",
+  "wide_k",
+)
 
 
 def decode(
@@ -227,23 +239,42 @@ def _decode(
   )
   rings = {
     "queries": _ring(
-      g.dtype, 2, (g.columns, g.head_dim), num_arrivals=g.tokens_per_item
-    )
+      g.dtype,
+      2,
+      (g.columns, g.head_dim),
+      num_arrivals=g.tokens_per_item,
+      num_users=g.attenders,
+    ),
+    "k": from_copies(),
+    "v": from_copies(),
   }
-  for name in ("k", "v"):
-    if g.is_narrow:
-      rings[f"narrow_{name}"] = from_copies()
-      num_wide = getattr(tuning, f"num_wide_{name}")
-      rings[name] = kv_ring(g.dtype, num_wide)
+  more_smem = {}
+  if g.is_narrow:
+    rings["narrow_v"] = rings["v"]
+    rings["v"] = kv_ring(g.dtype, tuning.num_wide_v)
+    rings["handed"] = Ring(
+      smem=plgpu.SMEM((1, g.head_dim, g.columns), jnp.float32),
+      full=plgpu.Barrier(num_barriers=1),
+      empty=plgpu.Barrier(num_barriers=1),
+      size=1,
+    )
+    more_smem["handed_sums"] = plgpu.SMEM((2, g.columns), jnp.float32)
+    if g.interpret:
+      more_smem["wide_k"] = kv_ring(g.dtype, g.attenders).smem
     else:
-      rings[name] = from_copies()
+      more_smem["reductions"] = plgpu.SMEM(
+        (g.attenders, REDUCTION_NUMBERS), jnp.float32
+      )
   scratch = {
+    **more_smem,
     "p_smem": plgpu.SMEM(
-      (g.columns, tile), g.dtype, transforms=_swizzled(g.dtype, tile)
+      (g.attenders, g.columns, tile),
+      g.dtype,
+      transforms=_swizzled(g.dtype, tile),
     ),
     "out_smem": plgpu.SMEM((g.columns, g.head_dim), jnp.float32),
     "lse_smem": plgpu.SMEM((g.columns,), jnp.float32),
-    "first_smem": plgpu.SMEM((g.tiles_under_way * g.copies,), jnp.int32),
+    "first_smem": plgpu.SMEM((stages * g.copies,), jnp.int32),
     **{
       f"{name}.{part}": getattr(ring, part)
       for name, ring in rings.items()
@@ -259,12 +290,12 @@ def _decode(
     merged = None
     if not g.interpret:
       merged = pl.get_global(plgpu.SemaphoreType.REGULAR((workers,)))
-    operands = dict.fromkeys(("k_scale", "v_scale", "narrow_k", "narrow_v"))
+    operands = dict.fromkeys(_OPTIONAL)
     operands |= zip(names, args, strict=True)
     for name, ring in rings.items():
       parts = [refs.pop(f"{name}.{part}") for part in ("smem", "full", "empty")]
       operands[name] = Ring(*parts, size=ring.size)
-    run(g, Refs(**operands, **refs, merged=merged))
+    run(g, Refs(**operands | refs, merged=merged))
 
   out, lse, *_ = plgpu.kernel(
     body,
@@ -304,15 +335,20 @@ def _decode(
 
 
 def _ring(
-  dtype: Any, size: int, shape: tuple[int, int], *, num_arrivals: int = 1
+  dtype: Any,
+  size: int,
+  shape: tuple[int, int],
+  *,
+  num_arrivals: int = 1,
+  num_users: int = 1,
 ) -> Ring:
-  """Scratch types of a ring of matrices, whose copies arrive."""
+  """Scratch types of a ring of matrices, whose copies and users arrive."""
   return Ring(
     smem=plgpu.SMEM(
       (size, *shape), dtype, transforms=_swizzled(dtype, shape[1])
     ),
     full=plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=size),
-    empty=plgpu.Barrier(num_barriers=size),
+    empty=plgpu.Barrier(num_arrivals=num_users, num_barriers=size),
     size=size,
   )
 

@@ -21,7 +21,7 @@ from pallas_kernels.pool_layout import NULL_BLOCK_ID
 def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
   """Brings an item's queries, and the segment's keys and values."""
   tile_tokens = g.tuning.tile_tokens
-  k, v = refs.narrow_k or refs.k, refs.narrow_v or refs.v
+  k, v = refs.k, refs.narrow_v or refs.v
   q_slot = lax.rem(segment.number, 2)
 
   wait_until_empty(refs.queries, segment.number)
@@ -80,8 +80,7 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
     copies = read(tile)
     wait_until_empty(k, number)
     for j, (_, first) in enumerate(copies):
-      place = lax.rem(number, g.tiles_under_way)
-      refs.first_smem[place * g.copies + j] = first
+      refs.first_smem[slot * g.copies + j] = first
     copy(tile, slot, copies, k, 0)
     wait_until_empty(v, number)
     copy(tile, slot, copies, v, 1)
@@ -90,7 +89,7 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
 
 
 def widen(g: Geometry, narrow: Ring, wide: Ring, num_tiles: jax.Array) -> None:
-  """Converts a worker's tiles, of keys or of values, to the queries' dtype.
+  """Converts a worker's tiles of values to the queries' dtype.
 
   Args:
     g: What is static.

@@ -15,6 +15,7 @@ from pallas_kernels.micro_attention.decode_plan import WorkerField
 from pallas_kernels.micro_attention.mosaic_gpu_decode_feed import (
   copy,
   drain,
+  wait_until_empty,
   widen,
 )
 from pallas_kernels.micro_attention.mosaic_gpu_decode_walk import (
@@ -45,40 +46,40 @@ def run(g: Geometry, refs: Refs) -> None:
   warpgroup = lax.axis_index("warpgroup")
   num_tiles = refs.workers[worker, WorkerField.NUM_TILES]
 
-  # Two warpgroups have enough registers. Four start with 128 a thread; these
-  # numbers add up to 512, and nothing spills.
-  to_attend, to_copy, to_widen = (
-    (208, 96, 104) if g.head_dim > 128 else (240, 64, 104)
-  )
+  # Two warpgroups have enough registers. Four start with 128 a thread; two of
+  # the first and the others add up to 512, and nothing spills.
+  to_attend, to_copy, to_widen = 176, 64, 96
 
   def limit_registers(count: int, action: Any) -> None:
     if g.is_narrow and not g.interpret:
       plgpu.set_max_registers(count, action=action)
 
-  @pl.when(warpgroup == 0)
+  @pl.when(warpgroup < g.attenders)
   def _():
     limit_registers(to_attend, "increase")
-    _write_empty(g, refs, worker)
-    walk(g, refs, worker, functools.partial(_attend, g, refs, worker))
+    turn = warpgroup if g.attenders > 1 else 0
+    pl.when(turn == 0)(functools.partial(_write_empty, g, refs, worker))
+    num_segments = walk(
+      g, refs, worker, functools.partial(_attend, g, refs, worker, turn)
+    )
     plgpu.wait_smem_to_gmem(0)
+    if refs.handed is not None:
+      pl.when(turn == 1)(functools.partial(drain, refs.handed, num_segments))
 
-  @pl.when(warpgroup == 1)
+  @pl.when(warpgroup == g.attenders)
   def _():
     limit_registers(to_copy, "decrease")
     num_segments = walk(g, refs, worker, functools.partial(copy, g, refs))
-    drain(refs.narrow_k or refs.k, num_tiles)
+    drain(refs.k, num_tiles)
     drain(refs.narrow_v or refs.v, num_tiles)
     drain(refs.queries, num_segments)
 
-  for i, (narrow, wide) in enumerate(
-    ((refs.narrow_k, refs.k), (refs.narrow_v, refs.v)), start=2
-  ):
-    if narrow is not None:
+  if refs.narrow_v is not None:
 
-      @pl.when(warpgroup == i)
-      def _(narrow=narrow, wide=wide):
-        limit_registers(to_widen, "decrease")
-        widen(g, narrow, wide, num_tiles)
+    @pl.when(warpgroup == g.attenders + 1)
+    def _():
+      limit_registers(to_widen, "decrease")
+      widen(g, refs.narrow_v, refs.v, num_tiles)
 
 
 class _Sums(NamedTuple):
@@ -96,9 +97,17 @@ class _Sums(NamedTuple):
 
 
 def _attend(
-  g: Geometry, refs: Refs, worker: jax.Array, segment: Segment
+  g: Geometry,
+  refs: Refs,
+  worker: jax.Array,
+  turn: int | jax.Array,
+  segment: Segment,
 ) -> None:
-  """Attends an item's queries to a segment's tiles; hands the sums on."""
+  """Attends an item's queries to a segment's tiles; hands the sums on.
+
+  Where two warpgroups attend, `turn` is the parity of this one's tiles among
+  those of the worker. A segment of one tile leaves nothing to the other.
+  """
   q_slot = lax.rem(segment.number, 2)
   tokens = query_tokens(g, refs, segment)
   positions = [
@@ -108,15 +117,49 @@ def _attend(
   scale: float | jax.Array = g.scale
   if refs.k_scale is not None:
     scale = refs.k_scale[segment.head] * g.scale
+  first, count = 0, segment.num_tiles
+  if g.attenders > 1:
+    first = lax.rem(segment.tiles_before + turn, 2)
+    count = lax.div(count - first + 1, 2)
+
+  def attend_tile(i: jax.Array, sums: _Sums) -> _Sums:
+    number = segment.tiles_before + first + i * g.attenders
+    return _attend_tile(g, refs, turn, number, q_slot, positions, scale, sums)
+
   plgpu.barrier_wait(refs.queries.full.at[q_slot])
-  sums = lax.fori_loop(
-    0,
-    segment.num_tiles,
-    functools.partial(_attend_tile, g, refs, segment, q_slot, positions, scale),
-    _no_sums(g),
-  )
+  sums = lax.fori_loop(0, count, attend_tile, _no_sums(g))
   plgpu.barrier_arrive(refs.queries.empty.at[q_slot])
 
+  if refs.handed is None:
+    _finish(g, refs, worker, segment, tokens, sums)
+    return
+
+  @pl.when(turn == 1)
+  def _():
+    wait_until_empty(refs.handed, segment.number)
+    refs.handed.smem.at[0][...] = sums.acc
+    refs.handed_sums.at[0][...] = sums.top
+    refs.handed_sums.at[1][...] = sums.total
+    plgpu.barrier_arrive(refs.handed.full.at[0])
+
+  @pl.when(turn == 0)
+  def _():
+    plgpu.barrier_wait(refs.handed.full.at[0])
+    others = _load_sums(refs.handed.smem.at[0], refs.handed_sums)
+    plgpu.barrier_arrive(refs.handed.empty.at[0])
+    whole = _add(sums, [others], [True])
+    _finish(g, refs, worker, segment, tokens, whole)
+
+
+def _finish(
+  g: Geometry,
+  refs: Refs,
+  worker: jax.Array,
+  segment: Segment,
+  tokens: list[tuple[jax.Array, jax.Array]],
+  sums: _Sums,
+) -> None:
+  """Writes an item, or hands a part of it to the worker where it began."""
   begins_here = segment.first_tile == 0
   ends_here = segment.first_tile + segment.num_tiles == segment.item_tiles
 
@@ -162,29 +205,33 @@ def _no_sums(g: Geometry) -> _Sums:
 def _attend_tile(
   g: Geometry,
   refs: Refs,
-  segment: Segment,
+  turn: int | jax.Array,
+  number: jax.Array,
   q_slot: jax.Array,
   positions: list[jax.Array],
   scale: float | jax.Array,
-  i: jax.Array,
   sums: _Sums,
 ) -> _Sums:
-  """Adds tile `i` of a segment to the sums."""
+  """Adds tile `number` of a worker to the sums."""
   tile_tokens, columns = g.tuning.tile_tokens, g.columns
   shape = (tile_tokens, columns)
-  number = segment.tiles_before + i
   slot = lax.rem(number, refs.k.size)
+  p_smem = refs.p_smem.at[turn]
 
   plgpu.barrier_wait(refs.k.full.at[slot])
-  place = lax.rem(number, g.tiles_under_way) * g.copies
-  firsts = [refs.first_smem[place + j] for j in range(g.copies)]
+  firsts = [refs.first_smem[slot * g.copies + j] for j in range(g.copies)]
+  keys = refs.k.smem.at[slot]
+  if g.is_narrow:
+    keys = _widen_keys(g, refs, turn, keys)
+    plgpu.barrier_arrive(refs.k.empty.at[slot])
 
   def multiply_keys(acc: Any) -> jax.Array:
-    plgpu.wgmma(acc, refs.k.smem.at[slot], refs.queries.smem.at[q_slot].T)
+    plgpu.wgmma(acc, keys, refs.queries.smem.at[q_slot].T)
     return plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
 
   logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
-  plgpu.barrier_arrive(refs.k.empty.at[slot])
+  if not g.is_narrow:
+    plgpu.barrier_arrive(refs.k.empty.at[slot])
 
   if g.soft_cap is None:
     logits *= scale * _LOG2_E
@@ -199,10 +246,10 @@ def _attend_tile(
     sees &= behind < g.sliding_window
   logits = jnp.where(sees, logits, -jnp.inf)
 
-  top = jnp.maximum(sums.top, jnp.max(logits, axis=0))
+  top = jnp.maximum(sums.top, _reduce(refs, turn, "max", logits))
   decay = jnp.exp2(sums.top - top)
   weights = jnp.exp2(logits - _across(top, shape))
-  refs.p_smem.T[...] = plgpu.layout_cast(weights.astype(g.dtype), _TRANSPOSED)
+  p_smem.T[...] = plgpu.layout_cast(weights.astype(g.dtype), _TRANSPOSED)
   plgpu.commit_smem()
 
   slot = lax.rem(number, refs.v.size)
@@ -210,8 +257,8 @@ def _attend_tile(
   _clear_unreachable(g, refs, slot, firsts, kv_positions, positions)
 
   def multiply_values(acc: Any) -> tuple[jax.Array, jax.Array]:
-    plgpu.wgmma(acc, refs.v.smem.at[slot].T, refs.p_smem.T)
-    total = sums.total * decay + jnp.sum(weights, axis=0)
+    plgpu.wgmma(acc, refs.v.smem.at[slot].T, p_smem.T)
+    total = sums.total * decay + _reduce(refs, turn, "add", weights)
     return plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA), total
 
   acc_shape = (g.head_dim, columns)
@@ -220,6 +267,41 @@ def _attend_tile(
   return _Sums(
     acc=sums.acc * _across(decay, acc_shape) + acc, top=top, total=total
   )
+
+
+def _widen_keys(
+  g: Geometry, refs: Refs, turn: int | jax.Array, keys: Any
+) -> Any:
+  """Keys of 8 bits in the queries' dtype, `[tile, D]`, for a product."""
+  # A thread loads 32 bits, and swaps halves of them with its neighbour.
+  x = plgpu.load(keys, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+  x = plgpu.layout_cast(x, plgpu.Layout.WGMMA).astype(g.dtype)
+  if refs.wide_k is None:
+    return x
+  # The interpreter multiplies no registers.
+  refs.wide_k.at[turn][...] = x
+  plgpu.commit_smem()
+  return refs.wide_k.at[turn]
+
+
+def _reduce(
+  refs: Refs, turn: int | jax.Array, op: str, x: jax.Array
+) -> jax.Array:
+  """Largest value of each column ("max"), or their sum ("add")."""
+  if refs.reductions is None:
+    return (jnp.max if op == "max" else jnp.sum)(x, axis=0)
+
+  # As `jnp.max` and `jnp.sum` do it, but the shared memory that those exchange
+  # values through is one for all warpgroups.
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+    return_type=plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=_COLUMNS),
+  )
+  def reduce(context: Any, x: Any, scratch: Any) -> Any:
+    del context
+    return x.reduce(op, 0, scratch)
+
+  return reduce(x, refs.reductions.at[turn])
 
 
 def _across(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -305,27 +387,45 @@ def _merge_parts(
   """Adds the parts that workers `first` to `last` wrote."""
   at_once = max(1, 64 // g.columns)  # Loads under way, within the registers.
 
-  def load(ref: Any, layout: Any) -> jax.Array:
-    return plgpu.load(ref, layout=layout, optimized=False)
-
   def step(i: jax.Array, sums: _Sums) -> _Sums:
     workers = [first + i * at_once + j for j in range(at_once)]
     there = [jnp.minimum(worker, last) for worker in workers]
-    tops = [load(refs.part_sums.at[worker, 0], _COLUMNS) for worker in there]
-    totals = [load(refs.part_sums.at[worker, 1], _COLUMNS) for worker in there]
-    accs = [load(refs.parts.at[w], plgpu.Layout.WGMMA) for w in there]
-    top = functools.reduce(jnp.maximum, tops, sums.top)
-    decay = jnp.exp2(sums.top - top)
-    acc = sums.acc * _across(decay, sums.acc.shape)
-    total = sums.total * decay
-    for j, worker in enumerate(workers):
-      weight = jnp.where(worker <= last, jnp.exp2(tops[j] - top), 0.0)
-      acc += accs[j] * _across(weight, acc.shape)
-      total += totals[j] * weight
-    return _Sums(acc=acc, top=top, total=total)
+    parts = [
+      _load_sums(refs.parts.at[worker], refs.part_sums.at[worker])
+      for worker in there
+    ]
+    return _add(sums, parts, [worker <= last for worker in workers])
 
   count = lax.div(last - first + at_once, at_once)
   return lax.fori_loop(0, count, step, sums)
+
+
+def _load_sums(acc: Any, sums: Any) -> _Sums:
+  """Loads what another warpgroup wrote."""
+
+  def load(ref: Any, layout: Any) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+  return _Sums(
+    acc=load(acc, plgpu.Layout.WGMMA),
+    top=load(sums.at[0], _COLUMNS),
+    total=load(sums.at[1], _COLUMNS),
+  )
+
+
+def _add(
+  sums: _Sums, parts: list[_Sums], is_there: list[bool | jax.Array]
+) -> _Sums:
+  """Adds parts of the same softmax, those that are there."""
+  top = functools.reduce(jnp.maximum, [part.top for part in parts], sums.top)
+  decay = jnp.exp2(sums.top - top)
+  acc = sums.acc * _across(decay, sums.acc.shape)
+  total = sums.total * decay
+  for part, counts in zip(parts, is_there, strict=True):
+    weight = jnp.where(counts, jnp.exp2(part.top - top), 0.0)
+    acc += part.acc * _across(weight, acc.shape)
+    total += part.total * weight
+  return _Sums(acc=acc, top=top, total=total)
 
 
 def _write(

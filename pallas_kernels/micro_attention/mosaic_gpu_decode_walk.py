@@ -76,17 +76,22 @@ class Refs:
     part_sums: `[W, 2, columns]` float32. Their tops and totals.
     k_scale: `[K]` float32, or None: what keys are multiplied by.
     v_scale: `[K]` float32, or None.
-    k: Ring of keys as products read them, shared memory, as are those below.
-    v: Ring of values.
-    narrow_k: Ring of keys as the pool has them, which one warpgroup widens into
-      `k`; None where the pool's dtype is the queries'.
-    narrow_v: Ring of values, likewise.
+    k: Ring of keys as the pool has them, shared memory, as are those below.
+    v: Ring of values as products read them.
+    narrow_v: Ring of values as the pool has them, which one warpgroup widens
+      into `v`; None where the pool's dtype is the queries'.
     queries: Ring `[2, columns, D]` of an item's queries.
-    p_smem: `[columns, tile]`. Weights of a tile.
+    handed: Ring `[1, D, columns]` float32, by which the second attending
+      warpgroup hands its sums to the first; None where there is one.
+    handed_sums: `[2, columns]` float32. Their tops and totals; or None.
+    wide_k: `[2, tile, D]`. Widened keys of each attending warpgroup where they
+      cannot stay in registers, in the interpreter; else None.
+    reductions: `[2, 512]` float32. Scratch of each attending warpgroup
+      for what it reduces over its warps; or None.
+    p_smem: `[attending warpgroups, columns, tile]`. Weights of a tile.
     out_smem: `[columns, D]` float32.
     lse_smem: `[columns]` float32.
-    first_smem: `[tiles under way * copies]` int32. Position of each copy's
-      first token.
+    first_smem: `[stages * copies]` int32. Position of each copy's first token.
     merged: Semaphores `[W]`: parts written for an item begun at a worker; None
       where blocks run one after another.
   """
@@ -108,9 +113,12 @@ class Refs:
   v_scale: Any
   k: Ring
   v: Ring
-  narrow_k: Ring | None
   narrow_v: Ring | None
   queries: Ring
+  handed: Ring | None
+  handed_sums: Any
+  reductions: Any
+  wide_k: Any
   p_smem: Any
   out_smem: Any
   lse_smem: Any

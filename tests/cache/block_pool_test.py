@@ -256,7 +256,7 @@ class PoolMachine(stateful.RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = hypothesis.settings(
-  max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
+  max_examples=40, stateful_step_count=30
 )
 
 

@@ -155,7 +155,6 @@ def test_any_other_change_makes_a_new_log_and_leaves_the_old_one():
     st.tuples(st.integers(0, 2), st.integers(0, 2**16)), max_size=30
   )
 )
-@hypothesis.settings(deadline=None, derandomize=True)
 def test_local_entries_are_the_locations_at_home_whatever_came_before(events):
   table = _table(_at(0, 1))
   for instance, number in events:
@@ -183,7 +182,6 @@ def test_local_entries_are_the_locations_at_home_whatever_came_before(events):
     st.tuples(st.booleans(), st.integers(0, 2**32 - 1)), max_size=20
   ),
 )
-@hypothesis.settings(deadline=None, derandomize=True)
 def test_demand_is_the_sum_over_blocks_whatever_came_before(num_blocks, events):
   table = _table(*(_at(0, b) for b in range(1, num_blocks + 1)))
   for is_switch, number in events:

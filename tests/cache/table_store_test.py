@@ -159,7 +159,7 @@ def test_more_entries_than_rblocks_to_name_are_refused():
     st.tuples(st.integers(0, 7), st.integers(0, 2**16)), max_size=120
   ),
 )
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=300)
+@hypothesis.settings(max_examples=300)
 def test_the_devices_have_what_the_logs_say_whatever_came_before(
   num_blocks, events
 ):

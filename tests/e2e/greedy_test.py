@@ -222,9 +222,6 @@ def test_greedy_output_equals_the_dense_model(num_instances, block_size):
 
   @hypothesis.settings(
     max_examples=NUM_EXAMPLES[num_instances],
-    deadline=None,
-    derandomize=True,
-    database=None,
   )
   @hypothesis.given(workloads(num_instances, block_size))
   def check(workload):

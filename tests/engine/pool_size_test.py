@@ -2,11 +2,12 @@
 
 import pytest
 
+from infinite_llm.cache.device_memory import DeviceMemory
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine import pool_size
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.pool_size import DeviceMemory, Needs, blocks_that_fit
+from infinite_llm.engine.pool_size import Needs, blocks_that_fit
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams

@@ -52,6 +52,25 @@ def run(main, capsys, *flags, command=COMMAND):
 
 
 class TestLocal:
+  def test_each_process_has_gpus_of_its_own(self, capsys, monkeypatch):
+    command = (
+      *COMMAND,
+      "--config.cluster.platform=gpu",
+      "--config.cluster.tensor_parallel=2",
+    )
+    flags = ("--num_processes=2", "--dry_run")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _, out, _ = run(local.main, capsys, *flags, command=command)
+    assert [line.split()[0] for line in out.splitlines()] == [
+      "CUDA_VISIBLE_DEVICES=0,1,2,3",
+      "CUDA_VISIBLE_DEVICES=4,5,6,7",
+    ]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5")
+    status, _, err = run(local.main, capsys, *flags, command=command)
+    assert status == 2
+    assert "must name at least 8 GPUs, 4 for each process; got '7,6,5'" in err
+
   def test_a_dry_run_prints_each_process(self, capsys):
     status, out, _ = run(
       local.main, capsys, "--num_processes=2", "--dry_run", command=COMMAND

@@ -19,7 +19,6 @@ def _encode(tokenizer, text):
 
 
 @pytest.mark.parametrize("corpus", [None, ""])
-@hypothesis.settings(deadline=None, derandomize=True)
 @hypothesis.given(text=st.text(max_size=40))
 @hypothesis.example(
   text="naïve 😀👩‍👩‍👧 \u202e\r\n\t x\x00 '#amber' @cobalt; next is"

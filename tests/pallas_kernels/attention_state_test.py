@@ -48,9 +48,7 @@ _USUAL = st.one_of(_states(max_lse=64), _states(max_lse=4096))
 
 
 def _property(test):
-  settings = hypothesis.settings(
-    max_examples=50, deadline=None, derandomize=True
-  )
+  settings = hypothesis.settings(max_examples=50)
   return settings(test)
 
 

@@ -96,12 +96,26 @@ def test_a_worker_has_no_races(name):
   state = decode(
     *inputs,
     **case.options,
-    tuning=Tuning(
-      tile_tokens=64, num_stages=2, num_wide_k=2, num_wide_v=1, num_workers=1
-    ),
+    tuning=Tuning(tile_tokens=64, num_stages=4, num_wide_v=2, num_workers=1),
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   _assert_close(case, state, inputs)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"num_stages": 3}, r"tuning\.num_stages must be even .*; got 3"),
+    (
+      {"num_stages": 4, "num_wide_v": 1},
+      r"tuning\.num_wide_v must be even .*; got 1",
+    ),
+  ],
+)
+def test_two_warpgroups_in_turns_need_rings_of_even_size(sizes, message):
+  case = next(case for case in _CASES if case.name == "fp8")
+  with pytest.raises(ValueError, match=message):
+    decode(*case.make_inputs(), **case.options, tuning=Tuning(**sizes))
 
 
 @pytest.mark.gpu

@@ -197,7 +197,7 @@ def test_tables_without_entries_give_empty_states(num_queries, name):
   "case_name",
   ["decode_ragged", "decode_window", "prefill_ragged", "prefill_far"],
 )
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(data=st.data())
 def test_any_split_over_holders_merges_to_the_whole(data, case_name, name):
   case, num_holders = _CASES[case_name], 3

@@ -85,7 +85,7 @@ def test_rblocks_that_are_promised_at_home_are_no_room():
 
 
 @hypothesis.given(data=st.data(), view=cluster_views.views())
-@hypothesis.settings(derandomize=True, max_examples=200)
+@hypothesis.settings(max_examples=200)
 def test_all_that_come_in_find_room(data, view):
   lines = list(view.lines)
   arrivals = data.draw(st.permutations(range(1, len(lines) + 1)))

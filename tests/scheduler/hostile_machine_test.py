@@ -155,7 +155,4 @@ TestHostileMachine = HostileMachine.TestCase
 TestHostileMachine.settings = hypothesis.settings(
   max_examples=150,
   stateful_step_count=50,
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=list(hypothesis.HealthCheck),
 )

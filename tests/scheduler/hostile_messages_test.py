@@ -129,7 +129,7 @@ def test_no_number_in_any_message_makes_a_manager_raise(kind):
   assert num_refused > 0
 
 
-@hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=400)
 @hypothesis.given(
   envelopes=st.lists(ENVELOPES, min_size=1, max_size=3),
   num_rounds=st.integers(0, 4),

@@ -421,7 +421,4 @@ TestLendingMachine = LendingMachine.TestCase
 TestLendingMachine.settings = hypothesis.settings(
   max_examples=80,
   stateful_step_count=60,
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=list(hypothesis.HealthCheck),
 )

@@ -23,8 +23,7 @@ from infinite_llm.scheduler.wire import MAX_BYTES, VERSION, WireCodec
 from infinite_llm.types import PoolCounts
 from tests.scheduler.any_message import ENVELOPES, kinds, values
 
-_REPEATABLE = hypothesis.settings(deadline=None, derandomize=True)
-_FUZZ = hypothesis.settings(_REPEATABLE, max_examples=300)
+_FUZZ = hypothesis.settings(max_examples=300)
 _SECRET = b"sixteen bytes or"
 _HEADER_BYTES = 7
 _CODEC = WireCodec(Envelope)
@@ -113,7 +112,7 @@ class TestFrames:
     )
 
   @pytest.mark.parametrize("kind", kinds(Body), ids=lambda kind: kind.__name__)
-  @hypothesis.settings(_REPEATABLE, max_examples=20)
+  @hypothesis.settings(max_examples=20)
   @hypothesis.given(data=st.data())
   def test_every_kind_of_message_arrives_as_it_was(self, kind, data):
     envelope = dataclasses.replace(

@@ -150,7 +150,4 @@ TestFaultMachine = FaultMachine.TestCase
 TestFaultMachine.settings = hypothesis.settings(
   max_examples=80,
   stateful_step_count=60,
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=list(hypothesis.HealthCheck),
 )

@@ -65,7 +65,6 @@ def test_an_unknown_debtor_gets_candidates_all_the_same():
   debtor=st.integers(0, 20),
   wanted=st.integers(1, 6),
 )
-@hypothesis.settings(derandomize=True)
 def test_candidates_are_few_different_others_with_room(room, debtor, wanted):
   view = _view(**{f"i{instance}": room[instance] for instance in sorted(room)})
 

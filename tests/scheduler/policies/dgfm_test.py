@@ -119,7 +119,7 @@ def _without(graph, plan):
     max_size=20,
   )
 )
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=300)
+@hypothesis.settings(max_examples=300)
 def test_no_circle_is_left_and_no_debt_grows(edges):
   view = debt_view(*((a, b, count) for (a, b), count in edges.items()))
   graph = debts(view)
@@ -143,7 +143,6 @@ def test_no_circle_is_left_and_no_debt_grows(edges):
 
 
 @hypothesis.given(some_view=cluster_views.views(), data=st.data())
-@hypothesis.settings(derandomize=True, deadline=None)
 def test_equal_views_give_equal_plans_in_whatever_order(some_view, data):
   plan = plan_recalls(some_view, _CONFIG)
 
@@ -164,7 +163,6 @@ def test_equal_views_give_equal_plans_in_whatever_order(some_view, data):
     st.dictionaries(st.integers(0, 6), st.integers(1, 9), max_size=6),
   ),
 )
-@hypothesis.settings(derandomize=True, deadline=None)
 def test_a_small_budget_is_kept_and_finds_the_same_circles(most, graph):
   graph = {
     a: {b: n for b, n in row.items() if b != a} for a, row in graph.items()

@@ -231,7 +231,7 @@ def _check_and_apply(state, view, move):
 
 
 @hypothesis.given(some_view=cluster_views.views(), data=st.data())
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=400)
+@hypothesis.settings(max_examples=400)
 def test_no_move_loses_and_no_limit_is_exceeded(some_view, data):
   config = PlanningConfig(
     block_size=_P,
@@ -278,7 +278,6 @@ def test_no_move_loses_and_no_limit_is_exceeded(some_view, data):
 
 
 @hypothesis.given(some_view=cluster_views.views(), data=st.data())
-@hypothesis.settings(derandomize=True, deadline=None)
 def test_equal_views_give_equal_plans_in_whatever_order(some_view, data):
   plan = plan_moves(some_view, _CONFIG)
 
@@ -291,7 +290,7 @@ def test_random_views_do_lead_to_moves():
   lengths = []
 
   @hypothesis.given(some_view=cluster_views.views())
-  @hypothesis.settings(derandomize=True, deadline=None, max_examples=200)
+  @hypothesis.settings(max_examples=200)
   def collect(some_view):
     lengths.append(len(plan_moves(some_view, _CONFIG)))
 

@@ -71,7 +71,6 @@ def test_without_a_shortage_all_stay():
 
 
 @hypothesis.given(some_view=cluster_views.views(), data=st.data())
-@hypothesis.settings(derandomize=True, deadline=None)
 def test_plans_fit_and_do_not_depend_on_the_order(some_view, data):
   plan = plan_moves(some_view, _CONFIG)
 
