@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
 
   config.exchange = ConfigDict()
   config.exchange.run = True
-  config.exchange.blocks = (1, 4, 16, 64)  # Per pair and program.
+  config.exchange.blocks = (1, 4, 16, 64, 256)  # Per pair and program.
 
   config.attention = ConfigDict()
   config.attention.run = True
