@@ -44,9 +44,9 @@ test-benches: $(ENVIRONMENT)  ## Benchmarks and their baselines, in small.
 # With `transformers` and torch installed beside it, models are compared with
 # theirs live; without, those tests say so and are skipped.
 .PHONY: test-slow
-test-slow: $(ENVIRONMENT)  ## The README's example; models against transformers.
+test-slow: $(ENVIRONMENT)  ## The README's example, more combinations, transformers.
 	$(PYTHON) -m pytest -q -rs -m slow tests/readme_test.py tests/models \
-	  tests/engine $(PYTEST_ARGS)
+	  tests/engine tests/e2e $(PYTEST_ARGS)
 
 .PHONY: test-multihost
 test-multihost: $(ENVIRONMENT)  ## The tests that start several processes.

@@ -97,7 +97,14 @@ def differences(engine: Engine, compared: GreedyOracle) -> list[str | None]:
   return found
 
 
-@pytest.mark.parametrize("num_instances", [1, 2, 4])
+@pytest.mark.parametrize(
+  "num_instances",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    2,
+    pytest.param(4, marks=pytest.mark.slow),
+  ],
+)
 def test_greedy_output_is_that_of_a_dense_model_that_rounds_alike(
   num_instances,
 ):

@@ -70,7 +70,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# What the others combine in other ways; `make test-slow` runs these.
+SLOW = (
+  "more tensor ranks than KV heads, biases",
+  "bfloat16 KV of float32 weights",
+  "float8 KV, tensor parallel, norms",
+  "float8 KV of bfloat16 weights, sliding window in some layers",
+  "sliding window",
+)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in CASES
+  ],
+)
 def test_greedy_output_equals_the_dense_model(name, tmp_path):
   case = CASES[name]
   path = write_shallow_checkpoint(

@@ -82,6 +82,7 @@ def test_a_pool_of_bytes_is_one_of_8_bit_numbers():
   state = decode(
     *inputs._replace(kv_pool=bits),
     **case.options,
+    tuning=Tuning(tile_tokens=64, num_stages=2, num_workers=3),
     interpret=plgpu.InterpretGPUParams(),
   )
   _assert_close(case, state, inputs)
