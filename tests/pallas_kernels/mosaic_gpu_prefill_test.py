@@ -52,8 +52,9 @@ def _assert_right(case: Case, state, inputs):
     ({"padding_queries": 5, "null_entries": 1, "padding_stride": 4}, 64, 1),
     ({"sliding_window": 19, "is_permuted": True, "num_kv_heads": 2}, 64, 2),
     ({"kv_lens": (300, 40, 30, 3)}, 192, 1),
+    ({"num_q_heads": 71}, 64, 1),
   ],
-  ids=["padded", "window_permuted_mha_split", "wide_tiles"],
+  ids=["padded", "window_permuted_mha_split", "wide_tiles", "group_71"],
 )
 def test_interpreted_kernel_agrees_with_float64(changes, kv_tile, num_splits):
   case = dataclasses.replace(_SMALL, **changes)
@@ -93,6 +94,8 @@ _ON_GPU = {"dtype": "bfloat16", "head_dim": 128, "num_q_heads": 8}
     ("prefill_huge_logits", {}),
     ("prefill_tiny_logits", {}),
     ("decode_ragged", {}),
+    ("prefill_ragged", {"num_q_heads": 142, "head_dim": 64}),
+    ("prefill_ragged", {"num_q_heads": 128, "num_kv_heads": 1}),
   ],
 )
 def test_compiled_kernel_agrees_with_float64(name, changes, num_splits):

@@ -16,6 +16,9 @@ _MODELS = [  # Query heads, KV heads, head dimension.
   (32, 1, 128),
   (16, 1, 256),
   (16, 16, 64),
+  (71, 1, 64),
+  (96, 2, 128),
+  (128, 1, 256),
 ]
 
 
@@ -99,7 +102,16 @@ def test_windows_and_soft_caps_assemble_without_spills(sm90a, query_tokens):
 @pytest.mark.parametrize("query_tokens", [1, 8])
 @pytest.mark.parametrize(
   "model",
-  [(32, 8, 128), (8, 1, 128), (32, 32, 128), (32, 1, 64), (16, 2, 256)],
+  [
+    (32, 8, 128),
+    (8, 1, 128),
+    (32, 32, 128),
+    (32, 1, 64),
+    (16, 2, 256),
+    (71, 1, 64),
+    (40, 1, 128),
+    (128, 1, 256),
+  ],
   ids=str,
 )
 def test_pools_of_8_bits_assemble_without_spills(sm90a, model, query_tokens):
