@@ -291,6 +291,14 @@ CASES = (
     kv_dtype="float8_e4m3fn",
     sliding_window=90,
   ),
+  Case(
+    name="decode_odd_heads_bf16",
+    **_DECODE,
+    num_q_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    dtype="bfloat16",
+  ),
   Case(name="decode_fp8", **_DECODE, kv_dtype="float8_e4m3fn"),
   Case(
     name="decode_fp8_bf16",

@@ -231,6 +231,8 @@ def _decode(
   token = jnp.arange(num_tokens)
   of_row = (cu_seqlens[:-1, None] <= token) & (token < cu_seqlens[1:, None])
   has_entries = jnp.any(of_row & (tables.counts[:, None] > 0), axis=0)
+  # Empty states are written by 128 threads with two numbers each.
+  out_heads = -(-g.num_q_heads * g.head_dim // 256) * 256 // g.head_dim
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   stages, tile = tuning.num_stages, tuning.tile_tokens
   kv_ring = functools.partial(_ring, shape=(tile, g.head_dim))
@@ -300,7 +302,7 @@ def _decode(
   out, lse, *_ = plgpu.kernel(
     body,
     out_type=(
-      float32((num_tokens, g.num_q_heads, g.head_dim)),
+      float32((num_tokens, out_heads, g.head_dim)),
       float32((num_tokens, g.num_q_heads)),
       float32((workers, g.head_dim, g.columns)),
       float32((workers, 2, g.columns)),
@@ -331,6 +333,8 @@ def _decode(
     kv_pool.reshape(-1, g.block_size, g.head_dim),
     *(scales or ()),
   )
+  if out_heads > g.num_q_heads:
+    out = out[:, : g.num_q_heads]
   if filler:
     out, lse = (
       x.reshape(num_tokens, g.num_kv_heads, -1, *x.shape[2:])[:, :, :-filler]

@@ -86,6 +86,7 @@ _INTERPRETED = (
     for name in (
       "group_71_bf16",
       "group_40_fp8",
+      "odd_heads_bf16",
       "parts_elsewhere",
       "far",
       "huge_logits",
