@@ -13,6 +13,7 @@ from pallas_kernels.micro_attention.cases import CASES, Case
 from pallas_kernels.micro_attention.decode_geometry import Tuning
 from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
 from pallas_kernels.pool_layout import as_held
+from tests.pallas_kernels.unpaged import assert_as_exact_as_unpaged
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _ONE = {"query_lens": (1, 1, 0, 1), "kv_lens": (200, 1, 0, 64)}
@@ -121,6 +122,18 @@ def test_interpreted_workers_merge_to_the_whole(case):
     interpret=plgpu.InterpretGPUParams(),
   )
   _assert_close(case, state, inputs)
+
+
+def test_is_as_exact_as_attention_of_unpaged_bfloat16():
+  case = _bf16(name="one_row", query_lens=(1,), kv_lens=(512,))
+  inputs = case.make_inputs()
+  state = decode(
+    *inputs,
+    **case.options,
+    tuning=Tuning(tile_tokens=64, num_stages=2, num_workers=3),
+    interpret=plgpu.InterpretGPUParams(),
+  )
+  assert_as_exact_as_unpaged(case, state, inputs)
 
 
 def test_a_pool_of_bytes_is_one_of_8_bit_numbers():

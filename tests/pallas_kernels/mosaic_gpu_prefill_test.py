@@ -16,6 +16,7 @@ from pallas_kernels.micro_attention.prefill_geometry import (
   default_tuning,
 )
 from pallas_kernels.pool_layout import as_held
+from tests.pallas_kernels.unpaged import assert_as_exact_as_unpaged
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _BY_NAME = {case.name: case for case in CASES}
@@ -67,6 +68,19 @@ def test_interpreted_kernel_agrees_with_float64(changes, kv_tile, num_splits):
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   _assert_right(case, state, inputs)
+
+
+def test_is_as_exact_as_attention_of_unpaged_bfloat16():
+  case = dataclasses.replace(_SMALL, query_lens=(128,), kv_lens=(128,))
+  inputs = case.make_inputs()
+  state = prefill(
+    *inputs,
+    **case.options,
+    tuning=_INTERPRETED,
+    num_splits=1,
+    interpret=plgpu.InterpretGPUParams(),
+  )
+  assert_as_exact_as_unpaged(case, state, inputs)
 
 
 _ON_GPU = {"dtype": "bfloat16", "head_dim": 128, "num_q_heads": 8}
