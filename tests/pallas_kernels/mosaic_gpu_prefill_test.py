@@ -54,8 +54,21 @@ def _assert_right(case: Case, state, inputs):
     ({"sliding_window": 19, "is_permuted": True, "num_kv_heads": 2}, 64, 2),
     ({"kv_lens": (300, 40, 30, 3)}, 192, 1),
     ({"num_q_heads": 71}, 64, 1),
+    ({"query_std": 1e6}, 64, 1),
+    ({"query_std": 1e-6}, 64, 1),
+    ({"query_shift": -200}, 64, 1),
+    ({"first_block": 32_768}, 64, 1),
   ],
-  ids=["padded", "window_permuted_mha_split", "wide_tiles", "group_71"],
+  ids=[
+    "padded",
+    "window_permuted_mha_split",
+    "wide_tiles",
+    "group_71",
+    "huge_logits",
+    "tiny_logits",
+    "nothing_seen",
+    "far",
+  ],
 )
 def test_interpreted_kernel_agrees_with_float64(changes, kv_tile, num_splits):
   case = dataclasses.replace(_SMALL, **changes)
