@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     "32x32768 32/8 window=4096",
     "32x32768 32/8 queries=4",
     "32x32768 32/8 queries=8",
+    # Groups in parts, each of which reads KV; one is filled up.
+    "32x32768 64/1",
+    "32x32768 71/1",
     # One KV head, of which each multiprocessor has a row; and parts to merge.
     "132x16384 8/1",
     "1x2162688 8/1",

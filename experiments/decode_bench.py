@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from experiments import flashinfer_peer
-from experiments.kernel_timing import profiled_us, slope_us
+from experiments.kernel_timing import poison, profiled_us, slope_us
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
@@ -180,7 +180,7 @@ def _bench_ours(
       implementation=_OURS,
     )
 
-  _poison(inputs["q"].shape)
+  poison(inputs["q"].shape)
   state = jax.jit(call, static_argnums=0)(num_layers - 1, inputs)
   error = _error(case, inputs, state, num_layers - 1, config.seed)
   del state
@@ -312,12 +312,6 @@ def _draw(
     head = jnp.arange(case.num_kv_heads, dtype=jnp.float32)
     inputs |= {"k_scale": 1 + head / 16, "v_scale": 1 - head / 16}
   return inputs
-
-
-def _poison(shape: Sequence[int]) -> None:
-  """Fills the memory that outputs will get with NaN."""
-  for _ in range(4):
-    jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32))
 
 
 def _error(

@@ -19,6 +19,7 @@ from pallas_kernels.pool_layout import Layer, as_held, as_numbers
 
 _THREADS = 128  # Of a warpgroup.
 _TOKENS = 4  # Of a thread block.
+_OLD_BYTES = 8  # That JAX 0.11.2 would load of what a store replaces.
 _VECTOR_BYTES = 16  # The widest access of a thread.
 
 
@@ -40,7 +41,8 @@ def append(
 
   Args:
     kv_pool: `[N, L, 2, K, P, D]`, `K * D` a multiple of 128; of 8 bits only
-      float8_e4m3fn, or uint8 for its bits, and then of 256.
+      float8_e4m3fn, or uint8 for its bits, and then of 256. Not 384 of 16
+      bits, nor 768 of 8.
     layer: `[]` integer.
     k: `[T, K, D]` floating-point.
     v: `[T, K, D]` floating-point.
@@ -68,6 +70,12 @@ def append(
   multiple = 2 * _THREADS if is_narrow else _THREADS
   if row % multiple:
     raise NotImplementedError(f"k: K * D a multiple of {multiple}; got {row}.")
+  # Lowering a store looks at the old numbers too, as many a thread at a time.
+  width = min(_OLD_BYTES // kv_pool.dtype.itemsize, row // _THREADS)
+  if width & (width - 1):
+    raise NotImplementedError(
+      f"k: K * D other than {row} for a pool of {kv_pool.dtype}; got {row}."
+    )
   if k.shape[0] == 0:
     return as_held(kv_pool, dtype)
   kv_pool = _append(

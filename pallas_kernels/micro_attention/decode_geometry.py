@@ -80,12 +80,13 @@ class Geometry:
   """Everything static of one call.
 
   Attributes:
-    group: Query heads to a KV head.
+    group: Query heads of one item: those of a KV head, or of a part of them.
+    parts: Parts of the query heads of a KV head, each with items of its own.
     head_columns: Columns of one query token: copies come in whole eights of
       query heads, so that neighbours of a group may come with it.
     tokens_per_item: Query tokens that one item covers.
-    items_per_head: Items of one row and one KV head.
-    num_q_heads: `H`.
+    chunks: Items of one row and one part, each with some of the query tokens.
+    num_q_heads: `H`, with what fills up the last part of each KV head.
     num_kv_heads: `K`.
     num_layers: `L`.
     block_size: `P`.
@@ -101,9 +102,10 @@ class Geometry:
   """
 
   group: int
+  parts: int
   head_columns: int
   tokens_per_item: int
-  items_per_head: int
+  chunks: int
   num_q_heads: int
   num_kv_heads: int
   num_layers: int
@@ -139,6 +141,11 @@ class Geometry:
   def columns(self) -> int:
     """Columns of one item."""
     return self.tokens_per_item * self.head_columns
+
+  @property
+  def items_per_row(self) -> int:
+    """Items of one row: by KV head, by part, by query tokens."""
+    return self.num_kv_heads * self.parts * self.chunks
 
   @property
   def copies(self) -> int:

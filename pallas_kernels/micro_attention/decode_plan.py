@@ -1,11 +1,11 @@
 """Cuts the work of ragged decode evenly over the workers of a device.
 
-A row's context is cut into tiles of KV tokens. An *item* is one KV head and one
-group of query tokens of a row, with all the row's tiles; items stand one row
-after another. Each worker takes an equal run of tiles, whichever items those
-belong to, so that one row of a million tokens beside many short ones leaves
-nobody idle. At most one item begins before a worker's run, and at most one ends
-after it.
+A row's context is cut into tiles of KV tokens. An *item* is one KV head, some
+of its query heads and some query tokens of a row, with all the row's tiles;
+items stand one row after another. Each worker takes an equal run of tiles,
+whichever items those belong to, so that one row of a million tokens beside many
+short ones leaves nobody idle. At most one item begins before a worker's run,
+and at most one ends after it.
 
 All of this is arithmetic on tables that every layer of a model shares: in a
 jitted step it is computed once, on the device, and nothing waits for the host.
@@ -119,7 +119,7 @@ def make_plan(
     cu_seqlens: `[B + 1]` int32.
     tables: Of `B` rows.
     num_workers: `W`.
-    items_per_row: KV heads times groups of query tokens.
+    items_per_row: KV heads times parts of their query heads and tokens.
     block_size: Tokens per rBlock.
     tile_tokens: Tokens per tile; divides `block_size` or is divided by it.
 

@@ -129,11 +129,12 @@ def _measured_border(work: Work) -> int | None:
 
 
 def _passes(work: Work) -> int:
-  """How often the decode kernel reads KV: once for a few query tokens."""
-  group = work.num_q_heads // work.num_kv_heads
+  """How often the decode kernel reads KV: once for some heads and tokens."""
   columns = 32 * 128 // max(work.head_dim, 128)
-  tokens = max(1, columns // (-(-group // 8) * 8))
-  return -(-work.query_tokens // tokens)
+  eights = -(-work.num_q_heads // work.num_kv_heads // 8)
+  parts = -(-8 * eights // columns)
+  tokens = max(1, columns // (8 * eights))
+  return parts * -(-work.query_tokens // tokens)
 
 
 def _read_s(work: Work) -> float:

@@ -121,16 +121,17 @@ def decode(
     scale *= _Q_DIVISOR
   num_q_heads, head_dim = q.shape[1:]
   num_layers, _, num_kv_heads, block_size = kv_pool.shape[1:5]
-  group = num_q_heads // num_kv_heads
+  max_columns = _max_columns(head_dim, is_narrow=is_narrow)
+  parts, group = _cut_group(num_q_heads // num_kv_heads, max_columns)
   head_columns = _head_columns(group)
-  most_tokens = _max_columns(head_dim, is_narrow=is_narrow) // head_columns
-  tokens_per_item = min(max_query_tokens, most_tokens)
+  tokens_per_item = min(max_query_tokens, max_columns // head_columns)
   geometry = Geometry(
     group=group,
+    parts=parts,
     head_columns=head_columns,
     tokens_per_item=tokens_per_item,
-    items_per_head=-(-max_query_tokens // tokens_per_item),
-    num_q_heads=num_q_heads,
+    chunks=-(-max_query_tokens // tokens_per_item),
+    num_q_heads=num_kv_heads * parts * group,
     num_kv_heads=num_kv_heads,
     num_layers=num_layers,
     block_size=block_size,
@@ -166,8 +167,6 @@ def _check_covered(
 ) -> None:
   """Raises NotImplementedError for what the kernel cannot do."""
   block_size, head_dim = kv_pool.shape[4:]
-  group = q.shape[1] // kv_pool.shape[3]
-  max_columns = _max_columns(head_dim, is_narrow=kv_pool.dtype != q.dtype)
   dtypes = (jnp.bfloat16, jnp.float16)
   covers = {
     f"q: bfloat16 or float16; got {q.dtype}": q.dtype in dtypes,
@@ -180,10 +179,6 @@ def _check_covered(
     ),
     f"max_query_tokens: at most {_MAX_QUERY_TOKENS}; got {max_query_tokens}": (
       max_query_tokens <= _MAX_QUERY_TOKENS
-    ),
-    f"q: at most {max_columns} query heads to a KV head at D of {head_dim} and"
-    f" kv_pool of {kv_pool.dtype}; got {group}": (
-      _head_columns(group) <= max_columns
     ),
   }
   for rule, is_covered in covers.items():
@@ -206,21 +201,26 @@ def _decode(
 ) -> AttentionState:
   """Jitted so that the layers of a model share one trace."""
   g, tuning = geometry, geometry.tuning
-  num_tokens = q.shape[0]
+  num_tokens, num_q_heads = q.shape[:2]
+  filler = (g.num_q_heads - num_q_heads) // g.num_kv_heads
+  if filler:
+    q = q.reshape(num_tokens, g.num_kv_heads, -1, g.head_dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, filler), (0, 0)))
+    q = q.reshape(num_tokens, g.num_q_heads, g.head_dim)
   if g.sliding_window is not None:
     tables = in_reach(
       cu_seqlens,
       q_positions,
       tables,
       block_size=g.block_size,
-      max_query_tokens=g.tokens_per_item * g.items_per_head,
+      max_query_tokens=g.tokens_per_item * g.chunks,
       sliding_window=g.sliding_window,
     )
   plan = make_plan(
     cu_seqlens,
     tables,
     num_workers=tuning.num_workers,
-    items_per_row=g.num_kv_heads * g.items_per_head,
+    items_per_row=g.items_per_row,
     block_size=g.block_size,
     tile_tokens=tuning.tile_tokens,
   )
@@ -231,6 +231,8 @@ def _decode(
   token = jnp.arange(num_tokens)
   of_row = (cu_seqlens[:-1, None] <= token) & (token < cu_seqlens[1:, None])
   has_entries = jnp.any(of_row & (tables.counts[:, None] > 0), axis=0)
+  # Empty states are written by 128 threads with two numbers each.
+  out_heads = -(-g.num_q_heads * g.head_dim // 256) * 256 // g.head_dim
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   stages, tile = tuning.num_stages, tuning.tile_tokens
   kv_ring = functools.partial(_ring, shape=(tile, g.head_dim))
@@ -300,7 +302,7 @@ def _decode(
   out, lse, *_ = plgpu.kernel(
     body,
     out_type=(
-      float32((num_tokens, g.num_q_heads, g.head_dim)),
+      float32((num_tokens, out_heads, g.head_dim)),
       float32((num_tokens, g.num_q_heads)),
       float32((workers, g.head_dim, g.columns)),
       float32((workers, 2, g.columns)),
@@ -331,6 +333,15 @@ def _decode(
     kv_pool.reshape(-1, g.block_size, g.head_dim),
     *(scales or ()),
   )
+  if out_heads > g.num_q_heads:
+    out = out[:, : g.num_q_heads]
+  if filler:
+    out, lse = (
+      x.reshape(num_tokens, g.num_kv_heads, -1, *x.shape[2:])[:, :, :-filler]
+      for x in (out, lse)
+    )
+    out = out.reshape(num_tokens, num_q_heads, g.head_dim)
+    lse = lse.reshape(num_tokens, num_q_heads)
   return AttentionState(out=out, lse=lse)
 
 
@@ -361,6 +372,18 @@ def _swizzled(dtype: Any, columns: int) -> tuple[Any, Any]:
     plgpu.TilingTransform((8, row_bytes // itemsize)),
     plgpu.SwizzleTransform(row_bytes),
   )
+
+
+def _cut_group(group: int, max_columns: int) -> tuple[int, int]:
+  """Parts of a group of query heads, and heads of each to fit the columns.
+
+  A group that does not fit as it is becomes the fewest equal parts of whole
+  eights; more heads than the group has are to be filled up.
+  """
+  if _head_columns(group) <= max_columns:
+    return 1, group
+  parts = -(-group // max_columns)
+  return parts, -(-group // (8 * parts)) * 8
 
 
 def _head_columns(group: int) -> int:

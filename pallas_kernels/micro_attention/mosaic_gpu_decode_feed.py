@@ -13,6 +13,7 @@ from pallas_kernels.micro_attention.mosaic_gpu_decode_walk import (
   Refs,
   Ring,
   Segment,
+  kv_head,
   query_tokens,
 )
 from pallas_kernels.pool_layout import NULL_BLOCK_ID
@@ -25,7 +26,7 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
   q_slot = lax.rem(segment.number, 2)
 
   wait_until_empty(refs.queries, segment.number)
-  first_head = pl.multiple_of(segment.head * g.group // 8 * 8, 8)
+  first_head = pl.multiple_of(segment.part * g.group // 8 * 8, 8)
   for i, (token, _) in enumerate(query_tokens(g, refs, segment)):
     plgpu.copy_gmem_to_smem(
       refs.q.at[token, pl.ds(first_head, g.head_columns)],
@@ -35,6 +36,7 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
 
   first_entry = refs.rows[segment.row, RowField.FIRST_ENTRY]
   num_entries = refs.rows[segment.row, RowField.NUM_ENTRIES]
+  head = kv_head(g, segment)
   last_entry = refs.block_ids.shape[0] - 1
   layer = refs.layer[0]
 
@@ -67,7 +69,7 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
       index = (block * g.num_layers + layer) * 2 + which
       plgpu.copy_gmem_to_smem(
         refs.pool.at[
-          index * g.num_kv_heads + segment.head, pl.ds(offset, g.copy_tokens)
+          index * g.num_kv_heads + head, pl.ds(offset, g.copy_tokens)
         ],
         ring.smem.at[slot, pl.ds(i * g.copy_tokens, g.copy_tokens)],
         ring.full.at[slot],

@@ -22,6 +22,7 @@ from pallas_kernels.micro_attention.mosaic_gpu_decode_walk import (
   NOWHERE,
   Refs,
   Segment,
+  kv_head,
   query_tokens,
   walk,
 )
@@ -116,7 +117,7 @@ def _attend(
   ]
   scale: float | jax.Array = g.scale
   if refs.k_scale is not None:
-    scale = refs.k_scale[segment.head] * g.scale
+    scale = refs.k_scale[kv_head(g, segment)] * g.scale
   first, count = 0, segment.num_tiles
   if g.attenders > 1:
     first = lax.rem(segment.tiles_before + turn, 2)
@@ -442,11 +443,11 @@ def _write(
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   out = sums.acc / _across(divisor, sums.acc.shape)
   if refs.v_scale is not None:
-    out *= refs.v_scale[segment.head]
+    out *= refs.v_scale[kv_head(g, segment)]
   refs.out_smem.T[...] = plgpu.layout_cast(out, _TRANSPOSED)
   refs.lse_smem[...] = jnp.where(is_empty, -jnp.inf, lse)
   plgpu.commit_smem()
-  first_head = segment.head * g.group
+  first_head = segment.part * g.group
   for number, (token, is_there) in enumerate(tokens):
     first_column = number * g.head_columns + lax.rem(first_head, 8)
 

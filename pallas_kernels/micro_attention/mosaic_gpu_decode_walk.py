@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     number: Segments of this worker before it.
     tiles_before: Tiles of this worker before it.
     row: The item's row.
-    head: The item's KV head.
+    part: Number of the item's query heads among the parts of all KV heads.
     chunk: Number of the item's group of query tokens within the row.
     first_tile: Within the item.
     num_tiles: Of the segment.
@@ -32,7 +32,7 @@ class Segment(NamedTuple):
   number: jax.Array
   tiles_before: jax.Array
   row: jax.Array
-  head: jax.Array
+  part: jax.Array
   chunk: jax.Array
   first_tile: jax.Array
   num_tiles: jax.Array
@@ -134,7 +134,6 @@ def walk(
 ) -> jax.Array:
   """Visits the segments of a worker; returns their number."""
   num_tiles = refs.workers[worker, WorkerField.NUM_TILES]
-  items_per_row = g.num_kv_heads * g.items_per_head
 
   def step(carry):
     number, done, row, item, tile = carry
@@ -145,14 +144,14 @@ def walk(
         number=number,
         tiles_before=done,
         row=row,
-        head=lax.div(item, g.items_per_head),
-        chunk=lax.rem(item, g.items_per_head),
+        part=lax.div(item, g.chunks),
+        chunk=lax.rem(item, g.chunks),
         first_tile=tile,
         num_tiles=segment_tiles,
         item_tiles=item_tiles,
       )
     )
-    is_last = item == items_per_row - 1
+    is_last = item == g.items_per_row - 1
     next_row = jnp.where(is_last, refs.rows[row, RowField.NEXT_ROW], row)
     next_item = jnp.where(is_last, 0, item + 1)
     zero = jnp.int32(0)
@@ -166,6 +165,11 @@ def walk(
     refs.workers[worker, WorkerField.TILE],
   )
   return lax.while_loop(lambda carry: carry[1] < num_tiles, step, start)[0]
+
+
+def kv_head(g: Geometry, segment: Segment) -> jax.Array:
+  """The KV head of an item."""
+  return lax.div(segment.part, g.parts)
 
 
 def query_tokens(

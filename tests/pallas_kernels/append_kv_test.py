@@ -233,6 +233,8 @@ def test_an_8_bit_pool_needs_no_scales(dtype, append):
   ("dtype", "head_dim", "message"),
   [
     ("bfloat16", 48, "k: K . D a multiple of 128; got 96"),
+    ("bfloat16", 192, "k: K . D other than 384 for a pool of bfloat16;"),
+    ("float8_e4m3fn", 384, "k: K . D other than 768 for a pool of float8_"),
     ("float8_e4m3fn", 64, "k: K . D a multiple of 256; got 128"),
     ("float8_e5m2", 128, "kv_pool: numbers of .* got float8_e5m2"),
   ],

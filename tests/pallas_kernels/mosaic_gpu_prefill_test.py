@@ -16,6 +16,7 @@ from pallas_kernels.micro_attention.prefill_geometry import (
   default_tuning,
 )
 from pallas_kernels.pool_layout import as_held
+from tests.pallas_kernels.unpaged import assert_as_exact_as_unpaged
 from tests.tolerances import lse_error, relative_error, tolerance
 
 _BY_NAME = {case.name: case for case in CASES}
@@ -52,8 +53,22 @@ def _assert_right(case: Case, state, inputs):
     ({"padding_queries": 5, "null_entries": 1, "padding_stride": 4}, 64, 1),
     ({"sliding_window": 19, "is_permuted": True, "num_kv_heads": 2}, 64, 2),
     ({"kv_lens": (300, 40, 30, 3)}, 192, 1),
+    ({"num_q_heads": 71}, 64, 1),
+    ({"query_std": 1e6}, 64, 1),
+    ({"query_std": 1e-6}, 64, 1),
+    ({"query_shift": -200}, 64, 1),
+    ({"first_block": 32_768}, 64, 1),
   ],
-  ids=["padded", "window_permuted_mha_split", "wide_tiles"],
+  ids=[
+    "padded",
+    "window_permuted_mha_split",
+    "wide_tiles",
+    "group_71",
+    "huge_logits",
+    "tiny_logits",
+    "nothing_seen",
+    "far",
+  ],
 )
 def test_interpreted_kernel_agrees_with_float64(changes, kv_tile, num_splits):
   case = dataclasses.replace(_SMALL, **changes)
@@ -66,6 +81,19 @@ def test_interpreted_kernel_agrees_with_float64(changes, kv_tile, num_splits):
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   _assert_right(case, state, inputs)
+
+
+def test_is_as_exact_as_attention_of_unpaged_bfloat16():
+  case = dataclasses.replace(_SMALL, query_lens=(128,), kv_lens=(128,))
+  inputs = case.make_inputs()
+  state = prefill(
+    *inputs,
+    **case.options,
+    tuning=_INTERPRETED,
+    num_splits=1,
+    interpret=plgpu.InterpretGPUParams(),
+  )
+  assert_as_exact_as_unpaged(case, state, inputs)
 
 
 _ON_GPU = {"dtype": "bfloat16", "head_dim": 128, "num_q_heads": 8}
@@ -93,11 +121,15 @@ _ON_GPU = {"dtype": "bfloat16", "head_dim": 128, "num_q_heads": 8}
     ("prefill_huge_logits", {}),
     ("prefill_tiny_logits", {}),
     ("decode_ragged", {}),
+    ("prefill_ragged", {"num_q_heads": 142, "head_dim": 64}),
+    ("prefill_ragged", {"num_q_heads": 128, "num_kv_heads": 1}),
   ],
 )
 def test_compiled_kernel_agrees_with_float64(name, changes, num_splits):
   case = dataclasses.replace(_BY_NAME[name], **{**_ON_GPU, **changes})
   inputs = case.make_inputs()
+  # Outputs get memory that was NaN before.
+  jax.block_until_ready(jnp.full(inputs.q.shape, jnp.nan, jnp.float32))
   state = prefill(*inputs, **case.options, num_splits=num_splits)
   _assert_right(case, state, inputs)
 

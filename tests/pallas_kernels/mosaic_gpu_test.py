@@ -69,6 +69,26 @@ def test_the_measured_border_decides_where_there_is_one(changes, is_decode):
     # D of 256 halves the tokens of a pass: two of 511 us against 916 us.
     ({"query_tokens": 4, "head_dim": 256}, False),
     ({"query_tokens": 2, "head_dim": 256}, True),
+    # 40 heads are three parts, one token a pass: 24 passes of 64 us, against
+    # 1145 us.
+    (
+      {
+        "query_tokens": 8,
+        "num_q_heads": 40,
+        "num_kv_heads": 1,
+        "head_dim": 256,
+      },
+      False,
+    ),
+    (
+      {
+        "query_tokens": 5,
+        "num_q_heads": 40,
+        "num_kv_heads": 1,
+        "head_dim": 256,
+      },
+      True,
+    ),
     # Far from what was measured: two passes of 1022 us against 1832 us.
     ({"query_tokens": 8, "rows": 128, "context": 8192}, False),
     ({"query_tokens": 4, "rows": 128, "context": 8192}, True),
@@ -80,6 +100,12 @@ def test_the_roofline_decides_where_nothing_was_measured(changes, is_decode):
 
 def test_one_query_token_a_row_takes_the_decode_kernel():
   assert _kernels(_CASE) == {"micro_attention_decode"}
+
+
+@pytest.mark.parametrize("group", [31, 40, 71, 128])
+def test_a_group_of_any_size_takes_the_decode_kernel(group):
+  case = dataclasses.replace(_CASE, num_q_heads=2 * group)
+  assert _kernels(case) == {"micro_attention_decode"}
 
 
 def test_many_query_tokens_a_row_take_the_prefill_kernel():

@@ -22,7 +22,14 @@ def _assert_in_place(compiled, spills, pool):
 
 @pytest.mark.parametrize(
   ("num_kv_heads", "head_dim", "dtype"),
-  [(8, 128, "bfloat16"), (1, 128, "float16"), (2, 64, "bfloat16")],
+  [
+    (8, 128, "bfloat16"),
+    (1, 128, "float16"),
+    (2, 64, "bfloat16"),
+    (5, 128, "bfloat16"),
+    (32, 128, "bfloat16"),
+    (3, 128, "float32"),
+  ],
 )
 def test_append_writes_a_donated_pool_in_place(
   sm90a, num_kv_heads, head_dim, dtype

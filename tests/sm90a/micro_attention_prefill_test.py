@@ -60,6 +60,8 @@ def test_every_tuning_assembles(sm90a, block_size, head_dim):
     {"num_q_heads": 8},
     {"num_q_heads": 56},
     {"num_q_heads": 32, "num_kv_heads": 1, "dtype": jnp.float16},
+    {"num_q_heads": 71, "num_kv_heads": 1, "head_dim": 64},
+    {"num_q_heads": 128, "num_kv_heads": 1},
     {"sliding_window": 4096},
     {"logit_soft_cap": 30.0},
     {"num_tokens": 61},
