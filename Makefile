@@ -46,7 +46,7 @@ test-benches: $(ENVIRONMENT)  ## Benchmarks and their baselines, in small.
 .PHONY: test-slow
 test-slow: $(ENVIRONMENT)  ## The README's example, more combinations, transformers.
 	$(PYTHON) -m pytest -q -rs -m slow tests/readme_test.py tests/models \
-	  tests/engine tests/e2e $(PYTEST_ARGS)
+	  tests/engine tests/e2e tests/pallas_kernels $(PYTEST_ARGS)
 
 .PHONY: test-multihost
 test-multihost: $(ENVIRONMENT)  ## The tests that start several processes.

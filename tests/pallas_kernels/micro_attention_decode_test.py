@@ -150,7 +150,13 @@ def test_a_pool_of_bytes_is_one_of_8_bit_numbers():
 
 
 @pytest.mark.parametrize(
-  "name", ["ragged", "fp8", "decode_group_71_bf16", "decode_group_40_fp8"]
+  "name",
+  [
+    "ragged",
+    "fp8",
+    pytest.param("decode_group_71_bf16", marks=pytest.mark.slow),
+    pytest.param("decode_group_40_fp8", marks=pytest.mark.slow),
+  ],
 )
 def test_a_worker_has_no_races(name):
   # Of several, the merge has: the interpreter knows no semaphores, and runs
