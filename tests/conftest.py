@@ -14,7 +14,7 @@ import jax
 
 # Threads of XLA's pool. An interpreted kernel's warpgroups wait for each other
 # in one thread each; with fewer threads than those they wait for ever.
-os.environ.setdefault("NPROC", "8")
+os.environ.setdefault("NPROC", "16")
 
 # Many tests compile the same programs: all processes of a run share them, and
 # the next run begins anew.

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.interpreted import settled
 from pallas_kernels.pool_layout import Layer, as_held, as_numbers
 
 _THREADS = 128  # Of a warpgroup.
@@ -88,7 +89,7 @@ def append(
     None if k_scale is None else (k_scale, v_scale),
     interpret=interpret,
   )
-  return as_held(kv_pool, dtype)
+  return as_held(settled(kv_pool, interpret), dtype)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

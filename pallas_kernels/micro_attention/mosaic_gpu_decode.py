@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState
+from pallas_kernels.interpreted import settled
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.decode_geometry import (
   REDUCTION_NUMBERS,
@@ -149,7 +150,7 @@ def decode(
     ),
     interpret=interpret is not None,
   )
-  return _decode(
+  state = _decode(
     q,
     cu_seqlens,
     q_positions,
@@ -160,6 +161,7 @@ def decode(
     geometry=geometry,
     interpret=interpret,
   )
+  return settled(state, interpret)
 
 
 def _check_covered(

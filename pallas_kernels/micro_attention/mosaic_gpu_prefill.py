@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention_state import AttentionState, merge, merge_many
+from pallas_kernels.interpreted import settled
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.mosaic_gpu_prefill_kernel import run
 from pallas_kernels.micro_attention.prefill_geometry import (
@@ -99,7 +100,7 @@ def prefill(
   """
   if number_dtype(kv_pool.dtype) == jnp.float8_e4m3fn:
     _require_covered("q", "dtype", q.dtype, DTYPES)
-    return _prefill_widened(
+    state = _prefill_widened(
       q,
       cu_seqlens,
       q_positions,
@@ -116,6 +117,7 @@ def prefill(
       widened_tokens=widened_tokens,
       interpret=interpret,
     )
+    return settled(state, interpret)
   del max_query_tokens
   for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
     if x is not None:
@@ -149,7 +151,7 @@ def prefill(
     logit_soft_cap=logit_soft_cap,
     tuning=tuning,
   )
-  return _micro_attention(
+  state = _micro_attention(
     q,
     cu_seqlens,
     q_positions,
@@ -159,6 +161,7 @@ def prefill(
     shape=shape,
     interpret=interpret,
   )
+  return settled(state, interpret)
 
 
 @functools.partial(

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.copy_blocks import mosaic_gpu
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
+from pallas_kernels.interpreted import settled
 from pallas_kernels.pool_layout import NULL_BLOCK_ID
 
 _N, _SHAPE = 7, (2, 2, 3, 8, 32)
@@ -18,14 +19,15 @@ _N, _SHAPE = 7, (2, 2, 3, 8, 32)
 def _each(call, interpreted):
   """Every implementation, the kernel interpreted, and compiled on a GPU."""
   params = plgpu.InterpretGPUParams(detect_races=True)
+
+  def interpret(*args):
+    return settled(interpreted(*args, interpret=params), params)
+
   return pytest.mark.parametrize(
     "call",
     [
       pytest.param(functools.partial(call, implementation="xla"), id="xla"),
-      pytest.param(
-        functools.partial(interpreted, interpret=params),
-        id="mosaic_gpu_interpreted",
-      ),
+      pytest.param(interpret, id="mosaic_gpu_interpreted"),
       pytest.param(
         functools.partial(call, implementation="mosaic_gpu"),
         id="mosaic_gpu",
