@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 
 import jax
+from jax.experimental import multihost_utils
 
 from infinite_llm.distributed.group_link import LeaderLink, MemberLink
 from infinite_llm.distributed.group_messages import (
@@ -204,6 +205,9 @@ class ProcessGroup:
       self._connect(welcome)
       _start_jax(options)
       check_platform(platform)
+      # Collectives on CPUs want all processes to come within half a minute of
+      # each other the first time. So they meet now, before anybody compiles.
+      multihost_utils.sync_global_devices("infinite_llm")
     except BaseException:
       self.transport.close()
       raise
