@@ -80,6 +80,7 @@ _SHARED = tuple(_covered(case) for case in CASES if max(case.query_lens) <= 8)
 _CASES = (*_OWN, *_SHARED)
 _BY_NAME = {case.name: case for case in _CASES}
 # Interpreted, each costs seconds; these say what the kernel's own do not.
+_SLOW = ("parts_of_48_heads", "fp8_group_3")
 _INTERPRETED = (
   *_OWN,
   *(
@@ -112,7 +113,14 @@ def test_case_names_are_unique():
   assert len(_BY_NAME) == len(_CASES)
 
 
-@pytest.mark.parametrize("case", _INTERPRETED, ids=str)
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(case, marks=[pytest.mark.slow] if case.name in _SLOW else [])
+    for case in _INTERPRETED
+  ],
+  ids=str,
+)
 def test_interpreted_workers_merge_to_the_whole(case):
   inputs = case.make_inputs()
   state = decode(
