@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from infinite_llm.cache.kv_pool import PoolArrays
+from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.table_store import TableStore
 from infinite_llm.cache.tier_moves import TierBatch, build_leave_as_slab
 from infinite_llm.distributed.mesh import make_mesh
@@ -91,7 +92,7 @@ class Step:
       num_rows=1,
       block_size=P,
     )
-    self.batch = _with_leading_axis(batch)
+    self.batch = _packed(batch)
     self.x = _array((num_tokens, CONFIG.model_dim), jnp.bfloat16)
     self.q = _array((num_tokens, H, D), jnp.bfloat16)
     self.state = AttentionState(
@@ -105,8 +106,9 @@ def _scales(dtype):
   return _array((L, 2, K), jnp.float32) if dtype == jnp.uint8 else None
 
 
-def _with_leading_axis(tree):
-  return jax.tree.map(lambda x: _array((1, *np.shape(x)), x.dtype), tree)
+def _packed(tree):
+  """What `place_rows` gives for a host tree of the instance, as a shape."""
+  return jax.tree.map(lambda x: _array(x.shape, x.dtype), pack(tree))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,11 +117,8 @@ def test_a_layer_appends_in_place_and_reads_the_pool_where_it_is(
   sm90a, row, num_tokens, dtype
 ):
   step = Step(row, num_tokens)
-  tables = BlockTables(
-    *_with_leading_axis(
-      (np.zeros(N, np.int32),) * 2 + (np.zeros(1, np.int32),) * 2
-    )
-  )
+  entries, rows = np.zeros(N, np.int32), np.zeros(1, np.int32)
+  tables = _packed(BlockTables(entries, entries, rows, rows))
   compiled, spills = sm90a.compile(
     step.programs.front(),
     step.layer,
