@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
+# Options of an engine with one program of each kind, to compile little.
+SMALL_ENGINE = {
+  "max_num_seqs": 4,
+  "decode_buckets": (4,),
+  "prefill_buckets": (32,),
+  "group_prefill_buckets": (32,),
+  "headroom_blocks": 0,
+  "prefill_rows": 4,
+  "spill_slots": 4,
+  "exchange_blocks": 4,
+  "resend_after_s": 0.01,
+  "heartbeat_every_s": 0.005,
+}
+
 
 def round_kv(
   k: jax.Array,

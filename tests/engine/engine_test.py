@@ -19,6 +19,7 @@ from infinite_llm.errors import CapacityError, ModelError, RequestError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
 from tests.testing import (
+  SMALL_ENGINE,
   SamplingOracle,
   drain,
   pools_are_empty,
@@ -34,19 +35,15 @@ def load(path, num_instances):
 
 
 def build(model, **options) -> Engine:
-  options = {
-    "block_size": BLOCK_SIZE,
-    "max_num_seqs": 4,
-    "decode_buckets": (4,),
-    "prefill_buckets": (64,),
-    "group_prefill_buckets": (64,),
-    "headroom_blocks": 0,
-    "prefill_rows": 4,
-    "spill_slots": 4,
-    "exchange_blocks": 4,
-    "resend_after_s": 0.01,
-    "heartbeat_every_s": 0.005,
-  } | options
+  options = (
+    SMALL_ENGINE
+    | {
+      "block_size": BLOCK_SIZE,
+      "prefill_buckets": (64,),
+      "group_prefill_buckets": (64,),
+    }
+    | options
+  )
   return Engine(model, engine_config(**options))
 
 

@@ -19,6 +19,7 @@ from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.swapping import Stage, _Swapped
 from infinite_llm.types import Tier
 from tests.testing import (
+  SMALL_ENGINE,
   SamplingOracle,
   drain,
   lockstep,
@@ -36,23 +37,17 @@ def load(path, num_instances, tensor_parallel=1):
 
 
 def build(model, **options) -> Engine:
-  options = {
-    "block_size": BLOCK_SIZE,
-    "num_blocks": 9,
-    "host_blocks": 9,
-    "verify_moves": True,
-    "policy": "swap",
-    "max_num_seqs": 4,
-    "decode_buckets": (4,),
-    "prefill_buckets": (32,),
-    "group_prefill_buckets": (32,),
-    "headroom_blocks": 0,
-    "prefill_rows": 4,
-    "spill_slots": 4,
-    "exchange_blocks": 4,
-    "resend_after_s": 0.01,
-    "heartbeat_every_s": 0.005,
-  } | options
+  options = (
+    SMALL_ENGINE
+    | {
+      "block_size": BLOCK_SIZE,
+      "num_blocks": 9,
+      "host_blocks": 9,
+      "verify_moves": True,
+      "policy": "swap",
+    }
+    | options
+  )
   return Engine(model, engine_config(**options), is_ready=lockstep)
 
 

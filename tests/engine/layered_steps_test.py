@@ -19,6 +19,7 @@ from infinite_llm.scheduler.account import Phase
 from infinite_llm.types import Tier
 from tests.testing import (
   GOLDEN,
+  SMALL_ENGINE,
   GreedyOracle,
   SamplingOracle,
   drain,
@@ -43,23 +44,17 @@ def load(path, num_instances=1, tensor_parallel=1):
 
 def build(model, **options) -> Engine:
   """Of 8 rBlocks in HBM, 128 tokens, a long request keeps 4; 32 in HOST."""
-  options = {
-    "block_size": BLOCK_SIZE,
-    "num_blocks": 9,
-    "host_blocks": 33,
-    "host_attention": True,
-    "verify_moves": True,
-    "max_num_seqs": 4,
-    "decode_buckets": (4,),
-    "prefill_buckets": (32,),
-    "group_prefill_buckets": (32,),
-    "headroom_blocks": 0,
-    "prefill_rows": 4,
-    "spill_slots": 4,
-    "exchange_blocks": 4,
-    "resend_after_s": 0.01,
-    "heartbeat_every_s": 0.005,
-  } | options
+  options = (
+    SMALL_ENGINE
+    | {
+      "block_size": BLOCK_SIZE,
+      "num_blocks": 9,
+      "host_blocks": 33,
+      "host_attention": True,
+      "verify_moves": True,
+    }
+    | options
+  )
   return Engine(model, engine_config(**options), is_ready=lockstep)
 
 

@@ -82,6 +82,5 @@ def test_local_steps_write_the_pool_in_place(
   )
   memory = compiled.memory_analysis()
   pool_bytes = 2 * math.prod(KV)
-  print(memory)
   assert memory.alias_size_in_bytes > pool_bytes
   assert memory.temp_size_in_bytes < 0.1 * pool_bytes
