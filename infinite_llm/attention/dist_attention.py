@@ -260,12 +260,15 @@ def decode_attention(
   )
   packed = _pack(hosted).reshape(-1, num_slots, num_heads, head_dim + 1)
   returned = _unpack(jax.lax.all_to_all(packed, INSTANCE_AXIS, 0, 0))
-  remote = merge_many(returned)
-  merged = merge(AttentionState(local.out[row], local.lse[row]), remote)
-  target = _drop_index(slots.rows, num_rows)
+  merged = merge(
+    AttentionState(local.out[row], local.lse[row]), merge_many(returned)
+  )
+  # Each row looks for its slot, rather than each slot writing its row: what
+  # uses the result then takes part in one kernel of XLA's, as no scatter does.
+  slot, has_slot = _slot_of_row(slots.rows, num_rows)
   return AttentionState(
-    local.out.at[target].set(merged.out, mode="drop"),
-    local.lse.at[target].set(merged.lse, mode="drop"),
+    jnp.where(has_slot[:, None, None], merged.out[slot], local.out),
+    jnp.where(has_slot[:, None], merged.lse[slot], local.lse),
   )
 
 
@@ -389,6 +392,12 @@ def _one_token_each(num_rows: int) -> jax.Array:
 def _drop_index(rows: jax.Array, num_rows: int) -> jax.Array:
   """Rows as scatter targets: an unused slot points out of bounds."""
   return jnp.where(rows == NO_ROW, num_rows, rows)
+
+
+def _slot_of_row(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+  """`[B]` int32 the slot that each row has, or any, and `[B]` bool: has one."""
+  is_its = rows == jnp.arange(num_rows, dtype=rows.dtype)[:, None]
+  return jnp.argmax(is_its, axis=1), jnp.any(is_its, axis=1)
 
 
 def _pack(state: AttentionState) -> jax.Array:
