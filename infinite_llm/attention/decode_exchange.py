@@ -47,7 +47,10 @@ class DecodeExchange(NamedTuple):
     return gathered.reshape(-1, *q.shape[1:])
 
   def return_states[Result](
-    self, hosted: AttentionState, beside: Callable[[], Result]
+    self,
+    hosted: AttentionState,
+    beside: Callable[[jax.Array], Result],
+    operand: jax.Array,
   ) -> tuple[AttentionState, Result]:
     """Sends back what instances computed for each other.
 
@@ -56,6 +59,7 @@ class DecodeExchange(NamedTuple):
     Args:
       hosted: Over `[I * S, H, D]`, row `owner * S + slot`.
       beside: What to compute in the meantime.
+      operand: What `beside` is computed from.
 
     Returns:
       State over `[I, S, H, D]`, by the instance that answered; and what
@@ -68,6 +72,7 @@ class DecodeExchange(NamedTuple):
       self.states,
       axis_name=INSTANCE_AXIS,
       beside=beside,
+      operand=operand,
       is_first=self.is_first,
       implementation=None if self.states is None else "mosaic_gpu",
     )

@@ -254,9 +254,10 @@ def decode_attention(
   hosted = local_attention(sent_q, one_each, asked, kv, layer, answered, window)
   returned, local = exchange.return_states(
     hosted,
-    lambda: local_attention(
+    lambda q: local_attention(
       q, _one_token_each(num_rows), positions, kv, layer, tables, window
     ),
+    q,
   )
   mine = AttentionState(local.out[row], local.lse[row])
   merged = merge(mine, merge_many(returned))

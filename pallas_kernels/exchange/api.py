@@ -40,7 +40,8 @@ def all_gather[Result](
   mailbox: Mailbox | None,
   *,
   axis_name: Hashable,
-  beside: Callable[[], Result] | None = None,
+  beside: Callable[[jax.Array], Result] | None = None,
+  operand: jax.Array | None = None,
   is_first: bool = False,
   implementation: str | None = None,
 ) -> tuple[jax.Array, Result | None]:
@@ -54,6 +55,7 @@ def all_gather[Result](
       function only. Changed. XLA's collective needs none.
     axis_name: Axis of the mesh, of I devices.
     beside: What to compute in the meantime; None is nothing.
+    operand: What `beside` is computed from.
     is_first: Whether this is the mailbox's first call of the program.
     implementation: Name of the implementation; None is XLA's collective.
 
@@ -68,7 +70,7 @@ def all_gather[Result](
   """
   _check(x, mailbox, x.shape)
   return ALL_GATHER_IMPLEMENTATIONS.call(
-    implementation, x, mailbox, axis_name, beside, is_first=is_first
+    implementation, x, mailbox, axis_name, beside, operand, is_first=is_first
   )
 
 
@@ -77,7 +79,8 @@ def all_to_all[Result](
   mailbox: Mailbox | None,
   *,
   axis_name: Hashable,
-  beside: Callable[[], Result] | None = None,
+  beside: Callable[[jax.Array], Result] | None = None,
+  operand: jax.Array | None = None,
   is_first: bool = False,
   implementation: str | None = None,
 ) -> tuple[jax.Array, Result | None]:
@@ -90,6 +93,7 @@ def all_to_all[Result](
     mailbox: As for `all_gather`, of the shape of one part.
     axis_name: Axis of the mesh, of I devices.
     beside: What to compute in the meantime; None is nothing.
+    operand: What `beside` is computed from.
     is_first: Whether this is the mailbox's first call of the program.
     implementation: Name of the implementation; None is XLA's collective.
 
@@ -106,7 +110,7 @@ def all_to_all[Result](
   require(x.shape[:1] == (size,), "x", f"[{size}, ...]", list(x.shape))
   _check(x, mailbox, x.shape[1:])
   return ALL_TO_ALL_IMPLEMENTATIONS.call(
-    implementation, x, mailbox, axis_name, beside, is_first=is_first
+    implementation, x, mailbox, axis_name, beside, operand, is_first=is_first
   )
 
 

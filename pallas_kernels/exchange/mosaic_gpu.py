@@ -13,7 +13,7 @@ is there.
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,8 @@ def all_gather[Result](
   x: jax.Array,
   mailbox: Mailbox | None,
   axis_name: Hashable,
-  beside: Callable[[], Result] | None,
+  beside: Callable[[jax.Array], Result] | None,
+  operand: jax.Array | None,
   *,
   is_first: bool,
 ) -> tuple[jax.Array, Result | None]:
@@ -42,14 +43,15 @@ def all_gather[Result](
   Raises:
     NotImplementedError: If the call is not covered; names the argument.
   """
-  return _exchange(x[None], mailbox, axis_name, beside, is_first)
+  return _exchange(x[None], mailbox, axis_name, beside, operand, is_first)
 
 
 def all_to_all[Result](
   x: jax.Array,
   mailbox: Mailbox | None,
   axis_name: Hashable,
-  beside: Callable[[], Result] | None,
+  beside: Callable[[jax.Array], Result] | None,
+  operand: jax.Array | None,
   *,
   is_first: bool,
 ) -> tuple[jax.Array, Result | None]:
@@ -58,14 +60,15 @@ def all_to_all[Result](
   Raises:
     NotImplementedError: If the call is not covered; names the argument.
   """
-  return _exchange(x, mailbox, axis_name, beside, is_first)
+  return _exchange(x, mailbox, axis_name, beside, operand, is_first)
 
 
 def _exchange[Result](
   x: jax.Array,
   mailbox: Mailbox | None,
   axis_name: Hashable,
-  beside: Callable[[], Result] | None,
+  beside: Callable[[jax.Array], Result] | None,
+  operand: jax.Array | None,
   is_first: bool,
 ) -> tuple[jax.Array, Result | None]:
   """Sends `x[i]` to device i, or the only `x[0]` to all."""
@@ -85,13 +88,16 @@ def _exchange[Result](
   if beside is None:
     result, out = None, run(sends=True, receives=True, meets=is_first)
   else:
-    run(sends=True, receives=False, meets=is_first)
-    result = beside()
+    # For XLA these are kernels like any others, in an order of its own. So what
+    # is computed in between goes through the first, and into the second.
+    held = jax.new_ref(operand)
+    run(sends=True, receives=False, meets=is_first, between=(held,))
+    result = beside(jax.freeze(held))
     out = run(
       sends=False,
       receives=True,
       meets=False,
-      behind=jax.tree.leaves(result)[:1],
+      between=jax.tree.leaves(result)[:1],
     )
   return from_words(out, mailbox), result
 
@@ -104,7 +110,7 @@ def _run(
   sends: bool,
   receives: bool,
   meets: bool,
-  behind: tuple[jax.Array, ...] = (),
+  between: Sequence[Any] = (),
 ) -> Any:
   """Runs the kernel.
 
@@ -115,12 +121,13 @@ def _run(
     sends: Whether to send.
     receives: Whether to wait for what peers send, and return it.
     meets: Whether all devices are to arrive here before any goes on.
-    behind: What must have been computed before.
+    between: What takes part in the order of things and is left as it is: refs
+      where it sends, arrays where it receives.
 
   Returns:
     `[I, pieces, words of a piece]` if it receives.
   """
-  num_behind = len(behind)
+  num_between = len(between)
 
   def body(sent: Any, data: Any, arrived: Any, read: Any, *refs: Any) -> None:
     peer, piece = lax.axis_index("peer"), lax.axis_index("piece")
@@ -128,6 +135,9 @@ def _run(
     own = sent.at[peer if sent.shape[0] > 1 else 0, piece]
     count = read[peer, piece]
     half = lax.rem(count, jnp.int32(2))
+    if not receives:
+      for held in refs[:num_between]:
+        _hold(held)
     if sends:
 
       @pl.when(peer != me)
@@ -138,7 +148,7 @@ def _run(
         _count_up(plgpu.remote_ref(arrived.at[me, piece], device))
 
     if receives:
-      out = refs[num_behind].at[peer, piece]
+      out = refs[num_between].at[peer, piece]
 
       @pl.when(peer == me)
       def _keep() -> None:
@@ -164,7 +174,7 @@ def _run(
       skip_device_barrier=not meets,
     ),
     kernel_name="exchange" + "_send" * sends + "_receive" * receives,
-  )(sent, mailbox.data, mailbox.arrived, mailbox.read, *behind)
+  )(sent, mailbox.data, mailbox.arrived, mailbox.read, *between)
 
 
 def _load(piece: Any) -> jax.Array:
@@ -173,6 +183,11 @@ def _load(piece: Any) -> jax.Array:
   # apart from its neighbours'. So a warp's words lie side by side.
   layout = plgpu.Layout.WG_STRIDED(piece.shape, vec_size=1)
   return plgpu.load(piece, layout=layout, optimized=False)
+
+
+def _hold(ref: Any) -> None:
+  """Does nothing to a ref, but counts as writing it."""
+  plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda *_: None)(ref)
 
 
 def _count_up(counter: Any) -> None:

@@ -54,10 +54,12 @@ class Sm90a:
 
   Attributes:
     devices: Those that it compiles for, of one process.
+    said: What the assembler said when it compiled last.
   """
 
   def __init__(self, capfd, num_devices=1):
     self._capfd = capfd
+    self.said = ""
     topology = topologies.get_topology_desc(
       "", platform="cuda", target_config=_TARGET, topology=f"1x1x{num_devices}"
     )
@@ -86,9 +88,9 @@ class Sm90a:
     )
     traced = jax.jit(function, donate_argnums=donate_argnums).trace(*args)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    said = "".join(self._capfd.readouterr())
+    self.said = "".join(self._capfd.readouterr())
     # A spill is told twice, once as a warning.
-    lines = [x for x in said.splitlines() if "stack frame" in x]
+    lines = [x for x in self.said.splitlines() if "stack frame" in x]
     return compiled, [sum(map(int, _SPILLS.search(x).groups())) for x in lines]
 
 
