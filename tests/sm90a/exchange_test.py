@@ -112,6 +112,7 @@ def test_mailboxes_are_never_copied_and_devices_meet_once(
   assert ".entry exchange_send_receive" in sm90a.said
   assert "red.release.sys" in sm90a.said
   assert "multimem" not in sm90a.said
+  assert "symmetric_memory_parameters" not in text  # Of multicast too.
   # A peer's memory is written by words, and never read.
   assert "st.b32" in sm90a.said
   assert "st.b16" not in sm90a.said
