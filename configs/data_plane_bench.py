@@ -40,6 +40,12 @@ def get_config() -> ConfigDict:
   config.exchange.run = True
   config.exchange.blocks = (1, 4, 16, 64, 256)  # Per pair and program.
 
+  # Small ones, by XLA and by a kernel of ours.
+  config.collectives = ConfigDict()
+  config.collectives.run = True
+  config.collectives.bytes = (8192, 65536, 524288)  # That a device sends.
+  config.collectives.calls = (8, 40)  # In one program; the slope is the time.
+
   config.attention = ConfigDict()
   config.attention.run = True
   config.attention.num_instances = (1, 2, 4)

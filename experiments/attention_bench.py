@@ -19,6 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.baselines.headwise_tp import headwise_attention
 from experiments.baselines.ring_attention import RingPart, ring_attention
+from infinite_llm.attention.decode_exchange import (
+  DecodeExchange,
+  open_mailboxes,
+)
 from infinite_llm.attention.dist_attention import (
   NO_ROW,
   NO_VERSION,
@@ -36,6 +40,7 @@ _PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
 _KV_SPECS = {
   "one device": _PER_INSTANCE,
   "dist": _PER_INSTANCE,
+  "dist one-sided": _PER_INSTANCE,
   "ring": _PER_INSTANCE,
   "head-wise": PartitionSpec(None, None, None, INSTANCE_AXIS),
 }
@@ -76,10 +81,7 @@ def bench(
       if num_instances > num_devices:
         continue
       case = _Case(context, num_instances, _num_layers(config, context))
-      ways = (
-        ("dist", "ring", "head-wise") if num_instances > 1 else ("one device",)
-      )
-      for way in ways:
+      for way in _ways(config, num_instances):
         row = {
           "part": "attention",
           "way": way,
@@ -99,10 +101,20 @@ def bench(
           alone_us[context] = time_us
         row |= _results(config, case, out, time_us, alone)
         share_us = alone_us.get(context // num_instances)
-        if way == "dist" and share_us is not None:
+        if way.startswith("dist") and share_us is not None:
           # An instance's share of the KV, without anybody to talk to.
           row["exchange_us"] = time_us - share_us
         yield row
+
+
+def _ways(
+  config: ml_collections.ConfigDict, num_instances: int
+) -> tuple[str, ...]:
+  """Ways to time; the one-sided exchange is a kernel for GPUs."""
+  if num_instances == 1:
+    return ("one device",)
+  one_sided = ("dist one-sided",) if config.platform == "gpu" else ()
+  return ("dist", *one_sided, "ring", "head-wise")
 
 
 def _results(
@@ -175,25 +187,32 @@ def _run(
 
   programs = [program(num_calls) for num_calls in config.attention.calls]
   outs = [np.asarray(run(q, kv), np.float32) for run in programs]
-  return outs[0][:1], _slope_us(config, programs, q, kv)
+  calls = config.attention.calls
+  return outs[0][:1], slope_us(config.repeats, calls, programs, q, kv)
 
 
-def _slope_us(
-  config: ml_collections.ConfigDict,
+def slope_us(
+  repeats: int,
+  calls: tuple[int, int],
   programs: Sequence[Callable[..., jax.Array]],
-  q: jax.Array,
-  kv: Any,
+  *args: Any,
 ) -> float:
-  """Microseconds of a call, from how long few and many of them take."""
-  few, many = config.attention.calls
+  """Microseconds of a call, from how long few and many of them take.
+
+  Args:
+    repeats: Of which the median is taken.
+    calls: How many calls the programs run.
+    programs: Two, compiled already.
+    *args: Theirs.
+  """
   slopes = []
-  for _ in range(config.repeats):
+  for _ in range(repeats):
     elapsed = []
     for run in programs:
       started = time.perf_counter()
-      run(q, kv).block_until_ready()
+      run(*args).block_until_ready()
       elapsed.append(time.perf_counter() - started)
-    slopes.append((elapsed[1] - elapsed[0]) / (many - few) * 1e6)
+    slopes.append((elapsed[1] - elapsed[0]) / (calls[1] - calls[0]) * 1e6)
   return statistics.median(slopes)
 
 
@@ -262,6 +281,7 @@ def _position(config: ml_collections.ConfigDict, case: _Case) -> jax.Array:
 
 
 _ONE = np.asarray([0, 1], np.int32)
+_COLLECTIVES = DecodeExchange()
 
 
 def _one_device(config, case, num_calls, q, kv):
@@ -280,7 +300,7 @@ def _one_device(config, case, num_calls, q, kv):
   return q
 
 
-def _dist(config, case, num_calls, q, kv):
+def _dist(config, case, num_calls, q, kv, exchange=_COLLECTIVES):
   """Instance 0 owns the request; everybody answers its one spill slot."""
   count = _num_blocks(config, case)
   tables = _tables(count, _me() * count)
@@ -309,9 +329,16 @@ def _dist(config, case, num_calls, q, kv):
       asked,
       slots,
       _window(config),
+      exchange,
     )
+    exchange = exchange._replace(is_first=False)
     q = _next(q, state.out)
   return q
+
+
+def _dist_one_sided(config, case, num_calls, q, kv):
+  exchange = open_mailboxes(1, *q.shape[1:], q.dtype)
+  return _dist(config, case, num_calls, q, kv, exchange)
 
 
 def _ring(config, case, num_calls, q, kv):
@@ -350,6 +377,7 @@ def _next(q: jax.Array, out: jax.Array) -> jax.Array:
 _BODIES = {
   "one device": _one_device,
   "dist": _dist,
+  "dist one-sided": _dist_one_sided,
   "ring": _ring,
   "head-wise": _headwise,
 }

@@ -24,13 +24,26 @@ import matplotlib
 import ml_collections
 from matplotlib import figure
 
-from experiments import attention_bench, exchange_bench, tier_bench
+from experiments import (
+  attention_bench,
+  collective_bench,
+  exchange_bench,
+  tier_bench,
+)
 from experiments.report import table
 from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.errors import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin")
-_SHOWN = ("gb_per_s", "tb_per_s", "layer_us", "speedup", "slowdown", "share")
+_SHOWN = (
+  "gb_per_s",
+  "tb_per_s",
+  "layer_us",
+  "call_us",
+  "speedup",
+  "slowdown",
+  "share",
+)
 
 _Row = dict[str, Any]
 
@@ -62,6 +75,12 @@ def run(
       "exchange",
       config.exchange.run,
       functools.partial(exchange_bench.bench, config, num_devices),
+      2,
+    ),
+    (
+      "collectives",
+      config.collectives.run,
+      functools.partial(collective_bench.bench, config, num_devices),
       2,
     ),
     (
@@ -148,7 +167,15 @@ def _summary(rows: Sequence[_Row]) -> str:
     if "aim" in row:
       what = [
         str(row[name])
-        for name in ("part", "way", "to", "context", "blocks", "instances")
+        for name in (
+          "part",
+          "way",
+          "to",
+          "context",
+          "bytes",
+          "blocks",
+          "instances",
+        )
         if name in row
       ]
       shown = next(

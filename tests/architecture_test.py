@@ -63,6 +63,7 @@ _COLLECTIVES = frozenset(
   }
 )
 _INSTANCE_COLLECTIVES = (
+  "infinite_llm.attention.decode_exchange",
   "infinite_llm.attention.dist_attention",
   "infinite_llm.cache.movement",
 )

@@ -8,7 +8,8 @@ owner names, or with the empty state. Partial states merge exactly (arXiv
 was read (`DESIGN.md` section 5).
 
 Everything here runs inside `shard_map` over ("instance", "tensor"); this module
-and `cache/movement.py` hold all collectives over "instance".
+with `decode_exchange.py`, and `cache/movement.py`, hold all collectives over
+"instance".
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from infinite_llm.attention.decode_exchange import DecodeExchange, pack, unpack
 from infinite_llm.cache.kv_pool import coverage
 from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.attention_state import AttentionState, merge, merge_many
@@ -27,6 +29,8 @@ NO_ROW = -1
 
 NO_VERSION = -1
 """Version of a table that is not installed, or that nobody is asked for."""
+
+_COLLECTIVES = DecodeExchange()
 
 
 class Window(NamedTuple):
@@ -220,6 +224,7 @@ def decode_attention(
   asked: jax.Array,
   slots: SpillSlots,
   window: Window,
+  exchange: DecodeExchange = _COLLECTIVES,
 ) -> AttentionState:
   """One layer of a group decode step: one query token per row.
 
@@ -238,34 +243,30 @@ def decode_attention(
     asked: Result of `asked_positions`.
     slots: This instance's own slots.
     window: What the layer looks at.
+    exchange: What to exchange through.
 
   Returns:
     State over `[B, H, D]`.
   """
-  num_rows, num_heads, head_dim = q.shape
-  num_slots = slots.rows.shape[0]
   row = jnp.where(slots.rows == NO_ROW, 0, slots.rows)
-  sent_q = jax.lax.all_gather(q[row], INSTANCE_AXIS, tiled=True)
-  local = local_attention(
-    q, _one_token_each(num_rows), positions, kv, layer, tables, window
+  sent_q = exchange.gather_queries(q[row])
+  num_rows, one_each = len(q), _one_token_each(len(sent_q))
+  hosted = local_attention(sent_q, one_each, asked, kv, layer, answered, window)
+  returned, local = exchange.return_states(
+    hosted,
+    lambda q: local_attention(
+      q, _one_token_each(num_rows), positions, kv, layer, tables, window
+    ),
+    q,
   )
-  hosted = local_attention(
-    sent_q,
-    _one_token_each(sent_q.shape[0]),
-    asked,
-    kv,
-    layer,
-    answered,
-    window,
-  )
-  packed = _pack(hosted).reshape(-1, num_slots, num_heads, head_dim + 1)
-  returned = _unpack(jax.lax.all_to_all(packed, INSTANCE_AXIS, 0, 0))
-  remote = merge_many(returned)
-  merged = merge(AttentionState(local.out[row], local.lse[row]), remote)
-  target = _drop_index(slots.rows, num_rows)
+  mine = AttentionState(local.out[row], local.lse[row])
+  merged = merge(mine, merge_many(returned))
+  # Each row looks for its slot, rather than each slot writing its row: what
+  # uses the result then takes part in one kernel of XLA's, as no scatter does.
+  slot, has_slot = _slot_of_row(slots.rows, num_rows)
   return AttentionState(
-    local.out.at[target].set(merged.out, mode="drop"),
-    local.lse.at[target].set(merged.lse, mode="drop"),
+    jnp.where(has_slot[:, None, None], merged.out[slot], local.out),
+    jnp.where(has_slot[:, None], merged.lse[slot], local.lse),
   )
 
 
@@ -332,8 +333,8 @@ def prefill_attention(
         ),
         window,
       )
-      returned = jax.lax.ppermute(_pack(hosted), INSTANCE_AXIS, back)
-      return merge(state, _unpack(returned))
+      returned = jax.lax.ppermute(pack(hosted), INSTANCE_AXIS, back)
+      return merge(state, unpack(returned))
 
     return visit
 
@@ -391,10 +392,7 @@ def _drop_index(rows: jax.Array, num_rows: int) -> jax.Array:
   return jnp.where(rows == NO_ROW, num_rows, rows)
 
 
-def _pack(state: AttentionState) -> jax.Array:
-  """`out` and `lse` in one array, so that one collective carries both."""
-  return jnp.concatenate([state.out, state.lse[..., None]], axis=-1)
-
-
-def _unpack(packed: jax.Array) -> AttentionState:
-  return AttentionState(packed[..., :-1], packed[..., -1])
+def _slot_of_row(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+  """`[B]` int32 the slot that each row has, or any, and `[B]` bool: has one."""
+  is_its = rows == jnp.arange(num_rows, dtype=rows.dtype)[:, None]
+  return jnp.argmax(is_its, axis=1), jnp.any(is_its, axis=1)

@@ -31,6 +31,8 @@ def _config():
   config.step.steps = 3
   config.tiers.blocks = (1, 20)
   config.exchange.blocks = (3,)
+  config.collectives.bytes = (256, 1024)
+  config.collectives.calls = (2, 3)
   config.attention.num_instances = (1, 4)
   config.attention.contexts = (64, 256)
   config.attention.layers = 2
@@ -50,6 +52,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
     "decode beside tier moves": 2,
     "exchange": 2,
     "decode beside one rBlock a step": 1,
+    "collectives": 2 * 2 * 2,
     "attention": 2 * 4,
   }
   for row in rows:
@@ -77,12 +80,13 @@ def test_what_one_device_cannot_do_is_named(config, tmp_path):
   assert result["rows"] == []
   assert result["left_out"] == [
     "exchange: needs 2 devices of 1",
+    "collectives: needs 2 devices of 1",
     "attention over 2 instances: 1 devices",
   ]
 
 
 def test_kv_that_does_not_fit_is_named(config, tmp_path):
-  config.tiers.run = config.exchange.run = False
+  config.tiers.run = config.exchange.run = config.collectives.run = False
   config.attention.num_instances = (1,)
   config.attention.contexts = (64,)
   config.attention.most_bytes = 1e3

@@ -4,6 +4,7 @@ Only `make test-sm90a` runs these tests: they need CUDA's compilers, which it
 puts into an environment of their own.
 """
 
+import functools
 import os
 import re
 
@@ -52,13 +53,15 @@ class Sm90a:
   """Compiles programs for an H200 and reads what the assembler said.
 
   Attributes:
-    devices: The one that it compiles for.
+    devices: Those that it compiles for, of one process.
+    said: What the assembler said when it compiled last.
   """
 
-  def __init__(self, capfd):
+  def __init__(self, capfd, num_devices=1):
     self._capfd = capfd
+    self.said = ""
     topology = topologies.get_topology_desc(
-      "", platform="cuda", target_config=_TARGET, topology="1x1x1"
+      "", platform="cuda", target_config=_TARGET, topology=f"1x1x{num_devices}"
     )
     self.devices = topology.devices
     self._sharding = jax.sharding.SingleDeviceSharding(self.devices[0])
@@ -68,7 +71,8 @@ class Sm90a:
 
     Args:
       function: What to compile.
-      *args: Pytrees of `jax.ShapeDtypeStruct`.
+      *args: Pytrees of `jax.ShapeDtypeStruct`; one without a sharding lies on
+        the first device.
       donate_argnums: As for `jax.jit`.
 
     Returns:
@@ -77,17 +81,25 @@ class Sm90a:
     self._capfd.readouterr()
     jax.clear_caches()  # A kernel that is not assembled again says nothing.
     args = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding),
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=x.sharding or self._sharding
+      ),
       args,
     )
     traced = jax.jit(function, donate_argnums=donate_argnums).trace(*args)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    said = "".join(self._capfd.readouterr())
+    self.said = "".join(self._capfd.readouterr())
     # A spill is told twice, once as a warning.
-    lines = [x for x in said.splitlines() if "stack frame" in x]
+    lines = [x for x in self.said.splitlines() if "stack frame" in x]
     return compiled, [sum(map(int, _SPILLS.search(x).groups())) for x in lines]
 
 
 @pytest.fixture
 def sm90a(capfd):
   return Sm90a(capfd)
+
+
+@pytest.fixture
+def sm90a_devices(capfd):
+  """`Sm90a` for a number of devices."""
+  return functools.partial(Sm90a, capfd)

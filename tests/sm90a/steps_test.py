@@ -1,17 +1,28 @@
-"""Step programs of engines compile for Hopper, and none copies the pool."""
+"""Step programs of engines compile for Hopper.
+
+None copies the pool, and those of a group compute while they exchange.
+"""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from infinite_llm.cache.kv_pool import PoolArrays
+from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.table_store import EntryWrites, table_capacity
 from infinite_llm.distributed.mesh import make_mesh
-from infinite_llm.engine.programs import Params, StepKind, build_step
+from infinite_llm.engine.group_inputs import empty_slots, hosted_rows
+from infinite_llm.engine.programs import (
+  GroupInputs,
+  Params,
+  StepKind,
+  build_step,
+)
 from infinite_llm.engine.step_batch import build_batch
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
@@ -84,3 +95,83 @@ def test_local_steps_write_the_pool_in_place(
   pool_bytes = 2 * math.prod(KV)
   assert memory.alias_size_in_bytes > pool_bytes
   assert memory.temp_size_in_bytes < 0.1 * pool_bytes
+
+
+SLOTS, ROWS = 4, 64
+PER_INSTANCE = PartitionSpec("instance")
+
+
+def _on(mesh, tree, specs, copies=1):
+  """A tree of what lies on one instance, as it lies on all of them."""
+
+  def place(x, spec):
+    count = copies if spec[:1] == ("instance",) else 1
+    shape = (count * x.shape[0], *x.shape[1:]) if x.shape else ()
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+  if isinstance(specs, PartitionSpec):
+    return jax.tree.map(lambda x: place(x, specs), tree)
+  return jax.tree.map(place, tree, specs)
+
+
+def _scheduled(compiled) -> str:
+  """What a program runs, in order, a word for each thing that matters."""
+  words = {
+    r"all-gather-start\(": "gather",
+    r"all-gather-done\(": "gathered",
+    r"all-to-all-start\(": "answer",
+    r"all-to-all-done\(": "answered",
+    rf"= \(f32\[{ROWS},32,128\]": "local",
+    r"= \(f32\[\d+,32,128\]": "hosted",
+    r" fusion\(.*/append_kv/": "append",
+  }
+  _, entry = compiled.as_text().split("\nENTRY ")
+  found = []
+  for line in entry.splitlines():
+    if "parameter(" in line or "get-tuple-element(" in line:
+      continue
+    found += [word for rule, word in words.items() if re.search(rule, line)][:1]
+  return " ".join(found)
+
+
+@pytest.mark.parametrize("num_instances", [2, 4])
+def test_group_steps_compute_while_they_exchange(
+  sm90a_devices, monkeypatch, num_instances
+):
+  sm90a = sm90a_devices(num_instances)
+  # The kernels for GPUs are taken where JAX runs on one.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  mesh = make_mesh(num_instances, 1, sm90a.devices)
+  graphdef, state = abstract_transformer(
+    MODEL, dtype=jnp.bfloat16, tensor_axis=TENSOR_AXIS
+  )
+  params, specs = Params(state), Params(param_specs(MODEL, mesh))
+  slots = (empty_slots(num_instances, SLOTS), np.zeros(num_instances, bool))
+  group = GroupInputs(
+    hosted=pack(hosted_rows((), (), num_instances, SLOTS)), slots=pack(slots)
+  )
+  step = build_step(
+    StepKind(is_group=True, is_prefill=False),
+    graphdef,
+    MODEL,
+    specs,
+    mesh,
+    num_tokens=ROWS,
+  )
+  compiled, _ = sm90a.compile(
+    step,
+    _on(mesh, params, specs),
+    _on(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
+    *(
+      _on(mesh, tree, PER_INSTANCE, num_instances)
+      for tree in (_batch(ROWS, ROWS), group)
+    ),
+    donate_argnums=1,
+  )
+  # The first layer's queries go with what names the slots, which the plans for
+  # the kernels need; before the other layers nothing does.
+  first = "gather gathered append hosted answer local answered"
+  layer = "gather append gathered hosted answer local answered"
+  want = " ".join([first] + [layer] * (MODEL.num_layers - 1))
+  assert _scheduled(compiled).startswith(want)

@@ -1,0 +1,1 @@
+"""Small exchanges between devices of one process, within a kernel."""
