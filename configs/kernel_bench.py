@@ -13,6 +13,10 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.anchors = "experiments/anchors/h200_2026-11-21.json"
 
+  # The cases of `pallas_kernels/micro_attention/cases.py`, as the tests'.
+  config.conformance = ConfigDict()
+  config.conformance.run = True
+
   config.decode = ConfigDict()
   config.decode.run = True
   config.decode.block_size = 64
@@ -62,6 +66,7 @@ def get_config() -> ConfigDict:
   # What the table in `mosaic_gpu.py` is made of; long.
   config.choice = ConfigDict()
   config.choice.run = False
+  config.choice.kv_dtypes = ("bfloat16", "float8_e4m3fn")
   config.choice.query_tokens = (1, 2, 4, 8)
   # Rows and context.
   config.choice.shapes = (

@@ -3,11 +3,7 @@
 What `pallas_kernels/micro_attention/mosaic_gpu.py` has in its table.
 """
 
-import functools
-import glob
-import gzip
-import json
-import tempfile
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from experiments.kernel_timing import busy_us, fresh_key
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
 _NUM_LAYERS = 2
@@ -35,37 +32,44 @@ def bench(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
     Rows of the bench; each kernel's peer is the other one.
   """
   names = ("mosaic_gpu_decode", "mosaic_gpu_prefill")
-  for rows, context in config.choice.shapes:
-    for query_tokens in config.choice.query_tokens:
-      inputs = _draw(config, query_tokens, rows, context)
-      times = [_busy_us(inputs, query_tokens, name) for name in names]
-      for name, other, us, other_us in zip(
-        names, names[::-1], times, times[::-1], strict=True
-      ):
-        case = f"{query_tokens} query tokens, {rows} x {context}"
-        print(f"{case:36} {name:20} {us:8.1f} us", flush=True)
-        yield {
-          "kernel": "choice",
-          "implementation": name,
-          "case": case,
-          "time_us": us,
-          "peer": other,
-          "peer_us": other_us,
-          "ratio": us / other_us,
-          "error": None,
-          "correct": None,
-        }
+  for kv_dtype, (rows, context), query_tokens in itertools.product(
+    config.choice.kv_dtypes, config.choice.shapes, config.choice.query_tokens
+  ):
+    inputs = _draw(config, query_tokens, rows, context, kv_dtype)
+    times = [_time_us(inputs, query_tokens, name) for name in names]
+    case = f"{query_tokens} query tokens, {rows} x {context}"
+    if kv_dtype == "float8_e4m3fn":
+      case += " fp8"
+    for name, other, us, other_us in zip(
+      names, names[::-1], times, times[::-1], strict=True
+    ):
+      print(f"{case:36} {name:20} {us:8.1f} us", flush=True)
+      yield {
+        "kernel": "choice",
+        "implementation": name,
+        "case": case,
+        "time_us": us,
+        "peer": other,
+        "peer_us": other_us,
+        "ratio": us / other_us,
+        "error": None,
+        "correct": None,
+      }
 
 
 def _draw(
-  config: ml_collections.ConfigDict, query_tokens: int, rows: int, context: int
+  config: ml_collections.ConfigDict,
+  query_tokens: int,
+  rows: int,
+  context: int,
+  kv_dtype: str,
 ) -> dict[str, Any]:
   """Random queries at the end of each row's context, random rBlock order."""
   count = context // _BLOCK_SIZE
   ids = 1 + np.random.default_rng(config.seed).permutation(rows * count)
   num_q_heads, num_kv_heads = _HEADS
   shape = (rows * count + 1, _NUM_LAYERS, 2, num_kv_heads, _BLOCK_SIZE)
-  kv_key, q_key = jax.random.split(jax.random.key(config.seed))
+  kv_key, q_key = jax.random.split(fresh_key(config))
   q_shape = (rows * query_tokens, num_q_heads, _HEAD_DIM)
   tables = (
     ids,
@@ -78,15 +82,16 @@ def _draw(
     "q": jax.random.normal(q_key, q_shape, jnp.bfloat16),
     "cu_seqlens": jnp.arange(rows + 1, dtype=jnp.int32) * query_tokens,
     "q_positions": jnp.asarray(positions, jnp.int32),
-    "kv_pool": jax.random.normal(kv_key, (*shape, _HEAD_DIM), jnp.bfloat16),
+    "kv_pool": jax.random.normal(
+      kv_key, (*shape, _HEAD_DIM), jnp.bfloat16
+    ).astype(kv_dtype),
     "tables": BlockTables(*(jnp.asarray(x, jnp.int32) for x in tables)),
   }
 
 
-def _busy_us(inputs: dict[str, Any], query_tokens: int, name: str) -> float:
-  """Time of a call's kernels, small ones too, from the profiler."""
+def _time_us(inputs: dict[str, Any], query_tokens: int, name: str) -> float:
+  """Time of a call's kernels, small ones too."""
 
-  @functools.partial(jax.jit, static_argnums=0)
   def call(calls: int, inputs: dict[str, Any]) -> jax.Array:
     never = jnp.int32(0)
     for i in range(calls):
@@ -100,26 +105,4 @@ def _busy_us(inputs: dict[str, Any], query_tokens: int, name: str) -> float:
       never = (state.lse[0, 0] > 1e30).astype(jnp.int32)
     return state.lse
 
-  jax.block_until_ready(call(_CALLS, inputs))
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      for _ in range(_PROGRAMS):
-        jax.block_until_ready(call(_CALLS, inputs))
-    events = []
-    for path in glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True):
-      with gzip.open(path) as file:
-        events += json.load(file)["traceEvents"]
-  streams = {
-    (event["pid"], event["tid"])
-    for event in events
-    if event.get("name") == "thread_name"
-    and event["args"]["name"].startswith("Stream")
-  }
-  busy = [
-    event["dur"]
-    for event in events
-    if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams
-  ]
-  if len(busy) < _PROGRAMS * _CALLS:
-    raise RuntimeError(f"The profiler saw {len(busy)} kernels.")
-  return sum(busy) / (_PROGRAMS * _CALLS)
+  return busy_us(call, inputs, calls=_CALLS, programs=_PROGRAMS)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from experiments.kernel_timing import fresh_key
 from pallas_kernels.append_kv import api as append_kv
 from pallas_kernels.copy_blocks import api as copy_blocks
 
@@ -92,7 +93,7 @@ def _bench_append(
   offsets = jnp.arange(num_tokens, dtype=jnp.int32) % _BLOCK_SIZE
   heads, dim = _KV_SHAPE
   shape = (count + 1, num_layers, 2, heads, _BLOCK_SIZE, dim)
-  keys = jax.random.split(jax.random.key(config.seed), _SOURCES)
+  keys = jax.random.split(fresh_key(config), _SOURCES)
   kv = [
     jax.random.normal(key, (2, num_tokens, *_KV_SHAPE), jnp.bfloat16)
     for key in keys
@@ -128,7 +129,7 @@ def _bench_moves(
   ids = jnp.asarray(rng.permutation(shape[0]).reshape(4, -1), jnp.int32)
   valid = jnp.ones(num_blocks, bool)
   pool = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(
-    jax.random.key(config.seed)
+    fresh_key(config)
   )
   pack = functools.partial(copy_blocks.pack_blocks, implementation=name)
   unpack = functools.partial(copy_blocks.unpack_blocks, implementation=name)

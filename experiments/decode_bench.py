@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,12 @@ import ml_collections
 import numpy as np
 
 from experiments import flashinfer_peer
-from experiments.kernel_timing import poison, profiled_us, slope_us
+from experiments.kernel_timing import (
+  fresh_key,
+  poison,
+  profiled_us,
+  slope_us,
+)
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
@@ -287,9 +291,7 @@ def _draw(
   def draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(key, shape, config.decode.dtype).astype(dtype)
 
-  # Of fresh bits every run: no kernel may live on the numbers of the last.
-  key = jax.random.key(time.time_ns() % 2**32 + config.seed)
-  pool_key, q_key = jax.random.split(key)
+  pool_key, q_key = jax.random.split(fresh_key(config))
   pool = jax.jit(lambda pool: pool.at[0].set(jnp.nan), donate_argnums=0)(
     draw(pool_key, shape, case.kv_dtype)
   )

@@ -24,6 +24,7 @@ from matplotlib import figure
 
 from experiments import (
   choice_bench,
+  conformance_bench,
   copy_bench,
   decode_bench,
   prefill_bench,
@@ -50,6 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Mapping:
   about = _about()
   rows: list[dict[str, Any]] = []
   for part, bench in (
+    (config.conformance, lambda: conformance_bench.bench(config)),
     (config.decode, lambda: decode_bench.bench(config, anchors)),
     (config.prefill, lambda: prefill_bench.bench(config, anchors, slope_us)),
     (config.copies, lambda: copy_bench.bench(config, anchors, slope_us)),

@@ -25,6 +25,18 @@ def poison(shape: Sequence[int]) -> None:
     jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32))
 
 
+def fresh_key(config: ml_collections.ConfigDict) -> jax.Array:
+  """A random key of this run: no kernel may live on the numbers of the last.
+
+  Args:
+    config: Of the kernel bench; reads `seed`.
+
+  Returns:
+    The key.
+  """
+  return jax.random.key(time.time_ns() % 2**32 + config.seed)
+
+
 def slope_us(
   config: ml_collections.ConfigDict,
   call: Callable[[int, Any], Any],
@@ -72,19 +84,59 @@ def profiled_us(
   Returns:
     The times, in no order; `repeats` programs of the larger number of calls.
   """
-  program = jax.jit(functools.partial(call, config.timing.calls[1]))
+  calls, repeats = config.timing.calls[1], config.timing.repeats
+  times = device_times(_profile(call, inputs, calls, repeats), kernel)
+  if len(times) < repeats * calls:
+    raise RuntimeError(f"The profiler saw {len(times)} runs of {kernel!r}.")
+  return times
+
+
+def busy_us(
+  call: Callable[[int, Any], Any], inputs: Any, *, calls: int, programs: int
+) -> float:
+  """Microseconds of all kernels of a call, small ones too, by the profiler.
+
+  Args:
+    call: `call(n, inputs)` makes `n` calls and is traced.
+    inputs: Pytree of arrays.
+    calls: In one program.
+    programs: That are run.
+
+  Returns:
+    What the device works, without the gaps, divided by the calls.
+  """
+  events = _profile(call, inputs, calls, programs)
+  streams = {
+    (event["pid"], event["tid"])
+    for event in events
+    if event.get("name") == "thread_name"
+    and event["args"]["name"].startswith("Stream")
+  }
+  times = [
+    event["dur"]
+    for event in events
+    if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams
+  ]
+  if len(times) < calls * programs:
+    raise RuntimeError(f"The profiler saw {len(times)} kernels.")
+  return sum(times) / (calls * programs)
+
+
+def _profile(
+  call: Callable[[int, Any], Any], inputs: Any, calls: int, programs: int
+) -> list[dict[str, Any]]:
+  """The trace's events of some runs of a program of some calls."""
+  program = jax.jit(functools.partial(call, calls))
   jax.block_until_ready(program(inputs))
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      for _ in range(config.timing.repeats):
+      for _ in range(programs):
         jax.block_until_ready(program(inputs))
-    times = []
+    events = []
     for path in glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True):
       with gzip.open(path) as file:
-        times += device_times(json.load(file)["traceEvents"], kernel)
-  if len(times) < config.timing.repeats * config.timing.calls[1]:
-    raise RuntimeError(f"The profiler saw {len(times)} runs of {kernel!r}.")
-  return times
+        events += json.load(file)["traceEvents"]
+  return events
 
 
 def device_times(events: list[dict[str, Any]], kernel: str) -> list[float]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from experiments import flashinfer_peer
-from experiments.kernel_timing import poison
+from experiments.kernel_timing import fresh_key, poison
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
@@ -240,9 +239,7 @@ def _draw(
   block_size = case.block_size
   count = case.context // block_size
   ids = 1 + np.random.default_rng(config.seed).permutation(count)
-  # Of fresh bits every run: no kernel may live on the numbers of the last.
-  key = jax.random.key(time.time_ns() % 2**32 + config.seed)
-  kv_key, q_key = jax.random.split(key)
+  kv_key, q_key = jax.random.split(fresh_key(config))
   shape = (count + 1, _NUM_LAYERS, 2, case.num_kv_heads, block_size)
   pool = jax.random.normal(kv_key, (*shape, case.head_dim), jnp.bfloat16)
   q_shape = (case.query, case.num_q_heads, case.head_dim)

@@ -101,6 +101,17 @@ class Case:
       **self._scales(),
     }
 
+  def on_tensor_cores(self) -> "Case":
+    """The case in dtypes and sizes that tensor cores and tiles cover."""
+    changes: dict[str, Any] = {}
+    if self.dtype == "float32":
+      changes["dtype"] = "bfloat16"
+    if self.head_dim not in (64, 128, 256):
+      changes["head_dim"] = 64
+    if self.block_size not in (16, 32, 64, 128):
+      changes["block_size"] = 128
+    return dataclasses.replace(self, **changes)
+
   def make_inputs(self, seed: int = 0) -> Inputs:
     """Draws the arrays of the call.
 

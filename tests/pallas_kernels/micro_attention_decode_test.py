@@ -1,6 +1,5 @@
 """The decode kernel, interpreted on a CPU; on a GPU, if there is one."""
 
-import dataclasses
 import functools
 
 import jax
@@ -64,19 +63,9 @@ _OWN = (
 )
 
 
-def _covered(case: Case) -> Case:
-  """A case of all implementations, as the kernel covers it."""
-  changes = {}
-  if case.dtype == "float32":
-    changes["dtype"] = "bfloat16"
-  if case.head_dim not in (64, 128, 256):
-    changes["head_dim"] = 64
-  if case.block_size not in (16, 32, 64, 128):
-    changes["block_size"] = 128
-  return dataclasses.replace(case, **changes)
-
-
-_SHARED = tuple(_covered(case) for case in CASES if max(case.query_lens) <= 8)
+_SHARED = tuple(
+  case.on_tensor_cores() for case in CASES if max(case.query_lens) <= 8
+)
 _CASES = (*_OWN, *_SHARED)
 _BY_NAME = {case.name: case for case in _CASES}
 # Interpreted, each costs seconds; these say what the kernel's own do not.
