@@ -2,7 +2,8 @@
 
 A transfer costs tens of microseconds however small it is, and a step has a
 dozen arrays of a few hundred bytes. So they travel as the words of one array,
-which programs take as an argument and take apart.
+which programs take as an argument and take apart. XLA gives kernels a part as
+it lies there, not a copy, so each begins where kernels want their operands to.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache.rows import join_rows
 from infinite_llm.types import INSTANCE_AXIS
+
+_ALIGNED_WORDS = 64  # Mosaic GPU kernels refuse operands off 256 bytes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class PackedRows[Tree]:
         leaves.append(part != 0)
       else:
         leaves.append(jax.lax.bitcast_convert_type(part, dtype))
-      at += size
+      at += _aligned(size)
     return jax.tree.unflatten(self.layout.tree, leaves)
 
 
@@ -108,10 +111,17 @@ def place_rows[Tree](
   return PackedRows(join_rows(words, mesh, spec), packed[0].layout)
 
 
+def _aligned(size: int) -> int:
+  """Words that a leaf of so many takes up."""
+  return -(-size // _ALIGNED_WORDS) * _ALIGNED_WORDS
+
+
 def _words(leaf: np.ndarray) -> np.ndarray:
-  """`[n]` int32 of the same bits; 0 and 1 for bool."""
+  """`[n]` int32 of the same bits, and padding; 0 and 1 for bool."""
   if leaf.dtype == bool:
     leaf = leaf.astype(np.int32)
   if leaf.dtype.itemsize != 4:
     raise TypeError(f"Leaves must have 32 bits or be bool; got {leaf.dtype}.")
-  return np.ascontiguousarray(leaf).reshape(-1).view(np.int32)
+  words = np.zeros(_aligned(leaf.size), np.int32)
+  words[: leaf.size] = np.ascontiguousarray(leaf).reshape(-1).view(np.int32)
+  return words

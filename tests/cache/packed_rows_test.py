@@ -45,6 +45,20 @@ def test_each_instance_reads_its_own_tree(ranks):
     )
 
 
+def test_each_leaf_begins_where_kernels_want_operands():
+  words = pack(TREES[1]).words
+  at = {
+    name: np.flatnonzero(words[0] == np.asarray(first).view(np.int32))[0]
+    for name, first in (
+      ("signed", np.int32(-1)),
+      ("large", np.uint32(2**32 - 2)),
+      ("real", np.float32(0.5)),
+    )
+  }
+  assert len(set(at.values())) == 3
+  assert not any(4 * where % 256 for where in at.values())
+
+
 def test_another_layout_is_another_program():
   structures = {
     jax.tree.structure(pack(tree))

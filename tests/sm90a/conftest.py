@@ -48,6 +48,9 @@ collect_ignore_glob = (
 
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
+_SHAPED = re.compile(r"(%[\w.-]+) = ([a-z0-9]+\[[\d,]*\])")
+_SLICE = re.compile(r"(%\S+ = \S+ slice\((%[\w.-]+)\), slice={([^}]*)})")
+
 
 class Sm90a:
   """Compiles programs for an H200 and reads what the assembler said.
@@ -88,10 +91,40 @@ class Sm90a:
     )
     traced = jax.jit(function, donate_argnums=donate_argnums).trace(*args)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    assert not misaligned_operands(compiled.as_text())
     self.said = "".join(self._capfd.readouterr())
     # A spill is told twice, once as a warning.
     lines = [x for x in self.said.splitlines() if "stack frame" in x]
     return compiled, [sum(map(int, _SPILLS.search(x).groups())) for x in lines]
+
+
+def misaligned_operands(text):
+  """Parts of arrays that kernels are given as they lie, off 256 bytes.
+
+  Args:
+    text: Of a compiled program.
+
+  Returns:
+    Lines of the text. On a GPU, a kernel refuses such an operand.
+  """
+  found = []
+  for computation in text.split("\n}\n"):
+    if 'custom_call_target="mosaic_gpu' not in computation:
+      continue
+    shapes = dict(_SHAPED.findall(computation))
+    for line, operand, bounds in _SLICE.findall(computation):
+      dtype, sizes = re.match(
+        r"([a-z0-9]+)\[([\d,]*)\]", shapes[operand]
+      ).groups()
+      at = 0
+      for size, (start, _) in zip(
+        sizes.split(","), re.findall(r"\[(\d+):(\d+)", bounds), strict=True
+      ):
+        at = at * int(size) + int(start)
+      bits = int(re.search(r"\d+", dtype)[0]) if dtype != "pred" else 8
+      if at * bits // 8 % 256:
+        found.append(line)
+  return found
 
 
 @pytest.fixture

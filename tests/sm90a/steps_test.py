@@ -27,6 +27,7 @@ from infinite_llm.engine.step_batch import build_batch
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
 from infinite_llm.types import TENSOR_AXIS
+from pallas_kernels.append_kv.api import append_kv
 
 # An 8B Llama-3 of few layers, and a pool in which a copy would show.
 MODEL = ModelConfig(
@@ -95,6 +96,17 @@ def test_local_steps_write_the_pool_in_place(
   pool_bytes = 2 * math.prod(KV)
   assert memory.alias_size_in_bytes > pool_bytes
   assert memory.temp_size_in_bytes < 0.1 * pool_bytes
+
+
+def test_parts_of_arrays_off_256_bytes_are_noticed(sm90a, monkeypatch):
+  def attend(words, kv, k):
+    ids = words[193:257]
+    return append_kv(kv, 0, k, k, ids, ids, implementation="mosaic_gpu")
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  words, k = _array((400,)), _array((64, 8, 128), jnp.bfloat16)
+  with pytest.raises(AssertionError, match=r"slice={\[193:257\]}"):
+    sm90a.compile(attend, words, _array(KV, jnp.bfloat16), k, donate_argnums=1)
 
 
 SLOTS, ROWS = 4, 64
