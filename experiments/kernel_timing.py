@@ -85,27 +85,28 @@ def profiled_us(
     The times, in no order; `repeats` programs of the larger number of calls.
   """
   calls, repeats = config.timing.calls[1], config.timing.repeats
-  times = device_times(_profile(call, inputs, calls, repeats), kernel)
+  program = jax.jit(functools.partial(call, calls))
+  times = device_times(_profile(program, inputs, repeats), kernel)
   if len(times) < repeats * calls:
     raise RuntimeError(f"The profiler saw {len(times)} runs of {kernel!r}.")
   return times
 
 
 def busy_us(
-  call: Callable[[int, Any], Any], inputs: Any, *, calls: int, programs: int
+  program: Callable[[Any], Any], inputs: Any, *, calls: int, programs: int
 ) -> float:
   """Microseconds of all kernels of a call, small ones too, by the profiler.
 
   Args:
-    call: `call(n, inputs)` makes `n` calls and is traced.
-    inputs: Pytree of arrays.
-    calls: In one program.
-    programs: That are run.
+    program: Jitted.
+    inputs: Pytree of arrays that it takes.
+    calls: That it makes.
+    programs: How often it is run.
 
   Returns:
     What the device works, without the gaps, divided by the calls.
   """
-  events = _profile(call, inputs, calls, programs)
+  events = _profile(program, inputs, programs)
   streams = {
     (event["pid"], event["tid"])
     for event in events
@@ -123,14 +124,13 @@ def busy_us(
 
 
 def _profile(
-  call: Callable[[int, Any], Any], inputs: Any, calls: int, programs: int
+  program: Callable[[Any], Any], inputs: Any, repeats: int
 ) -> list[dict[str, Any]]:
-  """The trace's events of some runs of a program of some calls."""
-  program = jax.jit(functools.partial(call, calls))
+  """The trace's events of some runs of a jitted program, compiled before."""
   jax.block_until_ready(program(inputs))
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      for _ in range(programs):
+      for _ in range(repeats):
         jax.block_until_ready(program(inputs))
     events = []
     for path in glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True):

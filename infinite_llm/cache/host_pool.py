@@ -10,6 +10,7 @@ come.
 import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache.checksum import checksum
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
+from infinite_llm.cache.packed_rows import PackedRows, place_rows
 from infinite_llm.cache.tier_moves import (
   Checks,
   TierBatch,
@@ -30,9 +32,10 @@ from infinite_llm.types import NULL_BLOCK_ID, BlockId, Tier
 BATCH_BLOCKS = 16
 """rBlocks of a batch, unless told otherwise."""
 
-BATCHES_UNDER_WAY = 2
-"""Batches under way in each direction: one is on the link while the other is
-packed or unpacked. Each stages its rBlocks in HBM."""
+BATCHES_UNDER_WAY = 6
+"""Batches under way in each direction. A transfer begins behind the step that
+is computed when it is asked for, so that those asked for during one step must
+keep the link busy during the next. Each batch stages its rBlocks in HBM."""
 
 STAGING_BLOCKS = 2 * BATCHES_UNDER_WAY * BATCH_BLOCKS + 1
 """rBlocks of HBM that a HOST pool needs: batches in both directions, and one
@@ -97,31 +100,42 @@ class _Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-  """Moves that share a program.
+  """Moves that share a program, and the fate of their transfer.
 
   Attributes:
     parts: The moves.
-    arrays: What the transfer makes of each, in host memory or in HBM.
+    placed: The same for the devices.
+    transfer: What becomes of each rBlock, in host memory or in HBM.
     checks: What the program told of the HBM end; None for one that enters, and
       where moves are not verified.
   """
 
   parts: Sequence[_Part]
-  arrays: Sequence[jax.Array]
+  placed: PackedRows[TierBatch]
+  transfer: Future[list[jax.Array]]
   checks: Checks | None = None
+
+  @property
+  def arrays(self) -> list[jax.Array]:
+    """The transfer's arrays; blocks the host until it was launched."""
+    return self.transfer.result()
 
   def is_over(self) -> bool:
     # JAX declares `is_ready` only for its own arrays.
-    return all(array.is_ready() for array in self.arrays)  # pyright: ignore[reportAttributeAccessIssue]
+    return self.transfer.done() and all(
+      array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+      for array in self.arrays
+    )
 
 
 class HostPool:
   """Holds the rBlocks of one instance's HOST tier and moves them.
 
   Nothing here waits: `copy` takes a list, `advance` launches what can be
-  launched. A program in HBM never waits for the link: rBlocks that leave are
-  packed first and then transferred, rBlocks that enter are unpacked once they
-  are there.
+  launched. Transfers are launched by a thread of their own, array by array,
+  since sixteen cost the host as long as a step does. A program in HBM never
+  waits for the link: rBlocks that leave are packed first and then transferred,
+  rBlocks that enter are unpacked once they are there.
 
   Attributes:
     num_moved: rBlocks that arrived so far, by the tier that they came to.
@@ -176,6 +190,7 @@ class HostPool:
         jax.block_until_ready(self._blocks[block_id])
         if progress:
           progress(block_id, num_blocks - 1)
+    self._link = ThreadPoolExecutor(1, thread_name_prefix=f"link of {name}")
     self._waiting = {tier: collections.deque[_Part]() for tier in Tier}
     self._under_way = {tier: collections.deque[_Batch]() for tier in Tier}
     self.num_moved = collections.Counter[Tier]()
@@ -225,12 +240,12 @@ class HostPool:
 
     Raises:
       InvariantError: If moves are verified and one changed its content.
+      RuntimeError: If JAX could not launch a transfer; its moves wait again.
     """
-    leaving, entering = self._under_way[Tier.HOST], self._under_way[Tier.HBM]
-    while leaving and leaving[0].is_over():
-      self._end_leaving(leaving[0])
-    while entering and entering[0].is_over():
-      pool = self._end_entering(entering[0], pool)
+    while batch := self._over(Tier.HOST):
+      self._end_leaving(batch)
+    while batch := self._over(Tier.HBM):
+      pool = self._end_entering(batch, pool)
     while self._has_room(Tier.HOST):
       self._begin_leaving(pool)
     while self._has_room(Tier.HBM):
@@ -254,8 +269,19 @@ class HostPool:
 
     Donates: `pool`.
     """
-    self._leave(pool, ())
-    return self._enter(pool, (), ())[0]
+    nothing = self._place(())
+    self._leave(pool, nothing)
+    return self._enter(pool, nothing, ())[0]
+
+  def _over(self, to_tier: Tier) -> _Batch | None:
+    """The oldest batch, if it is over; one that failed waits again."""
+    batches = self._under_way[to_tier]
+    try:
+      return batches[0] if batches and batches[0].is_over() else None
+    except Exception:
+      failed = batches.popleft()
+      self._waiting[to_tier].extendleft(reversed(failed.parts))
+      raise
 
   def _has_room(self, to_tier: Tier) -> bool:
     return (
@@ -275,27 +301,43 @@ class HostPool:
 
   def _begin_leaving(self, pool: PoolArrays) -> None:
     parts = self._next_parts(Tier.HOST)
-    packed, tag, checks = self._leave(pool, parts)
-    arrays = jax.device_put(list(packed[: len(parts)]), self._host)
+    placed = self._place(parts)
+    packed, tag, checks = self._leave(pool, placed)
     self._tag = tag
-    for part, array in zip(parts, arrays, strict=True):
-      self._blocks[part.move.dst_block] = array
-    batch = _Batch(parts=parts, arrays=arrays, checks=checks)
+    self.release(part.move.dst_block for part in parts)
+    batch = _Batch(
+      parts=parts,
+      placed=placed,
+      transfer=self._transfer(packed[: len(parts)], self._host),
+      checks=checks,
+    )
     self._begun(Tier.HOST, batch)
 
   def _begin_entering(self) -> None:
     parts = self._next_parts(Tier.HBM)
     blocks = [self._blocks[part.move.src_block] for part in parts]
-    arrays = jax.device_put(blocks, self._hbm)
-    self._begun(Tier.HBM, _Batch(parts=parts, arrays=arrays))
+    batch = _Batch(
+      parts=parts,
+      placed=self._place(parts),
+      transfer=self._transfer(blocks, self._hbm),
+    )
+    self._begun(Tier.HBM, batch)
+
+  def _transfer(
+    self, arrays: Sequence[jax.Array], to: NamedSharding
+  ) -> Future[list[jax.Array]]:
+    """Has arrays copied over the link; each begins once it is launched."""
+    return self._link.submit(lambda: [jax.device_put(x, to) for x in arrays])
 
   def _end_leaving(self, batch: _Batch) -> None:
+    for part, array in zip(batch.parts, batch.arrays, strict=True):
+      self._blocks[part.move.dst_block] = array
     if batch.checks is not None:
       _compare(batch.parts, batch.arrays, batch.checks)
     self._end(Tier.HOST, batch)
 
   def _end_entering(self, batch: _Batch, pool: PoolArrays) -> PoolArrays:
-    pool, checks = self._enter(pool, batch.parts, batch.arrays)
+    pool, checks = self._enter(pool, batch.placed, batch.arrays)
     if checks is not None:
       blocks = [self._blocks[part.move.src_block] for part in batch.parts]
       _compare(batch.parts, blocks, checks)
@@ -309,28 +351,28 @@ class HostPool:
     self.num_moved[to_tier] += len(batch.parts)
 
   def _leave(
-    self, pool: PoolArrays, parts: Sequence[_Part]
+    self, pool: PoolArrays, placed: PackedRows[TierBatch]
   ) -> tuple[Sequence[jax.Array], jax.Array, Checks | None]:
     return self._run(
       ("leave HBM", self._name),
       lambda: build_leave(self._row, self._batch_blocks, verify=self._verify),
-      (pool.kv, pool.tag, self._tag, self._place(parts)),
+      (pool.kv, pool.tag, self._tag, placed),
     )
 
   def _enter(
     self,
     pool: PoolArrays,
-    parts: Sequence[_Part],
+    placed: PackedRows[TierBatch],
     arrays: Sequence[jax.Array],
   ) -> tuple[PoolArrays, Checks | None]:
     padding = [self._padding] * (self._batch_blocks - len(arrays))
     return self._run(
       ("enter HBM", self._name),
       lambda: build_enter(self._row, self._batch_blocks, verify=self._verify),
-      (pool, self._tag, self._place(parts), (*arrays, *padding)),
+      (pool, self._tag, placed, (*arrays, *padding)),
     )
 
-  def _place(self, parts: Sequence[_Part]) -> TierBatch:
+  def _place(self, parts: Sequence[_Part]) -> PackedRows[TierBatch]:
     """Pads a batch and puts it on the instance's devices."""
     batch = TierBatch(
       *(np.full(self._batch_blocks, 0, t) for t in ("i4", "u4", "i4", "u4"))
@@ -340,7 +382,7 @@ class HostPool:
       batch.src_tag[q] = move.src_tag
       batch.dst_block[q] = move.dst_block
       batch.dst_tag[q] = move.dst_tag
-    return jax.device_put(batch, self._replicated)
+    return place_rows([batch], self._row, [self._row])
 
 
 def _compare(

@@ -11,11 +11,12 @@ from collections.abc import Hashable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from infinite_llm.cache.host_pool import Run, TierMove
 from infinite_llm.cache.host_slabs import TABLE_SPECS, SlabStream, in_order
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
+from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.cache.tier_moves import TierBatch, build_leave_as_slab
 from infinite_llm.errors import InvariantError
 from infinite_llm.types import NULL_BLOCK_ID, RequestUid
@@ -92,7 +93,6 @@ class SlabStore:
     self._verify = verify
     self._hbm = NamedSharding(row, POOL_SPECS.kv)
     self._host = self._hbm.with_memory_kind("pinned_host")
-    self._replicated = NamedSharding(row, PartitionSpec())
     self._slabs = collections.defaultdict[RequestUid, list[HeldSlab]](list)
     self._leaving: list[LeavingSlab] = []
 
@@ -188,7 +188,7 @@ class SlabStore:
     return self._run(
       ("leave HBM as a slab", self._name),
       lambda: build_leave_as_slab(self._row),
-      (pool.kv, pool.tag, jax.device_put(batch, self._replicated)),
+      (pool.kv, pool.tag, place_rows([batch], self._row, [self._row])),
     )
 
   def _tables(self, logical_ids: Sequence[int]) -> BlockTables:

@@ -14,10 +14,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from infinite_llm.cache.checksum import checksum
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
-from infinite_llm.types import NULL_BLOCK_ID, TENSOR_AXIS
+from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, TENSOR_AXIS
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
 
 _REPLICATED = PartitionSpec()
+_PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)  # Of which a row has one.
 
 
 class TierBatch(NamedTuple):
@@ -65,11 +66,12 @@ def build_leave(
     verify: Whether to compute checksums.
 
   Returns:
-    Jitted `(kv, tag, host_tag, batch) -> (blocks, host_tag, checks)`. Donates
-    nothing: the pool is only read.
+    Jitted `(kv, tag, host_tag, batch) -> (blocks, host_tag, checks)`, where
+    `batch` is a packed `TierBatch`. Donates nothing: the pool is only read.
   """
 
   def body(kv, tag, host_tag, batch):
+    batch = batch.own()
     is_proved = tag[batch.src_block] == batch.src_tag
     blocks = _pack_each(kv, batch.src_block)
     host_tag = _set_tags(host_tag, batch, is_proved)
@@ -79,7 +81,7 @@ def build_leave(
     jax.shard_map(
       body,
       mesh=mesh,
-      in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _REPLICATED, _REPLICATED),
+      in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _REPLICATED, _PER_INSTANCE),
       out_specs=(
         (POOL_SPECS.kv,) * batch_blocks,
         _REPLICATED,
@@ -101,10 +103,12 @@ def build_enter(
     verify: Whether to compute checksums of what then lies in the pool.
 
   Returns:
-    Jitted `(pool, host_tag, batch, blocks) -> (pool, checks)`. Donates `pool`.
+    Jitted `(pool, host_tag, batch, blocks) -> (pool, checks)`, where `batch` is
+    a packed `TierBatch`. Donates `pool`.
   """
 
   def body(pool, host_tag, batch, blocks):
+    batch = batch.own()
     is_proved = host_tag[batch.src_block] == batch.src_tag
     is_wanted = is_proved & (batch.dst_block != NULL_BLOCK_ID)
     pool = pool._replace(
@@ -122,7 +126,7 @@ def build_enter(
       in_specs=(
         POOL_SPECS,
         _REPLICATED,
-        _REPLICATED,
+        _PER_INSTANCE,
         (POOL_SPECS.kv,) * batch_blocks,
       ),
       out_specs=(POOL_SPECS, _CHECK_SPECS if verify else None),
@@ -141,13 +145,15 @@ def build_leave_as_slab(
     mesh: Row of the instance.
 
   Returns:
-    Jitted `(kv, tag, batch) -> (layers, slab_tag)`: for each layer the `Q`
-    rBlocks of the batch as `[1 + Q, 1, 2, K, P, D]`, behind a null block, and
-    `[1 + Q]` uint32 what they hold. Destinations of the batch mean nothing.
-    Donates nothing: the pool is only read.
+    Jitted `(kv, tag, batch) -> (layers, slab_tag)`, where `batch` is a packed
+    `TierBatch`: for each layer the `Q` rBlocks of the batch as `[1 + Q, 1, 2,
+    K, P, D]`, behind a null block, and `[1 + Q]` uint32 what they hold.
+    Destinations of the batch mean nothing. Donates nothing: the pool is only
+    read.
   """
 
   def body(kv, tag, batch):
+    batch = batch.own()
     is_proved = tag[batch.src_block] == batch.src_tag
     slab_tag = jnp.where(is_proved, batch.dst_tag, jnp.uint32(0))
     null = jnp.full(1, NULL_BLOCK_ID, jnp.int32)
@@ -158,7 +164,7 @@ def build_leave_as_slab(
     jax.shard_map(
       body,
       mesh=mesh,
-      in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _REPLICATED),
+      in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _PER_INSTANCE),
       out_specs=(POOL_SPECS.kv, POOL_SPECS.tag),
       check_vma=False,
     )

@@ -220,13 +220,15 @@ def test_a_copy_of_nothing_is_done(tiers):
   assert tiers.host.is_idle
 
 
-def test_no_more_than_two_batches_are_under_way(tiers, monkeypatch):
+def test_only_so_many_batches_are_under_way(tiers, monkeypatch):
+  monkeypatch.setattr(host_pool_module, "BATCHES_UNDER_WAY", 2)
   monkeypatch.setattr(host_pool_module._Batch, "is_over", lambda _: False)
   moves = [leave(i, i, dst_tag=5000 + i) for i in range(1, 11)]
   copy = tiers.host.copy(Tier.HOST, moves)
   for _ in range(3):
     tiers.advance()
-  has_begun = [tiers.host.read(i)[1] == 5000 + i for i in range(1, 11)]
+  tags = np.asarray(tiers.host._tag)
+  has_begun = [tags[i] == 5000 + i for i in range(1, 11)]
   assert has_begun == [True] * 2 * BATCH + [False] * (10 - 2 * BATCH)
   assert not copy.is_done
   monkeypatch.undo()
@@ -298,11 +300,11 @@ def test_a_move_that_changes_content_is_found(monkeypatch, to_tier):
 
   def put(x, where, **options):
     out = device_put(x, where, **options)
-    if isinstance(x, list):
+    if np.ndim(x) == tiers.kv.ndim:
       # The link turns one bit on the way.
-      kv = np.array(out[0])
+      kv = np.array(out)
       kv.reshape(-1).view(np.uint32)[-1] ^= 1
-      out[0] = device_put(kv, where)
+      out = device_put(kv, where)
     return out
 
   monkeypatch.setattr(jax, "device_put", put)
@@ -311,6 +313,37 @@ def test_a_move_that_changes_content_is_found(monkeypatch, to_tier):
     InvariantError, match=f"to {to_tier.name} changed an rBlock.*rank 1"
   ):
     tiers.run(to_tier, move)
+
+
+@pytest.mark.parametrize("to_tier", list(Tier))
+def test_a_transfer_that_cannot_be_launched_waits_again(monkeypatch, to_tier):
+  tiers = Tiers()
+  tiers.left = tiers.kv.copy()
+  moves = [leave(3, 4), leave(5, 6)]
+  back = [enter(3, 4, 9), enter(5, 6, 3)]
+  if to_tier is Tier.HBM:
+    tiers.run(Tier.HOST, *moves)
+  device_put = jax.device_put
+
+  def put(x, where, **options):
+    if np.ndim(x) == tiers.kv.ndim:
+      raise RuntimeError("no room on the link")
+    return device_put(x, where, **options)
+
+  monkeypatch.setattr(jax, "device_put", put)
+  copy = tiers.host.copy(to_tier, moves if to_tier is Tier.HOST else back)
+  with pytest.raises(RuntimeError, match="no room on the link"):
+    tiers.drain()
+  assert not copy.is_done
+  monkeypatch.undo()
+  with pytest.raises(RuntimeError, match="no room on the link"):
+    tiers.drain()  # What was under way is given up, once.
+  tiers.drain()
+  assert copy.is_done
+  if to_tier is Tier.HOST:
+    tiers.run(Tier.HBM, *back)
+  tiers.arrived(*back)
+  tiers.check()
 
 
 def test_unverified_moves_are_the_same():

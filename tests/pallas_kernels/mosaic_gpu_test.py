@@ -16,6 +16,7 @@ _WORK = Work(
   num_q_heads=32,
   num_kv_heads=8,
   head_dim=128,
+  is_narrow=False,
 )
 _CASE = Case(
   name="small",
@@ -49,6 +50,8 @@ def _kernels(case: Case) -> set[str]:
     ({"query_tokens": 4, "rows": 1}, False),
     ({"query_tokens": 8, "rows": 1, "context": 1024}, True),
     ({"query_tokens": 64, "context": 1024}, False),
+    ({"query_tokens": 8, "is_narrow": True}, True),
+    ({"query_tokens": 64, "is_narrow": True}, False),
   ],
 )
 def test_the_measured_border_decides_where_there_is_one(changes, is_decode):

@@ -164,11 +164,9 @@ def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens, dtype):
 
 
 def test_a_slab_leaves_by_way_of_one_copy(sm90a, row):
-  batch = TierBatch(
-    _ints(S), _ints(S, jnp.uint32), _ints(S), _ints(S, jnp.uint32)
-  )
+  batch = TierBatch(*(np.zeros(S, t) for t in ("i4", "u4", "i4", "u4")))
   compiled, spills = sm90a.compile(
-    build_leave_as_slab(row), POOL.kv, POOL.tag, batch
+    build_leave_as_slab(row), POOL.kv, POOL.tag, _packed(batch)
   )
   assert spills
   memory = compiled.memory_analysis()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from infinite_llm.cache.kv_pool import PoolArrays
+from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.tier_moves import TierBatch, build_enter, build_leave
 from infinite_llm.distributed.mesh import make_mesh
 
@@ -22,8 +23,9 @@ def _block(n):
   return jax.ShapeDtypeStruct((n, *POOL[1:]), jnp.bfloat16)
 
 
-BATCH = TierBatch(
-  _ints(Q), _ints(Q, jnp.uint32), _ints(Q), _ints(Q, jnp.uint32)
+BATCH = jax.tree.map(
+  lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+  pack(TierBatch(*(np.zeros(Q, t) for t in ("i4", "u4", "i4", "u4")))),
 )
 HOST_TAG = _ints(20_000, jnp.uint32)
 
