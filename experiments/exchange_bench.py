@@ -13,10 +13,11 @@ from experiments.decode_steps import DecodeSteps
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import empty_payloads, shifts_of_payloads
+from infinite_llm.engine.group_inputs import empty_payloads
 
 _EPOCH = 1
 _TAG = 1
+_SHIFT = 1
 
 
 def bench(
@@ -54,18 +55,11 @@ class _Exchange:
     num_instances = steps.config.num_instances
     mesh = self._pool.group().kv.sharding.mesh
     payloads = [
-      _payloads(steps, instance, count if instance in senders else 0, count)
+      _payloads(steps, count if instance in senders else 0, count)
       for instance in range(num_instances)
     ]
-    self._sent = place_rows(
-      [
-        (sent, shifts_of_payloads(instance, sent))
-        for instance, sent in enumerate(payloads)
-      ],
-      mesh,
-      runner.row_meshes,
-    )
-    self._program = programs.build_exchange(mesh)
+    self._sent = place_rows(payloads, mesh, runner.row_meshes)
+    self._program = programs.build_exchange(mesh, _SHIFT)
 
   def run(self) -> None:
     """Launches it; waits for nothing."""
@@ -78,18 +72,14 @@ class _Exchange:
     return time.perf_counter() - started
 
 
-def _payloads(
-  steps: DecodeSteps, sender: int, count: int, quota: int
-) -> Payloads:
-  num_instances = steps.config.num_instances
-  payloads = empty_payloads(num_instances, quota)
-  to = (sender + 1) % num_instances
+def _payloads(steps: DecodeSteps, count: int, quota: int) -> Payloads:
+  payloads = empty_payloads(quota)
   half = len(steps.free_blocks) // 2
   # Nothing was written yet, so the sources have no tag, and need none.
-  payloads.src_block[to, :count] = steps.free_blocks[:count]
-  payloads.dst_block[to, :count] = steps.free_blocks[half : half + count]
-  payloads.dst_epoch[to, :count] = _EPOCH
-  payloads.dst_tag[to, :count] = _TAG
+  payloads.src_block[:count] = steps.free_blocks[:count]
+  payloads.dst_block[:count] = steps.free_blocks[half : half + count]
+  payloads.dst_epoch[:count] = _EPOCH
+  payloads.dst_tag[:count] = _TAG
   return payloads
 
 
@@ -124,7 +114,7 @@ def _num_arrived(steps: DecodeSteps, senders: Sequence[int], count: int) -> int:
   target = np.asarray(steps.free_blocks[half : half + count])
   return sum(
     int((np.asarray(steps.runner.pool.row(to).tag)[target] == _TAG).sum())
-    for to in {(sender + 1) % num_instances for sender in senders}
+    for to in {(sender + _SHIFT) % num_instances for sender in senders}
   )
 
 

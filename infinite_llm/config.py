@@ -141,13 +141,14 @@ class EngineConfig:
 
   @property
   def num_program_kinds(self) -> int:
-    """Compiled programs, instances that differ in nothing else counted once.
+    """Compiled programs, as many as are not alike.
 
-    Every bucket of every kind of step is one. So is each of the two ways of
-    sampling for each number of rows, marking the tokens seen and writing table
-    entries, and each direction between the tiers; a group has its exchange,
-    coverage check and reservation epochs. With `num_layered_kinds` there is one
-    more way to HOST, and steps have one row.
+    Alike are those that differ only in their instance, or in the shift by which
+    rBlocks travel. Every bucket of every kind of step is one. So is each of the
+    two ways of sampling for each number of rows, marking the tokens seen and
+    writing table entries, and each direction between the tiers; a group has its
+    exchange, coverage check and reservation epochs. With `num_layered_kinds`
+    there is one more way to HOST, and steps have one row.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)

@@ -40,6 +40,8 @@ class AnyCharacters:
 Text = Annotated[str, AnyCharacters()]
 # Position of an instance on the mesh axis "instance".
 InstanceId = Annotated[int, Range(low=0, high=2**31 - 1)]
+# How many places after its sender, on that axis, an instance receives.
+Shift = Annotated[int, Range(low=1, high=2**31 - 1)]
 # Non-zero uint32, never used twice in a lending group.
 RequestUid = Annotated[int, Range(low=1, high=2**32 - 1)]
 # Index of an rBlock in its instance's pool.

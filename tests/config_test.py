@@ -63,8 +63,9 @@ class TestProgramKinds:
 
   def test_a_group_adds_its_own(self):
     # Decode, two prefill, exchange, check and epochs.
-    config = engine_config(num_instances=2)
-    assert config.num_program_kinds == 5 + 6 + 2 + 6
+    for num_instances in (2, 4):
+      config = engine_config(num_instances=num_instances)
+      assert config.num_program_kinds == 5 + 6 + 2 + 6
     config = engine_config(num_instances=2, spill_slots=3)
     assert config.num_program_kinds == 5 + 6 + 2 + 6 + 2
 

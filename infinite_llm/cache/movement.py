@@ -1,32 +1,34 @@
-"""The exchange: rBlocks travel between instances inside one group program.
+"""The exchange: rBlocks travel between instances inside group programs.
 
 A payload carries the destination rBlock and the reservation epoch that the
 creditor granted. The receiver writes it only if its device still holds that
 epoch for that rBlock, so a late or repeated payload cannot hit an rBlock that
 was given to somebody else (`DESIGN.md` section 5, rule 3). Nor can a repeated
 one spoil the copy that it made, once its source holds something else.
+
+Nothing on the devices decides what runs: a GPU has its host wait for what
+chooses the branch of a conditional, and so for all programs before it.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from infinite_llm.cache.kv_pool import PoolArrays
-from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID
+from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Shift
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
 
 
 class Payloads(NamedTuple):
-  """What one instance sends to each other one; `Q` rBlocks at most per pair.
+  """What one instance sends to one other; `Q` rBlocks at most.
 
   Attributes:
-    src_block: `[I, Q]` int32 own rBlock to send; the null block pads.
-    src_tag: `[I, Q]` uint32 tag that it must carry, or its content is unproved.
-    dst_block: `[I, Q]` int32 rBlock of the receiver; the null block pads.
-    dst_epoch: `[I, Q]` uint32 reservation epoch of `dst_block`.
-    dst_tag: `[I, Q]` uint32 tag of the content under the new epoch.
+    src_block: `[Q]` int32 own rBlock to send; the null block pads.
+    src_tag: `[Q]` uint32 tag that it must carry, or its content is unproved.
+    dst_block: `[Q]` int32 rBlock of the receiver; the null block pads.
+    dst_epoch: `[Q]` uint32 reservation epoch of `dst_block`.
+    dst_tag: `[Q]` uint32 tag of the content under the new epoch.
   """
 
   src_block: jax.Array
@@ -36,17 +38,14 @@ class Payloads(NamedTuple):
   dst_tag: jax.Array
 
 
-def exchange(
-  pool: PoolArrays, payloads: Payloads, in_use: jax.Array
-) -> PoolArrays:
+def exchange(pool: PoolArrays, payloads: Payloads, shift: Shift) -> PoolArrays:
   """Sends and receives rBlocks; runs inside `shard_map`.
 
-  A block whose content is not what the books say does not arrive. Its place
-  keeps tag 0, as granted, so that every later coverage check over it fails.
+  Each instance i sends to i + shift. A block whose content is not what the
+  books say does not arrive. Its place keeps tag 0, as granted, so that every
+  later coverage check over it fails.
 
-  Payloads travel by shifts (i -> i + s), one after another, so that a shift's
-  buffers are free before the next one's are needed: 2 Q rBlocks in all. A shift
-  that nobody needs is left out by all alike.
+  What is sent and what is received is staged: 2 Q rBlocks in all.
 
   Collective over axis: "instance".
   Donates: `pool`, updated in place.
@@ -54,35 +53,21 @@ def exchange(
   Args:
     pool: This instance's pool.
     payloads: What this instance sends.
-    in_use: `[I]` bool. Entry s: some instance i sends to i + s. The same on all
-      instances, since it decides which collectives run.
+    shift: To whom, below the number of instances. Static, and the same on all.
 
   Returns:
     The pool with all accepted payloads written.
   """
   num_instances = jax.lax.axis_size(INSTANCE_AXIS)
-  me = jax.lax.axis_index(INSTANCE_AXIS)
-
-  def through(shift: int) -> Callable[[PoolArrays], PoolArrays]:
-    forth = [(i, (i + shift) % num_instances) for i in range(num_instances)]
-
-    def send(pool: PoolArrays) -> PoolArrays:
-      to = (me + shift) % num_instances
-      mine = jax.tree.map(lambda x: x[to], payloads)
-      is_proved = pool.tag[mine.src_block] == mine.src_tag
-      sent = (
-        pack_blocks(pool.kv, mine.src_block),
-        mine.dst_block,
-        mine.dst_epoch,
-        jnp.where(is_proved, mine.dst_tag, jnp.uint32(0)),
-      )
-      return _receive(pool, *jax.lax.ppermute(sent, INSTANCE_AXIS, forth))
-
-    return send
-
-  for shift in range(1, num_instances):
-    pool = jax.lax.cond(in_use[shift], through(shift), lambda p: p, pool)
-  return pool
+  is_proved = pool.tag[payloads.src_block] == payloads.src_tag
+  sent = (
+    pack_blocks(pool.kv, payloads.src_block),
+    payloads.dst_block,
+    payloads.dst_epoch,
+    jnp.where(is_proved, payloads.dst_tag, jnp.uint32(0)),
+  )
+  forth = [(i, (i + shift) % num_instances) for i in range(num_instances)]
+  return _receive(pool, *jax.lax.ppermute(sent, INSTANCE_AXIS, forth))
 
 
 def _receive(

@@ -7,8 +7,11 @@ the next turn (`DESIGN.md` section 3).
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Protocol
+
+from infinite_llm.types import Shift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,16 +19,26 @@ class GroupWork:
   """Group programs, in the order in which a turn launches them.
 
   Attributes:
-    exchange: rBlocks move between instances.
+    exchange: Shifts s, ascending, by which rBlocks move from an instance i to
+      i + s. Each is a program of its own, so that no device has to ask whether
+      it is needed.
     check: Moved rBlocks are proved.
     decode: A decode step.
     prefill_tokens: Query tokens of a prefill step, a bucket; 0 is no step.
   """
 
-  exchange: bool = False
+  exchange: tuple[Shift, ...] = ()
   check: bool = False
   decode: bool = False
   prefill_tokens: int = 0
+
+  def __post_init__(self):
+    """Refuses shifts that are not in the one order of all processes."""
+    rises = all(a < b for a, b in itertools.pairwise((0, *self.exchange)))
+    if not rises:
+      raise ValueError(
+        f"exchange must be ascending, from 1 on; got {self.exchange}."
+      )
 
   def __bool__(self) -> bool:
     return self != GroupWork()
@@ -33,7 +46,7 @@ class GroupWork:
   def __or__(self, other: "GroupWork") -> "GroupWork":
     """The smallest ceiling above both."""
     return GroupWork(
-      exchange=self.exchange or other.exchange,
+      exchange=tuple(sorted({*self.exchange, *other.exchange})),
       check=self.check or other.check,
       decode=self.decode or other.decode,
       prefill_tokens=max(self.prefill_tokens, other.prefill_tokens),
@@ -104,14 +117,18 @@ class OwnOrder:
     self.patience_s = math.inf
     self.next_number = 1
     self._work = GroupWork(
-      exchange=True, check=True, decode=True, prefill_tokens=prefill_tokens
+      check=True, decode=True, prefill_tokens=prefill_tokens
     )
 
   def ask(self, work: GroupWork) -> None:
-    """Needs not to know."""
+    """Needs to know only which shifts its own moves need."""
+    self._work = dataclasses.replace(self._work, exchange=work.exchange)
 
   def next(self) -> StepHeader:
-    """A turn with everything; what nobody has anything for is left out."""
+    """A turn with everything, of shifts those that were asked for.
+
+    What nobody has anything for is left out.
+    """
     return StepHeader(number=self.next_number, work=self._work, is_shared=False)
 
   def take(self, turn: StepHeader) -> None:

@@ -285,7 +285,7 @@ class Engine:
       Whether rBlocks were moved or proved.
     """
     has_moved = self.group.talk()
-    turn = None if self._order.is_shared else self._order.next()
+    turn = None if self._order.is_shared else self._planner.next_turn()
     return self._move(turn) or has_moved
 
   def step(self) -> list[RequestOutput]:

@@ -13,7 +13,7 @@ from infinite_llm.attention.dist_attention import (
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedVersion
-from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, InstanceId
+from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, InstanceId, Shift
 
 
 def empty_slots(num_instances: int, num_slots: int) -> SpillSlots:
@@ -56,60 +56,56 @@ def hosted_rows(
   return rows
 
 
-def empty_payloads(num_instances: int, quota: int) -> Payloads:
+def empty_payloads(quota: int) -> Payloads:
   """Payloads of one instance that move nothing."""
-  shape = (num_instances, quota)
   return Payloads(
-    src_block=np.full(shape, NULL_BLOCK_ID, np.int32),
-    src_tag=np.zeros(shape, np.uint32),
-    dst_block=np.full(shape, NULL_BLOCK_ID, np.int32),
-    dst_epoch=np.full(shape, NO_EPOCH, np.uint32),
-    dst_tag=np.zeros(shape, np.uint32),
+    src_block=np.full(quota, NULL_BLOCK_ID, np.int32),
+    src_tag=np.zeros(quota, np.uint32),
+    dst_block=np.full(quota, NULL_BLOCK_ID, np.int32),
+    dst_epoch=np.full(quota, NO_EPOCH, np.uint32),
+    dst_tag=np.zeros(quota, np.uint32),
   )
 
 
 def fill_payloads(
-  moves: Iterable[Move], num_instances: int, quota: int
-) -> tuple[Payloads, list[Move]]:
+  moves: Iterable[Move],
+  shifts: Iterable[Shift],
+  num_instances: int,
+  quota: int,
+) -> tuple[dict[Shift, Payloads], list[Move]]:
   """Fills one instance's part of an exchange with what its quotas take.
 
   Args:
     moves: Moves from the instance, in the order in which they are wanted.
+    shifts: Those that run; moves by others wait.
     num_instances: I.
     quota: Q, most rBlocks per pair of instances.
 
   Returns:
-    The payloads, and the moves that have to wait.
+    Payloads of each of the shifts, and the moves that have to wait.
   """
-  sent = empty_payloads(num_instances, quota)
-  filled = np.zeros(num_instances, np.int64)
+  sent = {shift: empty_payloads(quota) for shift in shifts}
+  filled = dict.fromkeys(sent, 0)
   waiting = []
   for move in moves:
-    place = filled[move.dst_instance]
+    shift = shift_of(move, num_instances)
+    place = filled.get(shift, quota)
     if place == quota:
       waiting.append(move)
       continue
-    filled[move.dst_instance] += 1
-    where = (move.dst_instance, place)
-    sent.src_block[where] = move.src_block
-    sent.src_tag[where] = move.src_tag
-    sent.dst_block[where] = move.dst_block
-    sent.dst_epoch[where] = move.dst_epoch
-    sent.dst_tag[where] = move.dst_tag
+    filled[shift] += 1
+    payloads = sent[shift]
+    payloads.src_block[place] = move.src_block
+    payloads.src_tag[place] = move.src_tag
+    payloads.dst_block[place] = move.dst_block
+    payloads.dst_epoch[place] = move.dst_epoch
+    payloads.dst_tag[place] = move.dst_tag
   return sent, waiting
 
 
-def shifts_of_payloads(sender: InstanceId, sent: Payloads) -> np.ndarray:
-  """Which shifts s carry an rBlock from an instance i to i + s.
-
-  Args:
-    sender: The instance.
-    sent: What it sends.
-
-  Returns:
-    `[I]` bool.
-  """
-  return _shifts(sender, (sent.dst_block != NULL_BLOCK_ID).any(axis=1))
+def shift_of(move: Move, num_instances: int) -> Shift:
+  """By which shift a move's rBlock travels; 0 would be to its own instance."""
+  return (move.dst_instance - move.src_instance) % num_instances
 
 
 def shifts_of_slots(owner: InstanceId, slots: SpillSlots) -> np.ndarray:
@@ -123,9 +119,4 @@ def shifts_of_slots(owner: InstanceId, slots: SpillSlots) -> np.ndarray:
     `[I]` bool.
   """
   named = slots.versions[slots.rows != NO_ROW]
-  return _shifts(owner, (named >= 0).any(axis=0))
-
-
-def _shifts(start: InstanceId, targets: np.ndarray) -> np.ndarray:
-  """`[I]` bool by instance, as distances from one of them."""
-  return np.roll(targets, -start)
+  return np.roll((named >= 0).any(axis=0), -owner)

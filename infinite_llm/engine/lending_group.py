@@ -4,7 +4,6 @@ Managers decide and keep books; this module carries their messages, turns their
 effects into programs, and tells them what the devices proved.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,18 +18,18 @@ from infinite_llm.distributed.step_header import (
   StepHeader,
 )
 from infinite_llm.distributed.transport.base import Transport
-from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
+from infinite_llm.engine.group_inputs import empty_slots
 from infinite_llm.engine.host_tier import HostTiers
 from infinite_llm.engine.in_flight import is_computed
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.pending_check import Asked, PendingCheck, names_of
 from infinite_llm.engine.step_batch import CheckRow
+from infinite_llm.engine.waiting_moves import WaitingMoves
 from infinite_llm.errors import ConfigError, InvariantError
 from infinite_llm.rules import require
 from infinite_llm.scheduler.effects import (
   DropOverflow,
   GrantEpochs,
-  Move,
   MoveBlocks,
   OverflowBlocks,
   SwapBlocks,
@@ -136,7 +135,7 @@ class LendingGroup:
       transport.register(GMANAGER, gmanager.on_message)
       self._gmanagers.append(gmanager)
     self._installed = [manager.hosted.generation for manager in self.managers]
-    self._moves = [collections.deque[Move]() for _ in self.managers]
+    self._moves = WaitingMoves(config, len(self.managers))
     # First turn in which an instance's creditors surely know what they said.
     self._first_turn = dict.fromkeys(runner.instances, 0)
     self._check: PendingCheck | None = None
@@ -182,7 +181,7 @@ class LendingGroup:
   def work(self) -> GroupWork:
     """What there is for the next turn, beside steps."""
     return GroupWork(
-      exchange=any(self._moves),
+      exchange=self._moves.shifts,
       check=self._check is None
       and any(manager.unverified() for manager in self.managers),
     )
@@ -201,9 +200,9 @@ class LendingGroup:
   ) -> bool:
     """Moves rBlocks and has them checked, within a turn.
 
-    At most one exchange runs, of `exchange_blocks` per pair of instances, and
-    at most one check, so that no step waits for a whole borrow. What does not
-    fit is moved by the next turns, in order.
+    Each agreed shift of the exchange runs once, with `exchange_blocks` per pair
+    of instances, and at most one check, so that no step waits for a whole
+    borrow. What does not fit is moved by the next turns, in order.
 
     Args:
       turn: What is to be launched.
@@ -289,7 +288,7 @@ class LendingGroup:
 
   def _apply_effects(self) -> bool:
     happened = False
-    for manager, moving in zip(self.managers, self._moves, strict=True):
+    for own, manager in enumerate(self.managers):
       for effect in manager.drain_effects():
         happened = True
         match effect:
@@ -298,7 +297,7 @@ class LendingGroup:
               manager.instance, dict(zip(block_ids, epochs, strict=True))
             )
           case MoveBlocks(moves=moves):
-            moving.extend(moves)
+            self._moves.add(own, moves)
           case SwapBlocks() | OverflowBlocks() | DropOverflow():
             self.host_tiers.carry_out(manager.instance, effect)
     return happened
@@ -315,26 +314,16 @@ class LendingGroup:
     return was_copying
 
   def _exchange(self, turn: StepHeader) -> bool:
-    """Runs one exchange program with as many waiting moves as it takes."""
-    if not (turn.work.exchange if turn.is_shared else any(self._moves)):
+    """Runs a turn's exchange with as many waiting moves as it takes."""
+    shifts = turn.work.exchange
+    if not shifts:
       return False
-    payloads, sent = [], []
-    for own, manager in enumerate(self.managers):
-      moves = self._moves[own]
-      joins = self.may_join(manager.instance, turn)
-      mine, waiting = fill_payloads(
-        moves if joins else (),
-        self._config.num_instances,
-        self._config.lending.exchange_blocks,
-      )
-      payloads.append(mine)
-      if joins:
-        held = set(waiting)
-        sent.append(tuple(move for move in moves if move not in held))
-        self._moves[own] = collections.deque(waiting)
-      else:
-        sent.append(())
-    self._runner.exchange(payloads)
+    payloads, sent = self._moves.take(
+      shifts,
+      [self.may_join(manager.instance, turn) for manager in self.managers],
+    )
+    for shift in shifts:
+      self._runner.exchange(shift, [mine[shift] for mine in payloads])
     for manager, mine in zip(self.managers, sent, strict=True):
       self.num_blocks_moved += len(mine)
       if mine:

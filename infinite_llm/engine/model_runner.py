@@ -21,7 +21,7 @@ from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import own_instances, row_mesh
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import shifts_of_payloads, shifts_of_slots
+from infinite_llm.engine.group_inputs import shifts_of_slots
 from infinite_llm.engine.instance_tables import InstanceTables
 from infinite_llm.engine.kv_scales import place_kv_scales
 from infinite_llm.engine.program_cache import ProgramCache
@@ -39,7 +39,7 @@ from infinite_llm.engine.step_batch import (
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.models.transformer import pool_kv_heads
 from infinite_llm.scheduler.hosted_tables import HostedVersion
-from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch
+from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch, Shift
 
 _GRANT_BUCKET = 64
 _WRITE_BUCKET = 4096
@@ -242,25 +242,19 @@ class ModelRunner:
     self.launches["verify"] += 1
     return split_rows(proved, self.row_meshes, PartitionSpec(INSTANCE_AXIS))
 
-  def exchange(self, payloads: Sequence[Payloads]) -> None:
-    """Sends rBlocks between instances.
+  def exchange(self, shift: Shift, payloads: Sequence[Payloads]) -> None:
+    """Sends rBlocks from each instance to the one that comes `shift` after it.
 
     Args:
+      shift: In [1, I).
       payloads: What each instance sends, as numpy arrays.
     """
     pool = self.programs.run(
-      ("exchange",),
-      lambda: programs.build_exchange(self._mesh),
+      ("exchange", shift),
+      lambda: programs.build_exchange(self._mesh, shift),
       (
         self.pool.group(),
-        place_rows(
-          [
-            (sent, shifts_of_payloads(instance, sent))
-            for instance, sent in zip(self.instances, payloads, strict=True)
-          ],
-          self._mesh,
-          self.row_meshes,
-        ),
+        place_rows(payloads, self._mesh, self.row_meshes),
       ),
     )
     self.pool.set_group(pool)

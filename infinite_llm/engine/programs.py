@@ -30,6 +30,7 @@ from infinite_llm.cache.kv_pool import (
 )
 from infinite_llm.cache.packed_rows import PackedRows
 from infinite_llm.models.registry import ModelConfig
+from infinite_llm.types import INSTANCE_AXIS, Shift
 from pallas_kernels.append_kv.api import append_kv
 from pallas_kernels.micro_attention.api import BlockTables
 
@@ -251,19 +252,28 @@ def build_verify(mesh: Mesh) -> Callable[..., jax.Array]:
   )
 
 
-def build_exchange(mesh: Mesh) -> Callable[..., PoolArrays]:
-  """Builds the exchange of rBlocks between all pairs of instances.
+def build_exchange(mesh: Mesh, shift: Shift) -> Callable[..., PoolArrays]:
+  """Builds the exchange of rBlocks between all instances i and i + shift.
+
+  Contains no conditional: launching it never waits for a device.
+
+  Args:
+    mesh: Of the whole group.
+    shift: In [1, I).
 
   Returns:
-    Jitted `(pool, sent) -> pool`, where `sent` are the payloads of each
-    instance and `[I]` bool: which shifts they need. Donates `pool`.
-  """
+    Jitted `(pool, payloads) -> pool`, with payloads of each instance. Donates
+    `pool`.
 
-  def body(pool, sent):
-    payloads, shifts = sent.own()
-    return movement.exchange(
-      pool, payloads, dist_attention.needed_anywhere(shifts)
-    )
+  Raises:
+    ValueError: If there is no such shift.
+  """
+  num_instances = mesh.shape[INSTANCE_AXIS]
+  if not 0 < shift < num_instances:
+    raise ValueError(f"shift must be in [1, {num_instances}); got {shift}.")
+
+  def body(pool, payloads):
+    return movement.exchange(pool, payloads.own(), shift)
 
   return jax.jit(
     jax.shard_map(

@@ -94,9 +94,7 @@ def _group_jobs(
   num_instances, lending = config.num_instances, config.lending
   nothing = [[] for _ in instances]
   slots = [empty_slots(num_instances, lending.spill_slots) for _ in instances]
-  payloads = [
-    empty_payloads(num_instances, lending.exchange_blocks) for _ in instances
-  ]
+  payloads = [empty_payloads(lending.exchange_blocks) for _ in instances]
 
   def group(bucket: int | None, is_prefill: bool) -> _Outputs:
     return zip(
@@ -115,7 +113,11 @@ def _group_jobs(
       functools.partial(group, bucket, True),
     )
   yield "coverage check", check
-  yield "exchange", functools.partial(runner.exchange, payloads)
+  for shift in range(1, num_instances):
+    yield (
+      f"exchange, shift {shift}",
+      functools.partial(runner.exchange, shift, payloads),
+    )
   for instance in instances:
     yield (
       "reservation epochs",

@@ -11,11 +11,7 @@ from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.cache.table_store import table_capacity
 from infinite_llm.distributed.mesh import make_mesh, row_mesh
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import (
-  empty_payloads,
-  fill_payloads,
-  shifts_of_payloads,
-)
+from infinite_llm.engine.group_inputs import fill_payloads, shift_of
 from infinite_llm.scheduler.effects import Move
 
 I, N, Q, P, D = 4, 8, 2, 8, 4
@@ -56,7 +52,9 @@ class Devices:
     self.mesh = make_mesh(I, 1)
     rows = [row_mesh(self.mesh, i) for i in range(I)]
     self._place = lambda trees: place_rows(trees, self.mesh, rows)
-    self._program = programs.build_exchange(self.mesh)
+    self._programs = {
+      shift: programs.build_exchange(self.mesh, shift) for shift in range(1, I)
+    }
     self.reset()
 
   def reset(self):
@@ -74,17 +72,20 @@ class Devices:
       self.epoch[instance, block] = EPOCH + block
       self.tag[instance, block] = 0
 
-  def exchange(self, moves, in_use=None):
-    """Runs one exchange; returns the moves that had to wait."""
+  def exchange(self, moves, shifts=None):
+    """Runs one exchange; returns the moves that had to wait.
+
+    Args:
+      moves: What is to be sent.
+      shifts: Which run; None is those that the moves need.
+    """
+    if shifts is None:
+      shifts = sorted({shift_of(m, I) for m in moves})
     parts = [
-      fill_payloads([m for m in moves if m.src_instance == i], I, Q)
+      fill_payloads([m for m in moves if m.src_instance == i], shifts, I, Q)
       for i in range(I)
     ]
-    payloads = [sent for sent, _ in parts]
     waiting = [m for _, waits in parts for m in waits]
-    shifts = [shifts_of_payloads(i, sent) for i, sent in enumerate(payloads)]
-    if in_use is not None:
-      shifts = [np.asarray(in_use, bool)] * I
     entries = np.zeros((I * table_capacity(N),), np.int32)
     arrays = (
       self.kv.reshape(I * N, 1, 2, 1, P, D),
@@ -99,8 +100,9 @@ class Devices:
         for x, spec in zip(arrays, POOL_SPECS, strict=True)
       )
     )
-    sent = list(zip(payloads, shifts, strict=True))
-    pool = self._program(pool, self._place(sent))
+    for shift in shifts:
+      sent = self._place([payloads[shift] for payloads, _ in parts])
+      pool = self._programs[shift](pool, sent)
     assert not np.asarray(pool.block_ids).any()
     np.testing.assert_array_equal(pool.epoch, self.epoch.reshape(-1))
     self.kv = np.array(pool.kv).reshape(self.kv.shape)
@@ -189,7 +191,7 @@ def test_padding_reaches_no_null_block(devices):
   devices.tag[:, 0] = 9
   devices.epoch[:, 0] = 9
   kv, tag = devices.kv.copy(), devices.tag.copy()
-  devices.exchange([], in_use=np.ones(I))
+  devices.exchange([], shifts=range(1, I))
   expect(devices, kv, tag)
 
 
@@ -207,12 +209,16 @@ def test_a_repeated_payload_leaves_the_copy_as_it_is(devices):
   expect(devices, kv, tag)
 
 
-def test_a_shift_that_is_not_in_use_carries_nothing(devices):
-  moves = [move((0, 3), (1, 5)), move((0, 4), (2, 6))]
-  devices.grant((1, 5), (2, 6))
+def test_what_goes_by_a_shift_that_does_not_run_waits_in_order(devices):
+  near = [move((0, 3), (1, 5)), move((0, 5), (1, 6))]
+  far = move((0, 4), (2, 6))
+  devices.grant((1, 5), (1, 6), (2, 6))
   kv, tag = devices.kv.copy(), devices.tag.copy()
-  devices.exchange(moves, in_use=[False, False, True, False])
-  expect(devices, kv, tag, moves[1])
+
+  waiting = devices.exchange([near[0], far, near[1]], shifts=[2])
+
+  assert waiting == near
+  expect(devices, kv, tag, far)
 
 
 def test_what_is_over_a_pairs_quota_waits_in_order(devices):
@@ -226,12 +232,6 @@ def test_what_is_over_a_pairs_quota_waits_in_order(devices):
 
   assert waiting == moves[2:]
   expect(devices, kv, tag, *moves[:2], elsewhere)
-
-
-def test_shifts_are_those_that_some_pair_uses():
-  sent, _ = fill_payloads([move((3, 1), (0, 7)), move((3, 2), (1, 7))], I, Q)
-  assert shifts_of_payloads(3, sent).tolist() == [False, True, True, False]
-  assert not shifts_of_payloads(3, empty_payloads(I, Q)).any()
 
 
 def test_granting_forgets_what_lay_there(devices):

@@ -110,7 +110,10 @@ class TestTalk:
     for member, more in ((first, [SUBMIT]), (second, [])):
       heard = [member.next(_TIMEOUT_S) for _ in (*turns, *more)]
       assert heard == [*turns, *more]
-    asked = [Ask(number=n, work=GroupWork(check=True)) for n in range(1, 200)]
+    asked = [
+      Ask(number=n, work=GroupWork(check=True, exchange=(1, 1 + n)))
+      for n in range(1, 200)
+    ]
     for message in asked:
       second.send(message)
     heard = []

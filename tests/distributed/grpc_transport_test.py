@@ -31,7 +31,7 @@ from infinite_llm.scheduler.messages import (
   ClusterStatus,
   Envelope,
 )
-from infinite_llm.scheduler.wire import WireCodec
+from infinite_llm.scheduler.wire import VERSION, WireCodec
 from tests.distributed.certificates import Authority
 
 _PATIENCE_S = 30.0
@@ -230,11 +230,10 @@ class TestRefusals:
     assert "must be a JSON document" in text
 
   def test_another_version(self, process, raw_call):
-    frame = (
-      WireCodec(Envelope).encode(_message(1)).replace(b"ILLM\0\1", b"ILLM\0\2")
-    )
+    right, other = (b"ILLM\0" + bytes([VERSION + more]) for more in (0, 1))
+    frame = WireCodec(Envelope).encode(_message(1)).replace(right, other)
     text = self._refused(process, raw_call, frame, Refusal.UNVERSIONED)
-    assert text == "version must be 1; got 2."
+    assert text == f"version must be {VERSION}; got {VERSION + 1}."
 
   def test_a_message_that_is_too_long(self, process, raw_call):
     frame = WireCodec(Envelope).encode(_long_message(3))

@@ -2,6 +2,8 @@
 
 import collections
 
+import pytest
+
 from infinite_llm.distributed.group_messages import Ask, Turn
 from infinite_llm.distributed.shared_order import LeaderOrder, MemberOrder
 from infinite_llm.distributed.step_header import GroupWork, OwnOrder, StepHeader
@@ -10,6 +12,8 @@ NOTHING = GroupWork()
 DECODE = GroupWork(decode=True)
 PREFILL = GroupWork(prefill_tokens=128)
 CHECK = GroupWork(check=True)
+NEAR = GroupWork(exchange=(1,))
+FAR = GroupWork(exchange=(2, 3))
 
 
 def header(number, work):
@@ -36,6 +40,17 @@ class MemberEnd:
 
   def has_mail(self):
     return False
+
+
+class TestGroupWork:
+  def test_the_ceiling_has_the_shifts_of_both(self):
+    both = GroupWork(exchange=(1, 2, 3))
+    assert FAR | NEAR == NEAR | FAR == both | FAR == both
+
+  @pytest.mark.parametrize("shifts", [(0,), (2, 1), (1, 1)])
+  def test_shifts_have_one_order(self, shifts):
+    with pytest.raises(ValueError, match="exchange must be ascending, from 1"):
+      GroupWork(exchange=shifts)
 
 
 class TestLeader:
@@ -72,6 +87,15 @@ class TestLeader:
     order.take(order.next())
     order.ask(NOTHING)
     assert order.next() is None
+
+  def test_a_shift_that_the_agreed_turn_lacks_is_in_the_next(self):
+    order = LeaderOrder(LeaderEnd(), 1.0)
+    order.ask(NEAR | FAR)
+    order.on_ask(1, Ask(number=1, work=FAR))
+    order.on_ask(2, Ask(number=1, work=GroupWork(exchange=(3, 4))))
+    order.take(order.next())
+    order.ask(NOTHING)
+    assert order.next() == header(2, GroupWork(exchange=(3, 4)))
 
   def test_that_holds_for_a_turn_that_the_leader_has_taken(self):
     order = LeaderOrder(LeaderEnd(), 1.0)
@@ -135,12 +159,14 @@ class TestMember:
 
 def test_a_process_that_is_alone_takes_any_turn_at_once():
   order = OwnOrder(1024)
-  order.ask(NOTHING)
+  order.ask(FAR)
   turn = order.next()
   assert (turn.number, turn.is_shared) == (1, False)
   assert turn.work == GroupWork(
-    exchange=True, check=True, decode=True, prefill_tokens=1024
+    exchange=(2, 3), check=True, decode=True, prefill_tokens=1024
   )
   order.take(turn)
   assert order.next().number == order.next_number == 2
+  order.ask(NOTHING)
+  assert order.next().work.exchange == ()
   assert not order.has_call()

@@ -16,6 +16,7 @@ class Moment(NamedTuple):
 
   Attributes:
     launches: Programs launched so far, by kind.
+    num_moved: rBlocks sent so far.
     is_moving: Whether payloads of `LONG` wait for the exchange.
     num_computed: Computed tokens of the request beside it; None if it does not
       run.
@@ -23,6 +24,7 @@ class Moment(NamedTuple):
   """
 
   launches: collections.Counter[str]
+  num_moved: int
   is_moving: bool
   num_computed: int | None
   has_room: bool
@@ -34,6 +36,7 @@ def moment(rig) -> Moment:
   size = rig.engine.config.cache.block_size
   return Moment(
     launches=rig.engine.runner.launches.copy(),
+    num_moved=rig.engine.group.num_blocks_moved,
     is_moving=long is not None and manager.phase(long.uid) is Phase.MOVING,
     num_computed=beside and beside.num_computed_tokens,
     has_room=beside is not None
@@ -44,6 +47,8 @@ def moment(rig) -> Moment:
 
 def test_a_step_moves_its_quota_and_rows_beside_go_on(rig):
   moments = []
+  quota = rig.engine.config.lending.exchange_blocks
+  num_shifts = rig.engine.config.num_instances - 1
   rig.expected = right_answers()
   num_moved = rig.engine.group.num_blocks_moved
   rig.add({LONG: WORKLOAD[LONG], "beside": BESIDE})
@@ -53,17 +58,18 @@ def test_a_step_moves_its_quota_and_rows_beside_go_on(rig):
   num_steps_moving = 0
   for before, after in itertools.pairwise(moments):
     launched = after.launches - before.launches
-    assert launched["exchange"] <= 1
+    # A program for each shift; only `OWNER` has anything to move.
+    assert launched["exchange"] <= num_shifts
+    assert after.num_moved - before.num_moved <= quota * launched["exchange"]
     assert launched["verify"] <= 1
     if before.is_moving:
-      assert launched["exchange"] == 1  # What waits is moved at once.
+      assert launched["exchange"] > 0  # What waits is moved at once.
       if before.has_room and after.num_computed is not None:
         assert after.num_computed == before.num_computed + 1
         num_steps_moving += 1
   assert num_steps_moving > 0
 
   launched = moments[-1].launches - moments[0].launches
-  quota = rig.engine.config.lending.exchange_blocks
   num_moved = rig.engine.group.num_blocks_moved - num_moved
   # Whole quotas, but for the last ones of each grant.
   assert launched["exchange"] <= num_moved // quota + rig.mail.sent["Reserve"]
@@ -81,6 +87,6 @@ def test_moves_go_on_when_nothing_else_runs(rig):
   for before, after in itertools.pairwise(moments):
     launched = after.launches - before.launches
     if before.is_moving:
-      assert launched["exchange"] == 1
+      assert launched["exchange"] > 0
   assert any(before.is_moving for before in moments)
   assert len(moments) <= 40

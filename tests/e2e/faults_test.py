@@ -317,12 +317,13 @@ class TestWrongContent:
     assert rig.preempted[LONG] == 1
 
 
-def moves_of(payloads):
+def moves_of(shift, payloads):
   """Where a program's payloads from `OWNER` go: `(instance, block, epoch)`."""
   sent = payloads[OWNER]
+  to = (OWNER + shift) % len(payloads)
   return [
-    (to, int(sent.dst_block[to, i]), int(sent.dst_epoch[to, i]))
-    for to, i in np.argwhere(sent.dst_block)
+    (to, int(sent.dst_block[i]), int(sent.dst_epoch[i]))
+    for i in np.flatnonzero(sent.dst_block)
   ]
 
 
@@ -340,12 +341,13 @@ def pool_contents(rig):
 class InFlight:
   """Payloads from `OWNER` on their way, with the contents they set out with."""
 
-  def __init__(self, rig, payloads):
+  def __init__(self, rig, shift, payloads):
     self._nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
     self._rig = rig
+    self._shift = shift
     self._payloads = [self._nothing] * len(payloads)
     self._payloads[OWNER] = payloads[OWNER]
-    self.moves = moves_of(payloads)
+    self.moves = moves_of(shift, payloads)
     self._sources = [
       Location(instance=OWNER, block_id=int(block_id), epoch=1)
       for block_id in set(payloads[OWNER].src_block.flat) - {0}
@@ -362,7 +364,7 @@ class InFlight:
     now = [self._rig.read(source) for source in self._sources]
     # The program reads what it sends; these were read long ago.
     self._write(self._contents)
-    exchange(self._payloads)
+    exchange(self._shift, self._payloads)
     self._write(now)
     for old, new in zip(before, pool_contents(self._rig), strict=True):
       for a, b in zip(old, new, strict=True):
@@ -408,12 +410,12 @@ class TestExchange:
     exchange = rig.engine.runner.exchange
     held = []
 
-    def hold(payloads):
-      if not held and moves_of(payloads):
-        held.append(InFlight(rig, payloads))
+    def hold(shift, payloads):
+      if not held and moves_of(shift, payloads):
+        held.append(InFlight(rig, shift, payloads))
         payloads = list(payloads)
         payloads[OWNER] = held[0].lose()
-      exchange(payloads)
+      exchange(shift, payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", hold)
     return held, exchange
@@ -457,9 +459,10 @@ class TestExchange:
     exchange = rig.engine.runner.exchange
     sent, dropped = [], []
 
-    def record(payloads):
-      sent.extend([InFlight(rig, payloads)] if moves_of(payloads) else [])
-      exchange(payloads)
+    def record(shift, payloads):
+      if moves_of(shift, payloads):
+        sent.append(InFlight(rig, shift, payloads))
+      exchange(shift, payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", record)
     start(rig)
@@ -485,13 +488,14 @@ class TestExchange:
     exchange = rig.engine.runner.exchange
     sent = []
 
-    def record(payloads):
-      sent.extend([payloads] if moves_of(payloads) else [])
-      exchange(payloads)
+    def record(shift, payloads):
+      if moves_of(shift, payloads):
+        sent.append((shift, payloads))
+      exchange(shift, payloads)
 
     def repeat():
-      for payloads in tuple(sent):
-        exchange(payloads)
+      for shift, payloads in tuple(sent):
+        exchange(shift, payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", record)
     start(rig)
@@ -552,13 +556,14 @@ class TestPersistentFault:
   def test_payloads_that_never_arrive(self, rig, monkeypatch):
     exchange = rig.engine.runner.exchange
 
-    def lose(payloads):
+    def lose(shift, payloads):
       nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
       exchange(
+        shift,
         [
           nothing if instance == OWNER else sent
           for instance, sent in enumerate(payloads)
-        ]
+        ],
       )
 
     monkeypatch.setattr(rig.engine.runner, "exchange", lose)

@@ -1,12 +1,18 @@
 import time
+import types
 
 import pytest
 
 from infinite_llm.config import engine_config
-from infinite_llm.distributed.step_header import OwnOrder
+from infinite_llm.distributed.step_header import (
+  GroupWork,
+  OwnOrder,
+  StepHeader,
+)
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.errors import ConfigError
+from infinite_llm.scheduler.effects import Move, MoveBlocks
 
 
 @pytest.mark.parametrize(
@@ -43,3 +49,96 @@ def test_several_processes_attend_no_host_memory():
 
   with pytest.raises(ConfigError, match="host_attention must be False in an"):
     LendingGroup(config, None, time.monotonic, InProcessTransport(), order)
+
+
+class Runner:
+  """Devices of a process that has instances 0 and 1 of four.
+
+  Attributes:
+    launched: For each exchange its shift, and what instances 0 and 1 send.
+  """
+
+  instances = range(2)
+
+  def __init__(self):
+    self.launched = []
+
+  def exchange(self, shift, payloads):
+    numbers = [sent.src_block[sent.dst_block != 0] for sent in payloads]
+    self.launched.append((shift, *(each.tolist() for each in numbers)))
+
+
+def move(src, dst, number):
+  return Move(
+    uid=7,
+    logical_id=number,
+    src_instance=src,
+    src_block=number,
+    src_tag=100 + number,
+    dst_instance=dst,
+    dst_block=50 + number,
+    dst_epoch=200 + number,
+    dst_tag=300 + number,
+  )
+
+
+class TestSharedTurns:
+  @pytest.fixture(name="runner")
+  def _runner(self):
+    return Runner()
+
+  @pytest.fixture(name="group")
+  def _group(self, runner, monkeypatch):
+    """One in which instance 0 wants to move rBlocks 1 to 4, and 1 nothing."""
+    config = engine_config(num_instances=4, num_blocks=9, exchange_blocks=2)
+    order = types.SimpleNamespace(is_shared=True, next_number=1)
+    transport = InProcessTransport()
+    for instance in (2, 3):
+      transport.register(instance, lambda _: None)
+    group = LendingGroup(config, runner, time.monotonic, transport, order)
+    moves = (move(0, 1, 1), move(0, 3, 2), move(0, 1, 3), move(0, 1, 4))
+    first, _ = group.managers
+    effects = [[MoveBlocks(moves=moves)]]
+    monkeypatch.setattr(
+      first, "drain_effects", lambda: effects.pop() if effects else ()
+    )
+    self.exchanged = []
+    monkeypatch.setattr(first, "on_exchanged", self.exchanged.extend)
+    group.talk()
+    return group
+
+  def take(self, group, number, *shifts):
+    """Takes a turn; returns which rBlocks were said to be sent."""
+    work = GroupWork(exchange=shifts)
+    turn = StepHeader(number=number, work=work, is_shared=True)
+    self.exchanged.clear()
+    assert group.move(turn, lambda uid: 0) == bool(shifts)
+    return [move.src_block for move in self.exchanged]
+
+  def test_it_asks_for_the_shifts_of_its_moves(self, group):
+    assert group.work() == GroupWork(exchange=(1, 3))
+
+  def test_moves_by_a_shift_that_was_not_agreed_wait_in_order(
+    self, group, runner
+  ):
+    assert self.take(group, 1, 2, 3) == [2]
+    assert runner.launched == [(2, [], []), (3, [2], [])]
+    assert group.work() == GroupWork(exchange=(1,))
+
+    assert self.take(group, 2, 1, 2) == [1, 3]
+    assert runner.launched[2:] == [(1, [1, 3], []), (2, [], [])]
+    assert self.take(group, 3, 1) == [4]
+    assert not group.work()
+    assert group.num_blocks_moved == 4
+
+  def test_nothing_runs_in_a_turn_without_an_exchange(self, group, runner):
+    assert self.take(group, 1) == []
+    assert runner.launched == []
+    assert group.work() == GroupWork(exchange=(1, 3))
+
+  def test_all_agreed_shifts_run_with_nothing_to_move(self, group, runner):
+    self.take(group, 1, 1, 3)
+    self.take(group, 2, 1)
+    runner.launched.clear()
+    assert self.take(group, 3, 1, 2, 3) == []
+    assert runner.launched == [(n, [], []) for n in (1, 2, 3)]

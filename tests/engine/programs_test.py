@@ -1,6 +1,7 @@
 """Programs work on the pool in place: temporaries stay below 1 % of it."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -127,14 +128,38 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill, kv_dtype):
   check_in_place(step.lower(*args).compile(), pool, mesh)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn"])
-def test_an_exchange_stages_two_quotas_however_many_instances(kv_dtype):
-  mesh = make_mesh(4, 1)
+def lowered_exchange(num_instances, shift, kv_dtype="float32"):
+  """An exchange of 16 rBlocks per pair; also its pool and mesh."""
+  mesh = make_mesh(num_instances, 1)
   config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
   pool = abstract_pool(config, mesh, num_blocks=4096, kv_dtype=kv_dtype)
-  sent = abstract_rows((empty_payloads(4, 16), np.zeros(4, bool)), mesh)
-  exchange = programs.build_exchange(mesh).lower(pool, sent)
+  sent = abstract_rows(empty_payloads(16), mesh)
+  exchange = programs.build_exchange(mesh, shift)
+  return exchange.lower(pool, sent), pool, mesh
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn"])
+def test_an_exchange_stages_two_quotas_however_many_instances(kv_dtype):
+  exchange, pool, mesh = lowered_exchange(4, 1, kv_dtype)
   check_in_place(exchange.compile(), pool, mesh)
+
+
+@pytest.mark.parametrize(("num_instances", "shift"), [(2, 1), (4, 1), (4, 3)])
+def test_nothing_on_the_devices_decides_what_an_exchange_runs(
+  num_instances, shift
+):
+  """On a GPU the host would wait for it, and could launch nothing behind it."""
+  exchange, _, _ = lowered_exchange(num_instances, shift)
+  assert "stablehlo.collective_permute" in exchange.as_text()
+  # What XLA's own passes for a CPU make of a scatter is no matter.
+  assert not re.search(r"stablehlo\.(case|if|while)\b", exchange.as_text())
+  assert not re.search(r"\bconditional\(", exchange.compile().as_text())
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_a_shift_that_leads_nowhere_is_refused(shift):
+  with pytest.raises(ValueError, match=rf"in \[1, 2\); got {shift}"):
+    programs.build_exchange(make_mesh(2, 1), shift)
 
 
 def test_a_local_step_has_no_collective_over_instances():

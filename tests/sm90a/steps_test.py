@@ -1,6 +1,7 @@
 """Step programs of engines compile for Hopper.
 
-None copies the pool, and those of a group compute while they exchange.
+None copies the pool, those of a group compute while they exchange, and an
+exchange of rBlocks lets the host go on.
 """
 
 import math
@@ -16,11 +17,16 @@ from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.table_store import EntryWrites, table_capacity
 from infinite_llm.distributed.mesh import make_mesh
-from infinite_llm.engine.group_inputs import empty_slots, hosted_rows
+from infinite_llm.engine.group_inputs import (
+  empty_payloads,
+  empty_slots,
+  hosted_rows,
+)
 from infinite_llm.engine.programs import (
   GroupInputs,
   Params,
   StepKind,
+  build_exchange,
   build_step,
 )
 from infinite_llm.engine.step_batch import build_batch
@@ -187,3 +193,26 @@ def test_group_steps_compute_while_they_exchange(
   layer = "gather append gathered hosted answer local answered"
   want = " ".join([first] + [layer] * (MODEL.num_layers - 1))
   assert _scheduled(compiled).startswith(want)
+
+
+@pytest.mark.parametrize("num_instances", [2, 4])
+def test_the_host_decides_nothing_while_an_exchange_runs(
+  sm90a_devices, monkeypatch, num_instances
+):
+  sm90a = sm90a_devices(num_instances)
+  # The kernels for GPUs are taken where JAX runs on one.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  mesh = make_mesh(num_instances, 1, sm90a.devices)
+  compiled, _ = sm90a.compile(
+    build_exchange(mesh, num_instances - 1),
+    _on(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
+    _on(mesh, pack(empty_payloads(16)), PER_INSTANCE, num_instances),
+    donate_argnums=0,
+  )
+  # For branches and loops XLA's runtime waits until it has their predicates.
+  text = compiled.as_text()
+  assert "collective-permute" in text
+  assert not re.search(r"\b(conditional|while)\(", text)
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes > 2 * math.prod(KV)
+  assert memory.temp_size_in_bytes < 0.01 * 2 * math.prod(KV)
