@@ -9,8 +9,8 @@ come.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -32,10 +32,15 @@ from infinite_llm.types import NULL_BLOCK_ID, BlockId, Tier
 BATCH_BLOCKS = 16
 """rBlocks of a batch, unless told otherwise."""
 
-BATCHES_UNDER_WAY = 6
-"""Batches under way in each direction. A transfer begins behind the step that
-is computed when it is asked for, so that those asked for during one step must
-keep the link busy during the next. Each batch stages its rBlocks in HBM."""
+BATCHES_UNDER_WAY = 3
+"""Batches under way in each direction: one waits for the step that was computed
+when it was asked for, as transfers do, one is on the link, and one is to be
+ended. Each stages its rBlocks in HBM."""
+
+_LAUNCHED_AT_ONCE = 4
+"""Transfers that JAX is asked for together: of a list, none begins before all
+are prepared, which for one rBlock takes a third of its time on the link; and
+one by one they take as long as there."""
 
 STAGING_BLOCKS = 2 * BATCHES_UNDER_WAY * BATCH_BLOCKS + 1
 """rBlocks of HBM that a HOST pool needs: batches in both directions, and one
@@ -100,42 +105,33 @@ class _Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-  """Moves that share a program, and the fate of their transfer.
+  """Moves that share a program.
 
   Attributes:
     parts: The moves.
     placed: The same for the devices.
-    transfer: What becomes of each rBlock, in host memory or in HBM.
+    arrays: What the transfer makes of each, in host memory or in HBM.
     checks: What the program told of the HBM end; None for one that enters, and
       where moves are not verified.
   """
 
   parts: Sequence[_Part]
   placed: PackedRows[TierBatch]
-  transfer: Future[list[jax.Array]]
+  arrays: Sequence[jax.Array]
   checks: Checks | None = None
-
-  @property
-  def arrays(self) -> list[jax.Array]:
-    """The transfer's arrays; blocks the host until it was launched."""
-    return self.transfer.result()
 
   def is_over(self) -> bool:
     # JAX declares `is_ready` only for its own arrays.
-    return self.transfer.done() and all(
-      array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
-      for array in self.arrays
-    )
+    return all(array.is_ready() for array in self.arrays)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class HostPool:
   """Holds the rBlocks of one instance's HOST tier and moves them.
 
   Nothing here waits: `copy` takes a list, `advance` launches what can be
-  launched. Transfers are launched by a thread of their own, array by array,
-  since sixteen cost the host as long as a step does. A program in HBM never
-  waits for the link: rBlocks that leave are packed first and then transferred,
-  rBlocks that enter are unpacked once they are there.
+  launched. A program in HBM never waits for the link: rBlocks that leave are
+  packed first and then transferred, rBlocks that enter are unpacked once they
+  are there.
 
   Attributes:
     num_moved: rBlocks that arrived so far, by the tier that they came to.
@@ -190,7 +186,6 @@ class HostPool:
         jax.block_until_ready(self._blocks[block_id])
         if progress:
           progress(block_id, num_blocks - 1)
-    self._link = ThreadPoolExecutor(1, thread_name_prefix=f"link of {name}")
     self._waiting = {tier: collections.deque[_Part]() for tier in Tier}
     self._under_way = {tier: collections.deque[_Batch]() for tier in Tier}
     self.num_moved = collections.Counter[Tier]()
@@ -228,7 +223,10 @@ class HostPool:
     return copy
 
   def advance(self, pool: PoolArrays) -> PoolArrays:
-    """Ends what is over and launches what there is room for; never waits.
+    """Ends what is over and launches a batch each way; never waits.
+
+    No more than that, since preparing a batch takes the host about half as long
+    as a decode step does, and other steps wait meanwhile.
 
     Donates: `pool`, if rBlocks enter it.
 
@@ -240,15 +238,16 @@ class HostPool:
 
     Raises:
       InvariantError: If moves are verified and one changed its content.
-      RuntimeError: If JAX could not launch a transfer; its moves wait again.
+      RuntimeError: If JAX could not launch a transfer; its moves wait still.
     """
-    while batch := self._over(Tier.HOST):
-      self._end_leaving(batch)
-    while batch := self._over(Tier.HBM):
-      pool = self._end_entering(batch, pool)
-    while self._has_room(Tier.HOST):
+    leaving, entering = self._under_way[Tier.HOST], self._under_way[Tier.HBM]
+    while leaving and leaving[0].is_over():
+      self._end_leaving(leaving[0])
+    while entering and entering[0].is_over():
+      pool = self._end_entering(entering[0], pool)
+    if self._has_room(Tier.HOST):
       self._begin_leaving(pool)
-    while self._has_room(Tier.HBM):
+    if self._has_room(Tier.HBM):
       self._begin_entering()
     return pool
 
@@ -259,6 +258,8 @@ class HostPool:
     """
     while not self.is_idle:
       pool = self.advance(pool)
+      if any(map(self._has_room, Tier)):
+        continue
       for batches in self._under_way.values():
         if batches:
           jax.block_until_ready(batches[0].arrays)
@@ -272,16 +273,6 @@ class HostPool:
     nothing = self._place(())
     self._leave(pool, nothing)
     return self._enter(pool, nothing, ())[0]
-
-  def _over(self, to_tier: Tier) -> _Batch | None:
-    """The oldest batch, if it is over; one that failed waits again."""
-    batches = self._under_way[to_tier]
-    try:
-      return batches[0] if batches and batches[0].is_over() else None
-    except Exception:
-      failed = batches.popleft()
-      self._waiting[to_tier].extendleft(reversed(failed.parts))
-      raise
 
   def _has_room(self, to_tier: Tier) -> bool:
     return (
@@ -303,35 +294,21 @@ class HostPool:
     parts = self._next_parts(Tier.HOST)
     placed = self._place(parts)
     packed, tag, checks = self._leave(pool, placed)
+    arrays = _transfer(packed[: len(parts)], self._host)
     self._tag = tag
-    self.release(part.move.dst_block for part in parts)
-    batch = _Batch(
-      parts=parts,
-      placed=placed,
-      transfer=self._transfer(packed[: len(parts)], self._host),
-      checks=checks,
-    )
+    for part, array in zip(parts, arrays, strict=True):
+      self._blocks[part.move.dst_block] = array
+    batch = _Batch(parts=parts, placed=placed, arrays=arrays, checks=checks)
     self._begun(Tier.HOST, batch)
 
   def _begin_entering(self) -> None:
     parts = self._next_parts(Tier.HBM)
     blocks = [self._blocks[part.move.src_block] for part in parts]
-    batch = _Batch(
-      parts=parts,
-      placed=self._place(parts),
-      transfer=self._transfer(blocks, self._hbm),
-    )
-    self._begun(Tier.HBM, batch)
-
-  def _transfer(
-    self, arrays: Sequence[jax.Array], to: NamedSharding
-  ) -> Future[list[jax.Array]]:
-    """Has arrays copied over the link; each begins once it is launched."""
-    return self._link.submit(lambda: [jax.device_put(x, to) for x in arrays])
+    placed = self._place(parts)
+    arrays = _transfer(blocks, self._hbm)
+    self._begun(Tier.HBM, _Batch(parts=parts, placed=placed, arrays=arrays))
 
   def _end_leaving(self, batch: _Batch) -> None:
-    for part, array in zip(batch.parts, batch.arrays, strict=True):
-      self._blocks[part.move.dst_block] = array
     if batch.checks is not None:
       _compare(batch.parts, batch.arrays, batch.checks)
     self._end(Tier.HOST, batch)
@@ -383,6 +360,16 @@ class HostPool:
       batch.dst_block[q] = move.dst_block
       batch.dst_tag[q] = move.dst_tag
     return place_rows([batch], self._row, [self._row])
+
+
+def _transfer(
+  arrays: Sequence[jax.Array], to: NamedSharding
+) -> list[jax.Array]:
+  """Has arrays copied over the link, which begins with the first few."""
+  transferred: list[jax.Array] = []
+  for few in itertools.batched(arrays, _LAUNCHED_AT_ONCE):
+    transferred += jax.device_put(list(few), to)
+  return transferred
 
 
 def _compare(
