@@ -1,8 +1,9 @@
 """Decoding one request whose context is larger than all HBM.
 
-A step goes through the model layer by layer, so that host memory can stream one
-layer while the one before is computed. All instances compute the same tokens,
-each attends the rBlocks that it holds in either tier, and their states merge.
+All instances compute the same tokens, each attends the rBlocks that it holds in
+either tier, and their states merge. A step is one program while all lies in HBM;
+else it goes through the model layer by layer, so that host memory can stream
+one layer while the one before is computed.
 """
 
 import math
@@ -140,6 +141,12 @@ class LayeredDecode:
     append = self._append_block(position // self._block_size)
     positions = np.asarray([position], np.int32)
     offset = np.asarray([position % self._block_size], np.int32)
+    if not self.slabs.slabs:
+      tokens = np.asarray([token], np.int32)
+      self.kv, logits = self._whole(
+        self._model.state, tokens, positions, self.kv, append, offset, tables
+      )
+      return logits
     stream = self.slabs.stream(self._most_staged)
     x = self._embed(self._model.state, np.asarray([token], np.int32))
     for layer, params in enumerate(self._layers):
@@ -186,8 +193,8 @@ class LayeredDecode:
   def _build(self) -> None:
     """Builds the programs: each layer uses the same ones."""
     model, config = self._model, self._model.config
-    whole = nnx.merge(model.graphdef, model.state)
-    layer_def, _ = nnx.split(whole.layers[0])
+    layers = nnx.merge(model.graphdef, model.state).layers
+    layer_def, _ = nnx.split(layers[0])
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model.state)
     layer_specs = specs["layers"][0]
     window = Window(config.head_dim**-0.5, None, 1)
@@ -195,6 +202,18 @@ class LayeredDecode:
     def rotation(positions):
       radians = rope.frequencies(config.rope, config.head_dim)
       return rope.rotation(positions, radians)
+
+    def whole(params, tokens, positions, kv, append, offset, tables):
+      module = nnx.merge(model.graphdef, params)
+
+      def attend(layer, q, k, v, kv):
+        kv = append_kv(kv, layer, k, v, append, offset)
+        state = local_attention(q, _ONE, positions, kv, layer, tables, window)
+        parts = jax.lax.all_gather(state, INSTANCE_AXIS)
+        return merge_many(parts).out.astype(q.dtype), kv
+
+      hidden, kv = module(tokens, positions, kv, attend)
+      return kv, module.logits(hidden)
 
     def embed(params, tokens):
       module = nnx.merge(model.graphdef, params)
@@ -239,6 +258,12 @@ class LayeredDecode:
       return module.logits(module.norm(x))
 
     kv = POOL_SPECS.kv
+    self._whole = self._jit(
+      whole,
+      (specs, _NONE, _NONE, kv, _PER_INSTANCE, _NONE, TABLE_SPECS),
+      (kv, _NONE),
+      donate=(3,),
+    )
     self._embed = self._jit(embed, (specs, _NONE), _NONE)
     self._front = self._jit(
       front,
