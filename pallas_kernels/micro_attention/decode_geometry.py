@@ -153,6 +153,15 @@ class Geometry:
     return max(1, self.tuning.tile_tokens // self.block_size)
 
   @property
+  def copies_per_step(self) -> int:
+    """Copies of keys, and of values, that are issued without a branch.
+
+    Beside two attending warpgroups, the addresses of four or eight of each are
+    more than the uniform registers hold, and spill those of all warpgroups.
+    """
+    return min(self.copies, 2) if self.is_narrow else self.copies
+
+  @property
   def copy_tokens(self) -> int:
     """KV tokens of one copy."""
     return min(self.tuning.tile_tokens, self.block_size)

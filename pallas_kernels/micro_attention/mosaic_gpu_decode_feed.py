@@ -39,12 +39,15 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
   head = kv_head(g, segment)
   last_entry = refs.block_ids.shape[0] - 1
   layer = refs.layer[0]
+  steps = g.copies // g.copies_per_step  # Of one tile.
 
-  def read(tile: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """rBlock and first position of each copy of a tile."""
+  def read(
+    tile: jax.Array, first_copy: jax.Array
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """rBlock and first position of each copy that one step makes."""
     found = []
-    for i in range(g.copies):
-      entry = lax.div(tile, g.tiles_per_block) * g.copies + i
+    for i in range(g.copies_per_step):
+      entry = lax.div(tile, g.tiles_per_block) * g.copies + first_copy + i
       offset = lax.rem(tile, g.tiles_per_block) * tile_tokens
       index = jnp.clip(first_entry + entry, 0, last_entry)
       is_held = entry < num_entries
@@ -57,6 +60,7 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
   def copy(
     tile: jax.Array,
     slot: jax.Array,
+    first_copy: jax.Array,
     copies: list[tuple[jax.Array, jax.Array]],
     ring: Ring,
     which: int,
@@ -67,27 +71,31 @@ def copy(g: Geometry, refs: Refs, segment: Segment) -> None:
       offset = pl.multiple_of(offset, tile_tokens)
     for i, (block, _) in enumerate(copies):
       index = (block * g.num_layers + layer) * 2 + which
+      start = pl.multiple_of((first_copy + i) * g.copy_tokens, g.copy_tokens)
       plgpu.copy_gmem_to_smem(
         refs.pool.at[
           index * g.num_kv_heads + head, pl.ds(offset, g.copy_tokens)
         ],
-        ring.smem.at[slot, pl.ds(i * g.copy_tokens, g.copy_tokens)],
+        ring.smem.at[slot, pl.ds(start, g.copy_tokens)],
         ring.full.at[slot],
       )
 
   def step(i: jax.Array, _: None) -> None:
-    number = segment.tiles_before + i
+    in_segment = lax.div(i, steps)
+    first_copy = lax.rem(i, steps) * g.copies_per_step
+    is_new = first_copy == 0
+    number = segment.tiles_before + in_segment
     slot = lax.rem(number, k.size)
-    tile = segment.first_tile + i
-    copies = read(tile)
-    wait_until_empty(k, number)
+    tile = segment.first_tile + in_segment
+    copies = read(tile, first_copy)
+    pl.when(is_new)(lambda: wait_until_empty(k, number))
     for j, (_, first) in enumerate(copies):
-      refs.first_smem[slot * g.copies + j] = first
-    copy(tile, slot, copies, k, 0)
-    wait_until_empty(v, number)
-    copy(tile, slot, copies, v, 1)
+      refs.first_smem[slot * g.copies + first_copy + j] = first
+    copy(tile, slot, first_copy, copies, k, 0)
+    pl.when(is_new)(lambda: wait_until_empty(v, number))
+    copy(tile, slot, first_copy, copies, v, 1)
 
-  lax.fori_loop(0, segment.num_tiles, step, None)
+  lax.fori_loop(0, segment.num_tiles * steps, step, None)
 
 
 def widen(g: Geometry, narrow: Ring, wide: Ring, num_tiles: jax.Array) -> None:
