@@ -1,9 +1,9 @@
 """Decoding one request whose context is larger than all HBM.
 
 All instances compute the same tokens, each attends the rBlocks that it holds in
-either tier, and their states merge. A step is one program while all lies in HBM;
-else it goes through the model layer by layer, so that host memory can stream
-one layer while the one before is computed.
+either tier, and their states merge. While all lies in HBM, a step is one
+program; else it goes through the model layer by layer, so that host memory can
+stream one layer while the one before is computed.
 """
 
 import math

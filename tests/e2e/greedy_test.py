@@ -214,8 +214,17 @@ def _noting(runner, splits: Splits) -> Callable:
   return noted
 
 
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("num_instances", [1, 2, 4])
+@pytest.mark.parametrize(
+  ("num_instances", "block_size"),
+  [
+    (2, 16),
+    (4, 64),
+    pytest.param(1, 16, marks=pytest.mark.slow),
+    pytest.param(1, 64, marks=pytest.mark.slow),
+    pytest.param(2, 64, marks=pytest.mark.slow),
+    pytest.param(4, 16, marks=pytest.mark.slow),
+  ],
+)
 def test_greedy_output_equals_the_dense_model(num_instances, block_size):
   rig = rig_for(num_instances, block_size, "float32")
   splits = []

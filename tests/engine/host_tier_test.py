@@ -275,7 +275,11 @@ def num_steps(engine) -> int:
   return count
 
 
-@pytest.mark.parametrize("ended", [0, 1], ids=["elder", "younger"])
+@pytest.mark.parametrize(
+  "ended",
+  [pytest.param(0, marks=pytest.mark.slow), 1],
+  ids=["elder", "younger"],
+)
 def test_either_may_be_aborted_after_any_step(engine, oracle, ended):
   stages = set()
   for step in range(0, num_steps(engine), 2):

@@ -100,7 +100,7 @@ class TestMeasuring:
     )
     kv_bytes = 2 * 16 * 32 * 4
     more = with_host.temporary_bytes - without.temporary_bytes
-    assert more == (2 * 2 * 16 + 1) * kv_bytes
+    assert more == (2 * 3 * 16 + 1) * kv_bytes
     assert with_host.block_bytes == without.block_bytes
 
   def test_devices_that_report_nothing_get_a_fixed_size(self, model):
@@ -114,6 +114,7 @@ class TestMeasuring:
     config = engine_config(**options(num_blocks=12, headroom_blocks=1))
     assert pool_size.with_pool_size(model, config) == config
 
+  @pytest.mark.slow
   def test_an_engine_fills_the_smallest_device(self, model, monkeypatch):
     config = engine_config(**options(memory_fraction=0.5, headroom_blocks=0))
     needs = pool_size.measure(model, config)

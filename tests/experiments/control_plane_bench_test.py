@@ -19,6 +19,7 @@ def config():
   return config
 
 
+@pytest.mark.bench
 def test_every_size_is_timed_and_its_plans_are_sound(config, tmp_path):
   result = control_plane_bench.run(config, tmp_path)
 

@@ -69,7 +69,13 @@ _SHARED = tuple(
 _CASES = (*_OWN, *_SHARED)
 _BY_NAME = {case.name: case for case in _CASES}
 # Interpreted, each costs seconds; these say what the kernel's own do not.
-_SLOW = ("parts_of_48_heads", "fp8_group_3")
+_SLOW = (
+  "parts_of_48_heads",
+  "fp8_group_3",
+  "odd_group",
+  "group_32",
+  "decode_group_40_fp8",
+)
 _INTERPRETED = (
   *_OWN,
   *(
