@@ -56,14 +56,16 @@ class StepPlanner:
 
   def next_turn(self) -> StepHeader | None:
     """The turn to take now; None if it is not agreed, or not yet time."""
-    work = self._group.work()
-    for instance in self._batchers:
-      work |= self._work(instance)
-    self._order.ask(work)
-    # Whoever only answers others would otherwise have its devices wait in the
-    # next turn's programs, and its own steps behind them.
-    if self._order.is_shared and self._in_flight.has_group:
-      return None
+    if self._order.is_shared:
+      # Alone, nobody wants to know, and finding it out takes time in each step.
+      work = self._group.work()
+      for instance in self._batchers:
+        work |= self._work(instance)
+      self._order.ask(work)
+      # Whoever only answers others would otherwise have its devices wait in the
+      # next turn's programs, and its own steps behind them.
+      if self._in_flight.has_group:
+        return None
     turn = self._order.next()
     if turn is not None:
       self._turn_began_s = self._clock()
