@@ -66,6 +66,7 @@ def run(
   Returns:
     `rows`, `ratios` of two cases each, and whether all is `correct`.
   """
+  _check(config)
   choose_platform(config.platform)
   num_devices = config.num_instances * config.tensor_parallel
   if config.platform == "cpu":
@@ -73,7 +74,6 @@ def run(
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", num_devices)
   check_platform(config.platform)
-  _check(config)
   bench = _Bench(config)
   bench.run_separate()
   gc.collect()  # Pools leave the devices before the next ones are placed.

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from configs.no_spill_cost import get_config
@@ -21,6 +22,8 @@ _CASES = (
 
 @pytest.fixture(name="config")
 def _config():
+  # Before the experiment asks for less: all tests of a process share them.
+  assert jax.device_count() == 4
   config = get_config()
   config.platform = "cpu"
   config.num_instances = 2
