@@ -8,14 +8,10 @@ one, two or four GPUs; what needs more than there are is left out, and named:
       --workdir=runs/data_plane_bench
 """
 
-import datetime
 import functools
 import gc
-import importlib.metadata
 import json
 import pathlib
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,10 +27,10 @@ from experiments import (
   tier_bench,
 )
 from experiments.report import table
+from experiments.run_facts import run_facts
 from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.errors import ConfigError
 
-_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin")
 _SHOWN = (
   "gb_per_s",
   "tb_per_s",
@@ -61,7 +57,7 @@ def run(
     `rows`, what was `left_out`, and whether what was checked is `correct`.
   """
   num_devices = _devices(config)
-  about = _about(num_devices)
+  about = run_facts(num_devices)
   rows: list[_Row] = []
   left_out: list[str] = []
   parts: list[tuple[str, bool, Callable[[], Iterable[_Row]], int]] = [
@@ -130,23 +126,6 @@ def _devices(config: ml_collections.ConfigDict) -> int:
       f"num_devices must be in [0, {found}]; got {config.num_devices}."
     )
   return config.num_devices or found
-
-
-def _about(num_devices: int) -> _Row:
-  """What every row tells of its run."""
-  versions = {}
-  for name in _PACKAGES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = None
-  return {
-    "device": jax.devices()[0].device_kind,
-    "num_devices": num_devices,
-    "versions": versions,
-    "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-  }
 
 
 def _show(row: _Row) -> None:

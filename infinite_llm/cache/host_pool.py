@@ -39,8 +39,8 @@ ended. Each stages its rBlocks in HBM."""
 
 _LAUNCHED_AT_ONCE = 4
 """Transfers that JAX is asked for together: of a list, none begins before all
-are prepared, which for one rBlock takes a third of its time on the link; and
-one by one they take as long as there."""
+are prepared, which takes the host a third to two thirds of an rBlock's time on
+the link; one by one they take as long as there."""
 
 STAGING_BLOCKS = 2 * BATCHES_UNDER_WAY * BATCH_BLOCKS + 1
 """rBlocks of HBM that a HOST pool needs: batches in both directions, and one
@@ -109,15 +109,16 @@ class _Batch:
 
   Attributes:
     parts: The moves.
-    placed: The same for the devices.
     arrays: What the transfer makes of each, in host memory or in HBM.
+    placed: The moves as the program that ends them takes them; None for those
+      that leave, whose program ran before the transfer.
     checks: What the program told of the HBM end; None for one that enters, and
       where moves are not verified.
   """
 
   parts: Sequence[_Part]
-  placed: PackedRows[TierBatch]
   arrays: Sequence[jax.Array]
+  placed: PackedRows[TierBatch] | None = None
   checks: Checks | None = None
 
   def is_over(self) -> bool:
@@ -226,7 +227,7 @@ class HostPool:
     """Ends what is over and launches a batch each way; never waits.
 
     No more than that, since preparing a batch takes the host about half as long
-    as a decode step does, and other steps wait meanwhile.
+    as launching a decode step, and other steps wait meanwhile.
 
     Donates: `pool`, if rBlocks enter it.
 
@@ -243,12 +244,13 @@ class HostPool:
     leaving, entering = self._under_way[Tier.HOST], self._under_way[Tier.HBM]
     while leaving and leaving[0].is_over():
       self._end_leaving(leaving[0])
-    while entering and entering[0].is_over():
-      pool = self._end_entering(entering[0], pool)
+    # What may fail comes before the pool is donated.
     if self._has_room(Tier.HOST):
       self._begin_leaving(pool)
     if self._has_room(Tier.HBM):
       self._begin_entering()
+    while entering and entering[0].is_over():
+      pool = self._end_entering(entering[0], pool)
     return pool
 
   def drain(self, pool: PoolArrays) -> PoolArrays:
@@ -298,7 +300,7 @@ class HostPool:
     self._tag = tag
     for part, array in zip(parts, arrays, strict=True):
       self._blocks[part.move.dst_block] = array
-    batch = _Batch(parts=parts, placed=placed, arrays=arrays, checks=checks)
+    batch = _Batch(parts=parts, arrays=arrays, checks=checks)
     self._begun(Tier.HOST, batch)
 
   def _begin_entering(self) -> None:
@@ -314,6 +316,7 @@ class HostPool:
     self._end(Tier.HOST, batch)
 
   def _end_entering(self, batch: _Batch, pool: PoolArrays) -> PoolArrays:
+    assert batch.placed is not None
     pool, checks = self._enter(pool, batch.placed, batch.arrays)
     if checks is not None:
       blocks = [self._blocks[part.move.src_block] for part in batch.parts]

@@ -1,6 +1,6 @@
 """What group programs read beside the batch, as numpy arrays to fill in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from infinite_llm.attention.dist_attention import (
   SpillSlots,
 )
 from infinite_llm.cache.movement import Payloads
+from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedVersion
 from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, InstanceId, Shift
@@ -67,45 +68,36 @@ def empty_payloads(quota: int) -> Payloads:
   )
 
 
-def fill_payloads(
-  moves: Iterable[Move],
-  shifts: Iterable[Shift],
-  num_instances: int,
-  quota: int,
-) -> tuple[dict[Shift, Payloads], list[Move]]:
-  """Fills one instance's part of an exchange with what its quotas take.
+def fill_payloads(moves: Sequence[Move], quota: int) -> Payloads:
+  """One instance's part of an exchange.
 
   Args:
-    moves: Moves from the instance, in the order in which they are wanted.
-    shifts: Those that run; moves by others wait.
-    num_instances: I.
-    quota: Q, most rBlocks per pair of instances.
+    moves: To one other instance; at most `quota`.
+    quota: Q.
 
   Returns:
-    Payloads of each of the shifts, and the moves that have to wait.
+    The payloads.
   """
-  sent = {shift: empty_payloads(quota) for shift in shifts}
-  filled = dict.fromkeys(sent, 0)
-  waiting = []
-  for move in moves:
-    shift = shift_of(move, num_instances)
-    place = filled.get(shift, quota)
-    if place == quota:
-      waiting.append(move)
-      continue
-    filled[shift] += 1
-    payloads = sent[shift]
-    payloads.src_block[place] = move.src_block
-    payloads.src_tag[place] = move.src_tag
-    payloads.dst_block[place] = move.dst_block
-    payloads.dst_epoch[place] = move.dst_epoch
-    payloads.dst_tag[place] = move.dst_tag
-  return sent, waiting
+  sent = empty_payloads(quota)
+  for place, move in enumerate(moves):
+    sent.src_block[place] = move.src_block
+    sent.src_tag[place] = move.src_tag
+    sent.dst_block[place] = move.dst_block
+    sent.dst_epoch[place] = move.dst_epoch
+    sent.dst_tag[place] = move.dst_tag
+  return sent
 
 
 def shift_of(move: Move, num_instances: int) -> Shift:
-  """By which shift a move's rBlock travels; 0 would be to its own instance."""
-  return (move.dst_instance - move.src_instance) % num_instances
+  """By which shift a move's rBlock travels.
+
+  Raises:
+    InvariantError: If it would stay where it is.
+  """
+  shift = (move.dst_instance - move.src_instance) % num_instances
+  if not shift:
+    raise InvariantError(f"A move must go to another instance; got {move}.")
+  return shift
 
 
 def shifts_of_slots(owner: InstanceId, slots: SpillSlots) -> np.ndarray:

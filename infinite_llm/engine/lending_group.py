@@ -18,7 +18,7 @@ from infinite_llm.distributed.step_header import (
   StepHeader,
 )
 from infinite_llm.distributed.transport.base import Transport
-from infinite_llm.engine.group_inputs import empty_slots
+from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.host_tier import HostTiers
 from infinite_llm.engine.in_flight import is_computed
 from infinite_llm.engine.model_runner import ModelRunner
@@ -314,21 +314,28 @@ class LendingGroup:
     return was_copying
 
   def _exchange(self, turn: StepHeader) -> bool:
-    """Runs a turn's exchange with as many waiting moves as it takes."""
-    shifts = turn.work.exchange
-    if not shifts:
-      return False
-    payloads, sent = self._moves.take(
-      shifts,
-      [self.may_join(manager.instance, turn) for manager in self.managers],
-    )
-    for shift in shifts:
-      self._runner.exchange(shift, [mine[shift] for mine in payloads])
-    for manager, mine in zip(self.managers, sent, strict=True):
-      self.num_blocks_moved += len(mine)
-      if mine:
-        manager.on_exchanged(mine)
-    return True
+    """Runs a turn's exchange with as many waiting moves as it takes.
+
+    Whatever was launched is told before the next shift is: one that fails
+    leaves its moves waiting.
+    """
+    quota = self._config.lending.exchange_blocks
+    for shift in turn.work.exchange:
+      sent = [
+        self._moves.next(own, shift)
+        if self.may_join(manager.instance, turn)
+        else ()
+        for own, manager in enumerate(self.managers)
+      ]
+      self._runner.exchange(shift, [fill_payloads(x, quota) for x in sent])
+      for own, (manager, mine) in enumerate(
+        zip(self.managers, sent, strict=True)
+      ):
+        self._moves.drop(own, mine)
+        self.num_blocks_moved += len(mine)
+        if mine:
+          manager.on_exchanged(mine)
+    return bool(turn.work.exchange)
 
   def _launch_check(
     self, turn: StepHeader, proved_tokens: Callable[[RequestUid], int]

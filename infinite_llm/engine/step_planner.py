@@ -57,8 +57,10 @@ class StepPlanner:
   def next_turn(self) -> StepHeader | None:
     """The turn to take now; None if it is not agreed, or not yet time."""
     work = self._group.work()
-    for instance in self._batchers:
-      work |= self._work(instance)
+    if self._order.is_shared:
+      # Alone, nobody wants to know, and finding it out takes time in each step.
+      for instance in self._batchers:
+        work |= self._work(instance)
     self._order.ask(work)
     # Whoever only answers others would otherwise have its devices wait in the
     # next turn's programs, and its own steps behind them.

@@ -1,11 +1,10 @@
 """Moves of rBlocks that no exchange has taken yet."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from infinite_llm.cache.movement import Payloads
 from infinite_llm.config import EngineConfig
-from infinite_llm.engine.group_inputs import fill_payloads, shift_of
+from infinite_llm.engine.group_inputs import shift_of
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.types import Shift
 
@@ -36,31 +35,33 @@ class WaitingMoves:
     Args:
       own: Which of this process's instances they are from.
       moves: The moves, in order.
+
+    Raises:
+      InvariantError: If one does not leave its instance.
     """
+    moves = tuple(moves)
+    for move in moves:
+      shift_of(move, self._num_instances)
     self._moves[own].extend(moves)
 
-  def take(
-    self, shifts: Sequence[Shift], joins: Sequence[bool]
-  ) -> tuple[list[dict[Shift, Payloads]], list[tuple[Move, ...]]]:
-    """Takes what one exchange carries; the others go on waiting, in order.
+  def next(self, own: int, shift: Shift) -> tuple[Move, ...]:
+    """What one exchange carries of those by a shift, the oldest first.
 
     Args:
-      shifts: Those that run; moves by others wait.
-      joins: Whether each instance sends anything.
+      own: Which of this process's instances they are from.
+      shift: Of the exchange.
 
     Returns:
-      For each instance payloads of all these shifts, and the moves in them.
+      As many moves as the quota takes; they wait until they are dropped.
     """
-    payloads: list[dict[Shift, Payloads]] = []
-    sent: list[tuple[Move, ...]] = []
-    for own, joining in enumerate(joins):
-      moves = self._moves[own] if joining else []
-      mine, waiting = fill_payloads(
-        moves, shifts, self._num_instances, self._quota
-      )
-      payloads.append(mine)
-      held = set(waiting)
-      sent.append(tuple(move for move in moves if move not in held))
-      if joining:
-        self._moves[own] = waiting
-    return payloads, sent
+    wanted = (
+      move
+      for move in self._moves[own]
+      if shift_of(move, self._num_instances) == shift
+    )
+    return tuple(itertools.islice(wanted, self._quota))
+
+  def drop(self, own: int, sent: Iterable[Move]) -> None:
+    """Forgets moves that were sent; the others go on waiting, in order."""
+    gone = set(sent)
+    self._moves[own] = [x for x in self._moves[own] if x not in gone]

@@ -237,6 +237,52 @@ def test_only_so_many_batches_are_under_way(tiers, monkeypatch):
   assert tiers.host.read(10)[1] == 5010
 
 
+def test_a_step_begins_one_batch_each_way(tiers, monkeypatch):
+  tiers.run(Tier.HOST, *(leave(i, i) for i in range(1, 7)))
+  monkeypatch.setattr(host_pool_module._Batch, "is_over", lambda _: False)
+  tiers.host.copy(Tier.HOST, [leave(i, i) for i in range(7, 12)])
+  back = [enter(i, i, 12 + i) for i in range(1, 7)]
+  tiers.host.copy(Tier.HBM, back)
+  for begun in (1, 2):
+    tiers.advance()
+    under_way = tiers.host._under_way
+    assert {tier: len(under_way[tier]) for tier in Tier} == dict.fromkeys(
+      Tier, begun
+    )
+  monkeypatch.undo()
+  tiers.drain()
+  tiers.arrived(*back)
+  tiers.check()
+
+
+def test_a_failure_does_not_lose_a_pool_that_rblocks_entered(monkeypatch):
+  tiers = Tiers()
+  tiers.left = tiers.kv.copy()
+  tiers.run(Tier.HOST, *(leave(i, i) for i in range(1, 10)))
+  back = [enter(i, i, 12 + i) for i in range(1, 10)]
+  copy = tiers.host.copy(Tier.HBM, back)
+  with monkeypatch.context() as patch:
+    patch.setattr(host_pool_module._Batch, "is_over", lambda _: False)
+    tiers.advance()
+  device_put = jax.device_put
+
+  def put(x, where, **options):
+    if isinstance(x, list):
+      raise RuntimeError("no room on the link")
+    return device_put(x, where, **options)
+
+  monkeypatch.setattr(jax, "device_put", put)
+  # The first batch is there, and would end; the second cannot begin.
+  for _ in range(2):
+    with pytest.raises(RuntimeError, match="no room on the link"):
+      tiers.advance()
+  monkeypatch.undo()
+  tiers.drain()
+  assert copy.is_done
+  tiers.arrived(*back)
+  tiers.check()
+
+
 def test_what_enters_is_not_in_the_pool_before_it_is_done(tiers, monkeypatch):
   """No program in HBM waits for the link: it is launched when all is there."""
   tiers.run(Tier.HOST, leave(3, 4))

@@ -81,11 +81,17 @@ class Devices:
     """
     if shifts is None:
       shifts = sorted({shift_of(m, I) for m in moves})
-    parts = [
-      fill_payloads([m for m in moves if m.src_instance == i], shifts, I, Q)
-      for i in range(I)
-    ]
-    waiting = [m for _, waits in parts for m in waits]
+    parts = {
+      shift: [
+        [m for m in moves if m.src_instance == i and shift_of(m, I) == shift][
+          :Q
+        ]
+        for i in range(I)
+      ]
+      for shift in shifts
+    }
+    sent = {m for part in parts.values() for mine in part for m in mine}
+    waiting = [m for m in moves if m not in sent]
     entries = np.zeros((I * table_capacity(N),), np.int32)
     arrays = (
       self.kv.reshape(I * N, 1, 2, 1, P, D),
@@ -101,8 +107,8 @@ class Devices:
       )
     )
     for shift in shifts:
-      sent = self._place([payloads[shift] for payloads, _ in parts])
-      pool = self._programs[shift](pool, sent)
+      placed = self._place([fill_payloads(mine, Q) for mine in parts[shift]])
+      pool = self._programs[shift](pool, placed)
     assert not np.asarray(pool.block_ids).any()
     np.testing.assert_array_equal(pool.epoch, self.epoch.reshape(-1))
     self.kv = np.array(pool.kv).reshape(self.kv.shape)

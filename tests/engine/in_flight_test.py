@@ -16,6 +16,7 @@ from infinite_llm.engine.sampler import PendingSample
 from infinite_llm.engine.sampling import Sampled
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.batching import Batcher
 from tests.testing import (
   SamplingOracle,
   drain,
@@ -129,6 +130,23 @@ def flight(*instances: int, is_group: bool = False) -> Flight:
     )
 
   return Flight(steps=tuple(map(step, instances)), is_group=is_group)
+
+
+def test_without_spills_nobody_looks_for_group_work(
+  engine, oracle, monkeypatch
+):
+  def refuse(*_):
+    raise AssertionError("Nothing was spilled.")
+
+  monkeypatch.setattr(Batcher, "group_work", refuse)
+  before = dict(engine.runner.launches)
+  names = [add(engine, 20 + i, 6, i) for i in range(3)]
+  finished = drain(engine)
+  for name in names:
+    check(oracle, finished[name], 6)
+  after = dict(engine.runner.launches)
+  launched = {name for name in after if after[name] != before.get(name, 0)}
+  assert launched == {"local_decode", "local_prefill"}
 
 
 class TestInFlight:

@@ -4,6 +4,7 @@ import pytest
 
 from infinite_llm.config import engine_config
 from infinite_llm.engine.waiting_moves import WaitingMoves
+from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.effects import Move
 
 I, QUOTA = 4, 2
@@ -31,14 +32,6 @@ def _moves():
   return WaitingMoves(config, 2)
 
 
-def carried(payloads):
-  """rBlocks that are sent, by shift."""
-  return {
-    shift: sent.src_block[sent.dst_block != 0].tolist()
-    for shift, sent in payloads.items()
-  }
-
-
 def test_shifts_are_distances_around_the_group(moves):
   assert moves.shifts == ()
   moves.add(0, [move(2, 1, 1), move(2, 3, 2)])
@@ -52,40 +45,24 @@ def test_what_is_over_a_quota_waits_in_order(moves):
   moves.add(0, [*near, far])
   moves.add(1, [move(3, 0, 7)])
 
-  payloads, sent = moves.take(moves.shifts, [True, True])
+  assert moves.next(0, 3) == (far,)
+  assert moves.next(1, 1) == (move(3, 0, 7),)
+  for taken in (near[:2], near[2:4], near[4:]):
+    assert moves.next(0, 1) == tuple(taken)
+    moves.drop(0, taken)
+  assert moves.next(0, 1) == ()
+  assert moves.shifts == (1, 3)  # Nobody dropped the others.
 
-  assert [carried(mine) for mine in payloads] == [
-    {1: [1, 2], 3: [6]},
-    {1: [7], 3: []},
-  ]
-  assert sent == [(*near[:2], far), (move(3, 0, 7),)]
-  assert moves.shifts == (1,)
-  for numbers in ([3, 4], [5]):
-    payloads, _ = moves.take(moves.shifts, [True, True])
-    assert carried(payloads[0]) == {1: numbers}
+
+def test_what_is_not_dropped_is_next_again(moves):
+  moves.add(0, [move(2, 3, 1), move(2, 0, 2), move(2, 3, 3)])
+  assert moves.next(0, 1) == moves.next(0, 1) == (move(2, 3, 1), move(2, 3, 3))
+  moves.drop(0, [move(2, 3, 1)])
+  assert moves.next(0, 1) == (move(2, 3, 3),)
+  assert moves.shifts == (1, 2)
+
+
+def test_a_move_to_its_own_instance_is_refused_and_nothing_is_queued(moves):
+  with pytest.raises(InvariantError, match="to another instance; got Move"):
+    moves.add(0, [move(2, 3, 1), move(2, 2, 2)])
   assert moves.shifts == ()
-
-
-def test_moves_by_other_shifts_than_agreed_wait_in_order(moves):
-  near = [move(2, 3, n) for n in (1, 2, 3)]
-  moves.add(0, [near[0], move(2, 0, 4), *near[1:]])
-
-  payloads, sent = moves.take((2, 3), [True, True])
-
-  assert carried(payloads[0]) == {2: [4], 3: []}
-  assert sent == [(move(2, 0, 4),), ()]
-  assert moves.shifts == (1,)
-  payloads, sent = moves.take((1,), [True, True])
-  assert carried(payloads[0]) == {1: [1, 2]}
-  assert sent[0] == tuple(near[:2])
-
-
-def test_an_instance_that_does_not_join_sends_nothing(moves):
-  moves.add(0, [move(2, 3, 1)])
-  moves.add(1, [move(3, 0, 2)])
-
-  payloads, sent = moves.take((1,), [False, True])
-
-  assert [carried(mine) for mine in payloads] == [{1: []}, {1: [2]}]
-  assert sent == [(), (move(3, 0, 2),)]
-  assert moves.shifts == (1,)

@@ -1,6 +1,10 @@
 """What counts as a run of a kernel."""
 
-from experiments.kernel_timing import device_times
+import jax.numpy as jnp
+import pytest
+
+from experiments import kernel_timing
+from experiments.kernel_timing import busy_us, device_times
 
 
 def _process(pid, name):
@@ -17,3 +21,26 @@ def test_only_a_gpu_runs_kernels():
     {"ph": "X", "pid": 1, "name": "decode_kernel", "dur": 4.0},
   ]
   assert device_times(events, "decode") == [3.0, 4.0]
+
+
+def _stream(pid, tid, name):
+  about = {"pid": pid, "tid": tid, "args": {"name": name}}
+  return {"ph": "M", "name": "thread_name", **about}
+
+
+def test_all_kernels_of_all_streams_keep_a_device_busy(monkeypatch):
+  events = [
+    _stream(1, 7, "Stream #14(Compute)"),
+    _stream(1, 8, "Stream #15(MemcpyH2D)"),
+    _stream(2, 7, "python"),
+    {"ph": "X", "pid": 1, "tid": 7, "name": "a", "dur": 3.0},
+    {"ph": "X", "pid": 1, "tid": 8, "name": "copy", "dur": 1.0},
+    {"ph": "X", "pid": 2, "tid": 7, "name": "host", "dur": 50.0},
+    {"ph": "X", "pid": 1, "tid": 9, "name": "of no stream", "dur": 70.0},
+    {"ph": "X", "pid": 1, "tid": 7, "name": "b", "dur": 4.0},
+    {"ph": "X", "pid": 1, "tid": 7, "name": "a", "dur": 2.0},
+  ]
+  monkeypatch.setattr(kernel_timing, "_profile", lambda *_: events)
+  assert busy_us(jnp.sin, 0.0, calls=2, programs=2) == 10.0 / 4
+  with pytest.raises(RuntimeError, match="profiler saw 4 kernels"):
+    busy_us(jnp.sin, 0.0, calls=5, programs=1)

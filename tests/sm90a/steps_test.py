@@ -196,7 +196,7 @@ def test_group_steps_compute_while_they_exchange(
 
 
 @pytest.mark.parametrize("num_instances", [2, 4])
-def test_the_host_decides_nothing_while_an_exchange_runs(
+def test_no_device_decides_what_an_exchange_runs(
   sm90a_devices, monkeypatch, num_instances
 ):
   sm90a = sm90a_devices(num_instances)

@@ -1,0 +1,67 @@
+"""What lending costs those who do not borrow, and what a spill costs the rest.
+
+As it stands: an 8B Llama-3 shape in bfloat16 on four GPUs of 80 GB or more, one
+for each instance. Instance 0 prefills prompts of 8K tokens all the time, the
+others decode full batches.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.experiment = "no_spill_cost"  # experiments/no_spill_cost.py
+  config.seed = 0
+  config.platform = "gpu"  # Or "cpu".
+  config.num_instances = 4
+  config.tensor_parallel = 1
+  config.repeats = 3  # Of each case without spills; the median is taken.
+
+  config.model = ConfigDict()  # An 8B Llama-3, with random weights.
+  config.model.vocab_size = 128256
+  config.model.model_dim = 4096
+  config.model.mlp_dim = 14336
+  config.model.num_layers = 32
+  config.model.num_q_heads = 32
+  config.model.num_kv_heads = 8
+  config.model.head_dim = 128
+  config.model.dtype = "bfloat16"
+
+  # Fields of `infinite_llm/config.py`, the same for all engines.
+  config.cache = ConfigDict()
+  config.cache.block_size = 64
+  config.cache.num_blocks = 3073  # 24 GiB: 196,608 tokens.
+  config.lending = ConfigDict()
+  config.lending.policy = "borrow"
+  config.lending.spill_slots = 4
+  config.lending.headroom_blocks = 64
+  config.lending.group_prefill_buckets = (1024,)
+  config.scheduler = ConfigDict()
+  config.scheduler.max_num_seqs = 64
+  config.scheduler.decode_buckets = (4, 64)
+  config.scheduler.prefill_buckets = (8192,)
+  config.scheduler.prefill_rows = 8
+
+  # Steps are those that give tokens: of instance 0, one for each prompt.
+  config.prefill = ConfigDict()
+  config.prefill.num_in_flight = 2
+  config.prefill.prompt_tokens = 8192
+  config.prefill.max_tokens = 1
+  config.prefill.warm_steps = 2
+  config.prefill.steps = 20
+  # Batches are full after a few prefill steps, which must be over by then. All
+  # steps of the window must lie within `max_tokens`.
+  config.decode = ConfigDict()
+  config.decode.num_in_flight = 64
+  config.decode.prompt_tokens = 1024
+  config.decode.max_tokens = 512
+  config.decode.warm_steps = 40
+  config.decode.steps = 320
+
+  # The request that spills, where its prompt is more than an instance holds.
+  config.long = ConfigDict()
+  config.long.run = True
+  config.long.instance = 0
+  config.long.prompt_tokens = 262144
+  config.long.max_tokens = 1024
+  return config
