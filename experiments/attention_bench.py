@@ -6,6 +6,7 @@ model, the output of one being the query of the next.
 """
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.baselines.headwise_tp import headwise_attention
 from experiments.baselines.ring_attention import RingPart, ring_attention
-from infinite_llm.attention.decode_exchange import (
-  DecodeExchange,
-  open_mailboxes,
-)
+from experiments.one_sided_exchange import one_sided_exchanges
+from infinite_llm.attention.decode_exchange import COLLECTIVES
 from infinite_llm.attention.dist_attention import (
   NO_ROW,
   NO_VERSION,
@@ -281,7 +280,7 @@ def _position(config: ml_collections.ConfigDict, case: _Case) -> jax.Array:
 
 
 _ONE = np.asarray([0, 1], np.int32)
-_COLLECTIVES = DecodeExchange()
+_COLLECTIVES = itertools.repeat(COLLECTIVES)  # For each call of a program.
 
 
 def _one_device(config, case, num_calls, q, kv):
@@ -300,7 +299,7 @@ def _one_device(config, case, num_calls, q, kv):
   return q
 
 
-def _dist(config, case, num_calls, q, kv, exchange=_COLLECTIVES):
+def _dist(config, case, num_calls, q, kv, exchanges=_COLLECTIVES):
   """Instance 0 owns the request; everybody answers its one spill slot."""
   count = _num_blocks(config, case)
   tables = _tables(count, _me() * count)
@@ -318,7 +317,7 @@ def _dist(config, case, num_calls, q, kv, exchange=_COLLECTIVES):
   )
   positions = jnp.where(is_owner, _position(config, case), -1)
   asked = asked_positions(positions, slots)
-  for call in range(num_calls):
+  for call, exchange in zip(range(num_calls), exchanges, strict=False):
     state = decode_attention(
       q,
       positions,
@@ -331,14 +330,13 @@ def _dist(config, case, num_calls, q, kv, exchange=_COLLECTIVES):
       _window(config),
       exchange,
     )
-    exchange = exchange._replace(is_first=False)
     q = _next(q, state.out)
   return q
 
 
 def _dist_one_sided(config, case, num_calls, q, kv):
-  exchange = open_mailboxes(1, *q.shape[1:], q.dtype)
-  return _dist(config, case, num_calls, q, kv, exchange)
+  exchanges = one_sided_exchanges(1, *q.shape[1:], q.dtype)
+  return _dist(config, case, num_calls, q, kv, exchanges)
 
 
 def _ring(config, case, num_calls, q, kv):

@@ -19,6 +19,7 @@ from infinite_llm.engine.sampling import sample, sampling_arrays
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Attend, Transformer
 from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.effects import Move
 from tests.recount import check_engine_books
 
 if TYPE_CHECKING:
@@ -216,6 +217,21 @@ class GreedyOracle:
           f" by a margin of {margin[row]:.2e}"
         )
     return None
+
+
+def move(src: int, dst: int, number: int) -> Move:
+  """Sends the rBlock `number` of one instance to another."""
+  return Move(
+    uid=7,
+    logical_id=number,
+    src_instance=src,
+    src_block=number,
+    src_tag=100 + number,
+    dst_instance=dst,
+    dst_block=50 + number,
+    dst_epoch=200 + number,
+    dst_tag=300 + number,
+  )
 
 
 def lockstep(array: jax.Array) -> bool:

@@ -7,9 +7,8 @@ owner names, or with the empty state. Partial states merge exactly (arXiv
 2401.02669, section on DistAttention), and so does coverage, the proof of what
 was read (`DESIGN.md` section 5).
 
-Everything here runs inside `shard_map` over ("instance", "tensor"); this module
-with `decode_exchange.py`, and `cache/movement.py`, hold all collectives over
-"instance".
+All runs inside `shard_map` over ("instance", "tensor"). Collectives over
+"instance" are here, in `decode_exchange.py` and in `cache/movement.py` alone.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from infinite_llm.attention.decode_exchange import DecodeExchange, pack, unpack
+from infinite_llm.attention.decode_exchange import (
+  COLLECTIVES,
+  DecodeExchange,
+  pack,
+  unpack,
+)
 from infinite_llm.cache.kv_pool import coverage
 from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.attention_state import AttentionState, merge, merge_many
@@ -29,8 +33,6 @@ NO_ROW = -1
 
 NO_VERSION = -1
 """Version of a table that is not installed, or that nobody is asked for."""
-
-_COLLECTIVES = DecodeExchange()
 
 
 class Window(NamedTuple):
@@ -224,7 +226,7 @@ def decode_attention(
   asked: jax.Array,
   slots: SpillSlots,
   window: Window,
-  exchange: DecodeExchange = _COLLECTIVES,
+  exchange: DecodeExchange = COLLECTIVES,
 ) -> AttentionState:
   """One layer of a group decode step: one query token per row.
 

@@ -109,16 +109,16 @@ class _Batch:
 
   Attributes:
     parts: The moves.
+    placed: The same for the program at the HBM end, which comes before the
+      transfer of those that leave and behind that of those that enter.
     arrays: What the transfer makes of each, in host memory or in HBM.
-    placed: The moves as the program that ends them takes them; None for those
-      that leave, whose program ran before the transfer.
     checks: What the program told of the HBM end; None for one that enters, and
       where moves are not verified.
   """
 
   parts: Sequence[_Part]
+  placed: PackedRows[TierBatch]
   arrays: Sequence[jax.Array]
-  placed: PackedRows[TierBatch] | None = None
   checks: Checks | None = None
 
   def is_over(self) -> bool:
@@ -300,7 +300,7 @@ class HostPool:
     self._tag = tag
     for part, array in zip(parts, arrays, strict=True):
       self._blocks[part.move.dst_block] = array
-    batch = _Batch(parts=parts, arrays=arrays, checks=checks)
+    batch = _Batch(parts=parts, placed=placed, arrays=arrays, checks=checks)
     self._begun(Tier.HOST, batch)
 
   def _begin_entering(self) -> None:
@@ -316,7 +316,6 @@ class HostPool:
     self._end(Tier.HOST, batch)
 
   def _end_entering(self, batch: _Batch, pool: PoolArrays) -> PoolArrays:
-    assert batch.placed is not None
     pool, checks = self._enter(pool, batch.placed, batch.arrays)
     if checks is not None:
       blocks = [self._blocks[part.move.src_block] for part in batch.parts]

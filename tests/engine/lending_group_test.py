@@ -12,7 +12,8 @@ from infinite_llm.distributed.step_header import (
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.errors import ConfigError
-from infinite_llm.scheduler.effects import Move, MoveBlocks
+from infinite_llm.scheduler.effects import MoveBlocks
+from tests.testing import move
 
 
 @pytest.mark.parametrize(
@@ -66,20 +67,6 @@ class Runner:
   def exchange(self, shift, payloads):
     numbers = [sent.src_block[sent.dst_block != 0] for sent in payloads]
     self.launched.append((shift, *(each.tolist() for each in numbers)))
-
-
-def move(src, dst, number):
-  return Move(
-    uid=7,
-    logical_id=number,
-    src_instance=src,
-    src_block=number,
-    src_tag=100 + number,
-    dst_instance=dst,
-    dst_block=50 + number,
-    dst_epoch=200 + number,
-    dst_tag=300 + number,
-  )
 
 
 class TestSharedTurns:

@@ -5,24 +5,9 @@ import pytest
 from infinite_llm.config import engine_config
 from infinite_llm.engine.waiting_moves import WaitingMoves
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.effects import Move
+from tests.testing import move
 
 I, QUOTA = 4, 2
-
-
-def move(src: int, dst: int, number: int) -> Move:
-  """Sends the rBlock `number` of one instance to another."""
-  return Move(
-    uid=7,
-    logical_id=number,
-    src_instance=src,
-    src_block=number,
-    src_tag=100 + number,
-    dst_instance=dst,
-    dst_block=50 + number,
-    dst_epoch=200 + number,
-    dst_tag=300 + number,
-  )
 
 
 @pytest.fixture(name="moves")

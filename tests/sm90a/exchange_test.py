@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from infinite_llm.attention.decode_exchange import open_mailboxes
+from experiments.one_sided_exchange import one_sided_exchanges
 from infinite_llm.attention.dist_attention import (
   SpillSlots,
   Window,
@@ -136,8 +136,8 @@ def test_local_attention_runs_between_sending_and_receiving(
   )
 
   def body(q, kv, positions, asked, own, answered, slots):
-    exchange = open_mailboxes(SLOTS, HEADS, HEAD_DIM, q.dtype)
-    for layer in range(2):
+    exchanges = one_sided_exchanges(SLOTS, HEADS, HEAD_DIM, q.dtype)
+    for layer, exchange in zip(range(2), exchanges, strict=False):
       state = decode_attention(
         q,
         positions,
@@ -150,7 +150,6 @@ def test_local_attention_runs_between_sending_and_receiving(
         Window(HEAD_DIM**-0.5, None, 1),
         exchange,
       )
-      exchange = exchange._replace(is_first=False)
       q = state.out.astype(q.dtype)
     return q
 
