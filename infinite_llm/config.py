@@ -18,10 +18,13 @@ from infinite_llm.rules import (
   require_positive,
 )
 
+LOAD_FORMATS = ("auto", "dummy")
+"""Where weights come from: a checkpoint, or nowhere."""
+
 MAX_GROUP_ROWS = 512
 """Rows of a group decode step, over all instances."""
 
-MAX_PROGRAM_KINDS = 24
+MAX_PROGRAM_KINDS = 28
 """Compiled programs of whole models that differ in more than the instance; more
 are a lot."""
 
@@ -79,8 +82,10 @@ class EngineConfig:
     scheduler: Batching of each instance.
     dtype: Dtype of weights and activations: "float32" or "bfloat16"; "auto"
       takes the checkpoint's own, bfloat16 for one in float16.
+    load_format: Where weights come from: "auto" reads the checkpoint, "dummy"
+      draws them for the shape that its `config.json` describes, by `seed`.
     max_logprobs: Most likely tokens that a step can report.
-    seed: Seed for requests that bring none.
+    seed: Seed for requests that bring none, and of drawn weights.
   """
 
   num_instances: int = 1
@@ -89,6 +94,7 @@ class EngineConfig:
   lending: LendingConfig = dataclasses.field(default_factory=LendingConfig)
   scheduler: SchedulerConfig = SchedulerConfig()
   dtype: str = "auto"
+  load_format: str = "auto"
   max_logprobs: int = 5
   seed: int = 0
 
@@ -106,6 +112,7 @@ class EngineConfig:
     if self.has_group and self.cache.num_blocks is not None:
       self.lending.check_pool(self.cache.num_blocks - 1)
     require_choice(self, "dtype", ("auto", *DTYPES))
+    require_choice(self, "load_format", LOAD_FORMATS)
     require_integer("seed", self.seed)
     require(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
     count = self.max_logprobs
@@ -145,10 +152,11 @@ class EngineConfig:
 
     Alike are those that differ only in their instance, or in the shift by which
     rBlocks travel. Every bucket of every kind of step is one. So is each of the
-    two ways of sampling for each number of rows, marking the tokens seen and
-    writing table entries, and each direction between the tiers; a group has its
-    exchange, coverage check and reservation epochs. With `num_layered_kinds`
-    there is one more way to HOST, and steps have one row.
+    three kinds of sampling for each number of rows, marking the tokens seen and
+    writing table entries, and each direction between the tiers; a group has
+    every bucket of its exchange, its coverage check and reservation epochs.
+    With `num_layered_kinds` there is one more way to HOST, and steps have one
+    row.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
@@ -159,9 +167,10 @@ class EngineConfig:
       steps += self.num_layered_kinds + 1
       row_counts.add(1)
     if self.has_group:
-      steps += 1 + len(lending.group_prefill_buckets) + 3
+      steps += 1 + len(lending.group_prefill_buckets)
+      steps += len(lending.exchange_buckets) + 2
       row_counts |= {lending.spill_slots, 1}
-    return steps + 2 * len(row_counts) + 2
+    return steps + 3 * len(row_counts) + 2
 
   @property
   def num_layered_kinds(self) -> int:

@@ -48,9 +48,11 @@ class LendingConfig:
     group_chunk_s: Seconds that a group prefill step may take. A request's next
       chunk has as many tokens as its last one suggests, within the buckets:
       nobody waits for the whole group much longer than this.
-    exchange_blocks: rBlocks that may move per pair of instances between two
-      steps. A borrow of k of them takes about k / exchange_blocks steps, in
-      which other rows go on; each instance stages 2 * exchange_blocks rBlocks.
+    exchange_blocks: Most rBlocks that may move per pair of instances between
+      two steps. A borrow of k of them takes about k / exchange_blocks steps, in
+      which other rows go on; each instance stages 2 * exchange_blocks rBlocks
+      at most. All that a program has room for travels, needed or not, so there
+      is a small one too (`exchange_buckets`).
     resend_after_s: Seconds without an answer after which a message is sent
       again.
     heartbeat_every_s: Seconds between heartbeats, and between renewals of
@@ -204,6 +206,11 @@ class LendingConfig:
       " max_lent_blocks)",
       headroom,
     )
+
+  @property
+  def exchange_buckets(self) -> tuple[int, ...]:
+    """rBlocks per pair that exchange programs are compiled for, rising."""
+    return tuple(sorted({1, self.exchange_blocks}))
 
   @property
   def leader_lease_s(self) -> float:

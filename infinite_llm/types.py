@@ -42,6 +42,8 @@ Text = Annotated[str, AnyCharacters()]
 InstanceId = Annotated[int, Range(low=0, high=2**31 - 1)]
 # How many places after its sender, on that axis, an instance receives.
 Shift = Annotated[int, Range(low=1, high=2**31 - 1)]
+# rBlocks that an exchange carries from each instance, however few are real.
+Quota = Annotated[int, Range(low=1, high=2**31 - 1)]
 # Non-zero uint32, never used twice in a lending group.
 RequestUid = Annotated[int, Range(low=1, high=2**32 - 1)]
 # Index of an rBlock in its instance's pool.

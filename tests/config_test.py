@@ -27,6 +27,14 @@ def test_a_headroom_that_was_asked_for_is_kept(headroom):
   assert config.lending.headroom_blocks == headroom
 
 
+@pytest.mark.parametrize(
+  ("most", "buckets"), [(1, (1,)), (2, (1, 2)), (16, (1, 16))]
+)
+def test_one_rblock_has_an_exchange_of_its_own(most, buckets):
+  config = engine_config(exchange_blocks=most)
+  assert config.lending.exchange_buckets == buckets
+
+
 class TestHostAttention:
   def test_a_request_keeps_a_part_of_hbm_and_leaves_by_half_of_it(self):
     cache = engine_config(
@@ -57,32 +65,34 @@ class TestHostAttention:
 
 class TestProgramKinds:
   def test_one_instance_has_its_steps_and_their_sampling(self):
-    # 3 decode, 2 prefill; two ways of sampling 1, 4 and 16 rows; one to mark,
-    # one to write entries.
-    assert EngineConfig().num_program_kinds == 5 + 6 + 2
+    # 3 decode, 2 prefill; three kinds of sampling 1, 4 and 16 rows; one to
+    # mark, one to write entries.
+    assert EngineConfig().num_program_kinds == 5 + 9 + 2
 
   def test_a_group_adds_its_own(self):
-    # Decode, two prefill, exchange, check and epochs.
+    # Decode, two prefill, two exchanges, check and epochs.
     for num_instances in (2, 4):
       config = engine_config(num_instances=num_instances)
-      assert config.num_program_kinds == 5 + 6 + 2 + 6
+      assert config.num_program_kinds == 5 + 9 + 2 + 7
     config = engine_config(num_instances=2, spill_slots=3)
-    assert config.num_program_kinds == 5 + 6 + 2 + 6 + 2
+    assert config.num_program_kinds == 5 + 9 + 2 + 7 + 3
+    config = engine_config(num_instances=2, exchange_blocks=1)
+    assert config.num_program_kinds == 5 + 9 + 2 + 6
 
   def test_host_memory_adds_a_program_for_each_direction(self):
     config = engine_config(host_blocks=8)
-    assert config.num_program_kinds == 5 + 6 + 2 + 2
+    assert config.num_program_kinds == 5 + 9 + 2 + 2
 
   def test_attention_over_host_memory_adds_five_for_one_token_and_for_many(
     self,
   ):
     # And a way to HOST; its rows are one each, as in a decode bucket.
     config = engine_config(host_blocks=8, host_attention=True)
-    assert config.num_program_kinds == 5 + 6 + 2 + 2 + 11
+    assert config.num_program_kinds == 5 + 9 + 2 + 2 + 11
     config = engine_config(
       host_blocks=8, host_attention=True, decode_buckets=(4, 16)
     )
-    assert config.num_program_kinds == 4 + 4 + 2 + 2 + 11 + 2
+    assert config.num_program_kinds == 4 + 6 + 2 + 2 + 11 + 3
 
   def test_instances_that_lend_nothing_are_no_group(self):
     config = engine_config(num_instances=2, policy="static")

@@ -15,7 +15,11 @@ import numpy as np
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from infinite_llm.engine.sampling import sample, sampling_arrays
+from infinite_llm.engine.sampling import (
+  SamplingKind,
+  sample,
+  sampling_arrays,
+)
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import Attend, Transformer
 from infinite_llm.sampling_params import SamplingParams
@@ -336,7 +340,7 @@ class SamplingOracle:
     self._max_tokens = max_tokens
     self._logits = jax.jit(functools.partial(dense_logits, model))
     self._sample = jax.jit(
-      functools.partial(sample, max_logprobs=0, greedy_only=False)
+      functools.partial(sample, max_logprobs=0, kind=SamplingKind.CUT)
     )
 
   def logits(self, prompt: list[int], answer: Sequence[int]) -> np.ndarray:

@@ -38,9 +38,9 @@ when it was asked for, as transfers do, one is on the link, and one is to be
 ended. Each stages its rBlocks in HBM."""
 
 _LAUNCHED_AT_ONCE = 4
-"""Transfers that JAX is asked for together: of a list, none begins before all
-are prepared, which takes the host a third to two thirds of an rBlock's time on
-the link; one by one they take as long as there."""
+"""Transfers that JAX is asked for together, behind a first one: of a list, none
+begins before all are prepared, which takes the host a third to two thirds of an
+rBlock's time on the link; one by one they take as long as there."""
 
 STAGING_BLOCKS = 2 * BATCHES_UNDER_WAY * BATCH_BLOCKS + 1
 """rBlocks of HBM that a HOST pool needs: batches in both directions, and one
@@ -367,9 +367,9 @@ class HostPool:
 def _transfer(
   arrays: Sequence[jax.Array], to: NamedSharding
 ) -> list[jax.Array]:
-  """Has arrays copied over the link, which begins with the first few."""
-  transferred: list[jax.Array] = []
-  for few in itertools.batched(arrays, _LAUNCHED_AT_ONCE):
+  """Has arrays copied over the link, which begins with the first."""
+  transferred = jax.device_put(list(arrays[:1]), to)
+  for few in itertools.batched(arrays[1:], _LAUNCHED_AT_ONCE):
     transferred += jax.device_put(list(few), to)
   return transferred
 

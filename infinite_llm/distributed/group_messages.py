@@ -174,7 +174,7 @@ class OutputNews:
   """What is new in a request since the last news of it.
 
   Attributes:
-    request_id: Its name.
+    uid: Its number; a name may be that of another request by now.
     token_ids: New tokens.
     pieces: New pieces of text.
     logprobs: One per new token, if they were asked for.
@@ -182,7 +182,7 @@ class OutputNews:
     error: What went wrong, if that is why.
   """
 
-  request_id: Text
+  uid: RequestUid
   token_ids: tuple[int, ...]
   pieces: tuple[Text, ...]
   logprobs: tuple[TokenNews, ...]

@@ -7,9 +7,11 @@ it is there before the next turn can begin.
 
 import collections
 
+from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.group_link import LeaderLink, MemberLink
 from infinite_llm.distributed.group_messages import Ask, Turn
 from infinite_llm.distributed.step_header import GroupWork, StepHeader
+from infinite_llm.errors import GroupError
 
 
 class LeaderOrder:
@@ -17,14 +19,16 @@ class LeaderOrder:
 
   is_shared = True
 
-  def __init__(self, link: LeaderLink, patience_s: float):
+  def __init__(self, link: LeaderLink, patience_s: float, config: EngineConfig):
     """Begins with turn 1.
 
     Args:
       link: To the members.
       patience_s: How long a turn's steps may take; longer is a fault.
+      config: Sizes of the whole group.
     """
     self.patience_s = patience_s
+    self._config = config
     self._link = link
     self._asked: dict[int, GroupWork] = {}
     self._header: StepHeader | None = None
@@ -36,7 +40,12 @@ class LeaderOrder:
     self._note(0, self.next_number, work)
 
   def on_ask(self, process: int, message: Ask) -> None:
-    """Takes what a member has for a turn."""
+    """Takes what a member has for a turn.
+
+    Raises:
+      GroupError: If no engine of the group has the programs for it.
+    """
+    _check_exchange(process, message.work, self._config)
     self._note(process, message.number, message.work)
 
   def next(self) -> StepHeader | None:
@@ -80,14 +89,16 @@ class MemberOrder:
 
   is_shared = True
 
-  def __init__(self, link: MemberLink, patience_s: float):
+  def __init__(self, link: MemberLink, patience_s: float, config: EngineConfig):
     """Begins with turn 1.
 
     Args:
       link: To the leader.
       patience_s: How long a turn's steps may take; longer is a fault.
+      config: Sizes of the whole group.
     """
     self.patience_s = patience_s
+    self._config = config
     self._link = link
     self._said: Ask | None = None
     self._headers: collections.deque[StepHeader] = collections.deque()
@@ -105,7 +116,12 @@ class MemberOrder:
       self._link.send(message)
 
   def on_turn(self, message: Turn) -> None:
-    """Takes a header of the leader."""
+    """Takes a header of the leader.
+
+    Raises:
+      GroupError: If no engine of the group has the programs for it.
+    """
+    _check_exchange(0, message.work, self._config)
     header = StepHeader(
       number=message.number, work=message.work, is_shared=True
     )
@@ -123,3 +139,21 @@ class MemberOrder:
   def has_call(self) -> bool:
     """Whether the leader has said something."""
     return self._link.has_mail()
+
+
+def _check_exchange(
+  process: int, work: GroupWork, config: EngineConfig
+) -> None:
+  """Refuses exchanges that warm-up has not compiled.
+
+  Raises:
+    GroupError: If there is one, naming the process that sent it.
+  """
+  quotas = config.lending.exchange_buckets
+  for shift, quota in work.exchange:
+    if shift >= config.num_instances or quota not in quotas:
+      raise GroupError(
+        f"Process {process} sent what it must not: exchange must have shifts"
+        f" in [1, {config.num_instances}) and quotas out of"
+        f" {', '.join(map(str, quotas))}; got {work.exchange}."
+      )

@@ -11,7 +11,7 @@ import itertools
 import math
 from typing import Protocol
 
-from infinite_llm.types import Shift
+from infinite_llm.types import Quota, Shift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,34 +19,41 @@ class GroupWork:
   """Group programs, in the order in which a turn launches them.
 
   Attributes:
-    exchange: Shifts s, ascending, by which rBlocks move from an instance i to
-      i + s. Each is a program of its own, so that no device has to ask whether
-      it is needed.
+    exchange: `(shift, quota)` by ascending shift: as many rBlocks may move from
+      each instance i to i + shift. Each is a program of its own, so that no
+      device has to ask what is needed.
     check: Moved rBlocks are proved.
     decode: A decode step.
     prefill_tokens: Query tokens of a prefill step, a bucket; 0 is no step.
   """
 
-  exchange: tuple[Shift, ...] = ()
+  exchange: tuple[tuple[Shift, Quota], ...] = ()
   check: bool = False
   decode: bool = False
   prefill_tokens: int = 0
 
   def __post_init__(self):
-    """Refuses shifts that are not in the one order of all processes."""
-    rises = all(a < b for a, b in itertools.pairwise((0, *self.exchange)))
-    if not rises:
+    """Refuses exchanges without room, or not in the order of all processes."""
+    shifts = (0, *(shift for shift, _ in self.exchange))
+    if not all(a < b for a, b in itertools.pairwise(shifts)):
       raise ValueError(
-        f"exchange must be ascending, from 1 on; got {self.exchange}."
+        f"exchange must have ascending shifts, from 1 on; got {self.exchange}."
+      )
+    if not all(quota >= 1 for _, quota in self.exchange):
+      raise ValueError(
+        f"exchange must have quotas of at least 1; got {self.exchange}."
       )
 
   def __bool__(self) -> bool:
     return self != GroupWork()
 
   def __or__(self, other: "GroupWork") -> "GroupWork":
-    """The smallest ceiling above both."""
+    """The smallest ceiling above both: of two quotas the larger one."""
+    quotas = dict(self.exchange)
+    for shift, quota in other.exchange:
+      quotas[shift] = max(quota, quotas.get(shift, quota))
     return GroupWork(
-      exchange=tuple(sorted({*self.exchange, *other.exchange})),
+      exchange=tuple(sorted(quotas.items())),
       check=self.check or other.check,
       decode=self.decode or other.decode,
       prefill_tokens=max(self.prefill_tokens, other.prefill_tokens),
@@ -121,11 +128,11 @@ class OwnOrder:
     )
 
   def ask(self, work: GroupWork) -> None:
-    """Needs to know only which shifts its own moves need."""
+    """Needs to know only which exchanges its own moves need."""
     self._work = dataclasses.replace(self._work, exchange=work.exchange)
 
   def next(self) -> StepHeader:
-    """A turn with everything, of shifts those that were asked for.
+    """A turn with everything, of exchanges those that were asked for.
 
     What nobody has anything for is left out.
     """

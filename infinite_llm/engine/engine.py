@@ -156,10 +156,7 @@ class Engine:
 
   @property
   def num_unproved_rows(self) -> int:
-    """Rows whose coverage was not what they demanded.
-
-    Each was tried again, or its request failed.
-    """
+    """Rows of wrong coverage; each was tried again, or its request failed."""
     return self._committer.num_unproved_rows
 
   @property
@@ -168,9 +165,7 @@ class Engine:
     return reachable_tokens(self.config)
 
   def warm_up(self, progress: Progress | None = None) -> None:
-    """Compiles every program that the configuration can need.
-
-    Blocks the host.
+    """Compiles every program that may be needed; blocks the host.
 
     Args:
       progress: Told how far this is.
@@ -243,12 +238,7 @@ class Engine:
     *,
     instance: InstanceId | None = None,
   ) -> None:
-    """Refuses what `add_request` would refuse, and changes nothing.
-
-    Raises:
-      RequestError: If an argument is wrong.
-      CapacityError: If the prompt can never fit.
-    """
+    """Refuses what `add_request` would refuse, and changes nothing."""
     check_request(
       as_token_ids(prompt_token_ids),
       sampling,
@@ -288,12 +278,18 @@ class Engine:
     turn = None if self._order.is_shared else self._planner.next_turn()
     return self._move(turn) or has_moved
 
-  def step(self) -> list[RequestOutput]:
+  def step(
+    self, meanwhile: Callable[[], bool] | None = None
+  ) -> list[RequestOutput]:
     """Launches a step of every idle instance and waits for any to be over.
 
     After an exception from a launch or a commit, and after a
     `KeyboardInterrupt` while it waits, it can be called again: what was not
     committed is fetched or computed once more, and gives the same tokens.
+
+    Args:
+      meanwhile: Called when steps are launched, so that it costs devices no
+        time; whether something must not wait for a step to be over.
 
     Returns:
       Outputs of the requests that got a token or ended.
@@ -304,11 +300,15 @@ class Engine:
     self._launch(turn)
     # A plan may give a request up and let another take its place at once.
     self._take_ended()
-    flights = self._in_flight.wait(self._planner.interruption())
+    is_hurried = meanwhile is not None and meanwhile()
+    flights = self._in_flight.wait(
+      self._planner.interruption(), at_once=is_hurried
+    )
     for flight in flights:
       self._finished += self._committer.commit(flight)
     self._take_ended()
-    if has_moved or flights or not self._book or self.group.is_checking:
+    has_rows = self._in_flight.has_rows or any(each.steps for each in flights)
+    if has_moved or has_rows or not self._book or self.group.is_checking:
       self._stall.progress()
     else:
       self._stall.wait()

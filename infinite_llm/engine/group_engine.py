@@ -31,7 +31,7 @@ from infinite_llm.engine.warm_up import Progress
 from infinite_llm.errors import GroupError, RequestError
 from infinite_llm.models.loaded_model import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
-from infinite_llm.types import InstanceId, PoolCounts
+from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
 _IDLE_S = 0.0005
 _LOOK_EVERY_S = 0.1
@@ -61,14 +61,15 @@ class GroupEngine:
       raise GroupError("Only process 0 takes requests.")
     self._group = group
     self._link = group.link
-    self._order = LeaderOrder(group.link, PATIENCE_S)
+    self._order = LeaderOrder(group.link, PATIENCE_S, config)
     self._own = Engine(
       model, config, transport=group.transport, order=self._order
     )
     self.config = self._own.config
     self._uids = itertools.count(1)
     self._load = dict.fromkeys(range(config.num_instances), 0)
-    self._remote: dict[str, RemoteRequest] = {}
+    self._remote: dict[RequestUid, RemoteRequest] = {}
+    self._remote_uids: dict[str, RequestUid] = {}
     self._outputs: list[RequestOutput] = []
     self._looked_s = 0.0
     self._uses: dict[int, EngineUse] = {}
@@ -117,8 +118,9 @@ class GroupEngine:
       return self._own.add_request(
         prompt, sampling, request_id=request_id, instance=instance, uid=uid
       )
-    self._remote[request_id] = RemoteRequest(
-      request_id, instance, prompt, sampling
+    self._remote_uids[request_id] = uid
+    self._remote[uid] = RemoteRequest(
+      uid, request_id, instance, prompt, sampling
     )
     self._link.send(
       self._group.process_of(instance),
@@ -144,11 +146,12 @@ class GroupEngine:
 
   def abort(self, request_id: str) -> None:
     """Ends a request early; its rBlocks are given back."""
-    request = self._remote.pop(request_id, None)
-    if request is None:
+    uid = self._remote_uids.get(request_id)
+    if uid is None:
       self._own.abort(request_id)
       return
     # What its owner still says of it is of no request any more.
+    request = self._forget(uid)
     self._link.send(
       self._group.process_of(request.instance), Abort(request_id=request_id)
     )
@@ -162,7 +165,9 @@ class GroupEngine:
 
   def is_unfinished(self, request_id: str) -> bool:
     """Whether a request of this name has not ended."""
-    return request_id in self._remote or self._own.is_unfinished(request_id)
+    return request_id in self._remote_uids or self._own.is_unfinished(
+      request_id
+    )
 
   def settle(self) -> bool:
     """Lets the managers go on; others may need this process for that."""
@@ -183,10 +188,10 @@ class GroupEngine:
 
   def progress(self, request_id: str) -> tuple[int, int]:
     """How far the prompt of a request is computed, by the newest report."""
-    request = self._remote.get(request_id)
-    if request is None:
+    uid = self._remote_uids.get(request_id)
+    if uid is None:
       return self._own.progress(request_id)
-    total = len(request.prompt_token_ids)
+    total = len(self._remote[uid].prompt_token_ids)
     done = [
       computed
       for use in self._uses.values()
@@ -218,9 +223,8 @@ class GroupEngine:
     )
 
   def _go_on(self) -> bool:
-    """One step of this process, between two looks at the link."""
-    self._hear()
-    outputs = self._own.step()
+    """One step of this process, with a look at the link in it and behind it."""
+    outputs = self._own.step(self._hear_meanwhile)
     for output in outputs:
       if output.is_finished:
         self._note_end(output)
@@ -231,6 +235,15 @@ class GroupEngine:
       self._break_stall()
       time.sleep(_IDLE_S)
     return bool(outputs) or has_heard
+
+  def _hear_meanwhile(self) -> bool:
+    """Takes what members have said while devices compute.
+
+    Returns:
+      Whether there is something for the caller, who must not wait for a step.
+    """
+    self._hear()
+    return bool(self._outputs)
 
   def _break_stall(self) -> None:
     """Has a request make room if no process of the group can go on."""
@@ -259,12 +272,12 @@ class GroupEngine:
           self._order.on_ask(process, message)
         case Outputs(news=news):
           for each in news:
-            request = self._remote.get(each.request_id)
+            request = self._remote.get(each.uid)
             if request is None:
               continue
             output = request.take(each)
             if output.is_finished:
-              del self._remote[each.request_id]
+              self._forget(each.uid)
               self._note_end(output)
             else:
               self._outputs.append(output)
@@ -277,6 +290,12 @@ class GroupEngine:
         case _:
           raise GroupError(f"Process {process} must not say {message}.")
     return bool(messages)
+
+  def _forget(self, uid: RequestUid) -> RemoteRequest:
+    """Another process's request has ended; its name is free again."""
+    request = self._remote.pop(uid)
+    del self._remote_uids[request.request_id]
+    return request
 
   def _note_end(self, output: RequestOutput) -> None:
     self._load[output.instance] -= len(output.prompt_token_ids)

@@ -84,6 +84,11 @@ class InFlight:
     return bool(self._flights)
 
   @property
+  def has_rows(self) -> bool:
+    """Whether any row is under way; answers to other processes are none."""
+    return any(flight.steps for flight in self._flights)
+
+  @property
   def has_group(self) -> bool:
     """Whether a group program is under way."""
     return any(flight.is_group for flight in self._flights)
@@ -106,23 +111,30 @@ class InFlight:
     """Takes what was launched just now."""
     self._flights += flights
 
-  def wait(self, interrupted: Callable[[], bool] | None = None) -> list[Flight]:
+  def wait(
+    self,
+    interrupted: Callable[[], bool] | None = None,
+    *,
+    at_once: bool = False,
+  ) -> list[Flight]:
     """Waits until any flight is over. Blocks the host.
 
     Args:
       interrupted: Whether something else is to be done now; asked again and
         again. None if nothing else can come.
+      at_once: Whether to look only, and not to wait.
 
     Returns:
       Those that are over, in the order of launching; they stay in here until
       `remove`. One that is alone comes at once if nothing else can come:
       fetching its tokens waits.
     """
-    if not self._flights or (interrupted is None and len(self._flights) == 1):
+    is_sure = interrupted is None and not at_once
+    if not self._flights or (is_sure and len(self._flights) == 1):
       return list(self._flights)
     while True:
       over = [flight for flight in self._flights if self._is_over(flight)]
-      if over or (interrupted is not None and interrupted()):
+      if over or at_once or (interrupted is not None and interrupted()):
         return over
       time.sleep(_POLL_S)
 

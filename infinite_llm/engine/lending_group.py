@@ -181,7 +181,7 @@ class LendingGroup:
   def work(self) -> GroupWork:
     """What there is for the next turn, beside steps."""
     return GroupWork(
-      exchange=self._moves.shifts,
+      exchange=self._moves.exchange,
       check=self._check is None
       and any(manager.unverified() for manager in self.managers),
     )
@@ -200,8 +200,8 @@ class LendingGroup:
   ) -> bool:
     """Moves rBlocks and has them checked, within a turn.
 
-    Each agreed shift of the exchange runs once, with `exchange_blocks` per pair
-    of instances, and at most one check, so that no step waits for a whole
+    Each agreed shift of the exchange runs once, with the agreed quota of each
+    pair of instances, and at most one check, so that no step waits for a whole
     borrow. What does not fit is moved by the next turns, in order.
 
     Args:
@@ -319,10 +319,9 @@ class LendingGroup:
     Whatever was launched is told before the next shift is: one that fails
     leaves its moves waiting.
     """
-    quota = self._config.lending.exchange_blocks
-    for shift in turn.work.exchange:
+    for shift, quota in turn.work.exchange:
       sent = [
-        self._moves.next(own, shift)
+        self._moves.next(own, shift, quota)
         if self.may_join(manager.instance, turn)
         else ()
         for own, manager in enumerate(self.managers)

@@ -49,7 +49,8 @@ class LLM:
 
     Args:
       model: Hugging Face folder (`config.json`, safetensors, tokenizer), or
-        one that `models.checkpoint.save` wrote.
+        one that `models.checkpoint.save` wrote. With `load_format="dummy"` its
+        `config.json` is enough, and weights are random.
       config: Sizes and rules; or give `options`.
       show_progress: Show bars for compilation and generation.
       group: All processes, of which this one is process 0, if the instances lie

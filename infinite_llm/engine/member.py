@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -28,8 +29,10 @@ from infinite_llm.distributed.runtime import ProcessGroup
 from infinite_llm.distributed.shared_order import MemberOrder
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.news import news_of
+from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.errors import GroupError
 from infinite_llm.models.checkpoint import is_checkpoint, restore
+from infinite_llm.models.dummy_weights import load_dummy
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.models.loaded_model import LoadedModel
 
@@ -55,16 +58,20 @@ def load_model(
   """Loads a checkpoint onto the mesh that a configuration asks for.
 
   Args:
-    model: Hugging Face folder, or one that `models.checkpoint.save` wrote.
-    config: How many instances, of how many devices, and the dtype.
+    model: Hugging Face folder, or one that `models.checkpoint.save` wrote. For
+      `load_format="dummy"` one with a Hugging Face `config.json`.
+    config: How many instances, of how many devices, the dtype, and whether
+      weights are read or drawn.
 
   Raises:
     ConfigError: If there are too few devices.
     CheckpointError: If the checkpoint cannot be read.
   """
   mesh = make_mesh(config.num_instances, config.tensor_parallel)
-  load = restore if is_checkpoint(model) else load_hf
   dtype = None if config.dtype == "auto" else config.dtype
+  if config.load_format == "dummy":
+    return load_dummy(model, mesh, seed=config.seed, dtype=dtype)
+  load = restore if is_checkpoint(model) else load_hf
   return load(model, mesh, dtype=dtype)
 
 
@@ -79,6 +86,7 @@ class Member:
     self._link = group.link
     self._engine: Engine | None = None
     self._order: MemberOrder | None = None
+    self._outputs: list[RequestOutput] = []
     self._said: EngineUse | None = None
     self._reported_s = 0.0
 
@@ -119,7 +127,8 @@ class Member:
 
   def _open(self, model: str, config: EngineConfig) -> None:
     self._engine = None  # Its pools go before the new ones come.
-    self._order = MemberOrder(self._link, PATIENCE_S)
+    self._outputs.clear()
+    self._order = MemberOrder(self._link, PATIENCE_S, config)
     self._engine = Engine(
       load_model(model, config),
       config,
@@ -154,10 +163,20 @@ class Member:
         raise GroupError(f"Process 0 must not say {message}.")
 
   def _step(self, engine: Engine) -> bool:
-    """One step; whether it gave anything."""
-    outputs = engine.step()
-    if outputs:
-      self._link.send(Outputs(news=tuple(map(news_of, outputs))))
+    """One step; whether it gave anything.
+
+    What it gave is told when the next one is launched, and reports are made
+    then: the devices compute meanwhile.
+    """
+    self._outputs += engine.step(functools.partial(self._tell, engine))
+    return bool(self._outputs)
+
+  def _tell(self, engine: Engine) -> bool:
+    """Tells process 0 what there is; nothing is ever in a hurry."""
+    if self._outputs:
+      news = tuple(map(news_of, self._outputs))
+      self._outputs.clear()
+      self._link.send(Outputs(news=news))
     now_s = time.monotonic()
     if now_s - self._reported_s >= _REPORT_EVERY_S:
       self._reported_s = now_s
@@ -165,7 +184,7 @@ class Member:
       if use != self._said:
         self._said = use
         self._link.send(use)
-    return bool(outputs)
+    return False
 
 
 def _config(text: str) -> EngineConfig:

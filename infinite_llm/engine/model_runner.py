@@ -247,10 +247,11 @@ class ModelRunner:
 
     Args:
       shift: In [1, I).
-      payloads: What each instance sends, as numpy arrays.
+      payloads: What each instance sends, as numpy arrays, all of one quota.
     """
+    quota = len(payloads[0].src_block)
     pool = self.programs.run(
-      ("exchange", shift),
+      ("exchange", shift, quota),
       lambda: programs.build_exchange(self._mesh, shift),
       (
         self.pool.group(),

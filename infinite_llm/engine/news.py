@@ -24,7 +24,7 @@ from infinite_llm.engine.outputs import (
 from infinite_llm.errors import CapacityError, CoverageError, ModelError
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, RequestUid
 
 
 def news_of(output: RequestOutput) -> OutputNews:
@@ -41,7 +41,7 @@ def news_of(output: RequestOutput) -> OutputNews:
     for each in (record.logprobs or [])[new]
   )
   return OutputNews(
-    request_id=output.request_id,
+    uid=output.uid,
     token_ids=tuple(record.token_ids[new]),
     pieces=tuple(record.pieces[pieces]),
     logprobs=logprobs,
@@ -56,21 +56,25 @@ class RemoteRequest:
   """A request that another process runs, as far as its news have come.
 
   Attributes:
+    uid: Its number.
+    request_id: Its name.
     instance: Its owner.
     prompt_token_ids: Its prompt.
   """
 
   def __init__(
     self,
+    uid: RequestUid,
     request_id: str,
     instance: InstanceId,
     prompt_token_ids: tuple[int, ...],
     sampling: SamplingParams,
   ):
     """Starts without any."""
+    self.uid = uid
+    self.request_id = request_id
     self.instance = instance
     self.prompt_token_ids = prompt_token_ids
-    self._request_id = request_id
     self._record = OutputRecord(
       token_ids=[],
       pieces=[],
@@ -100,7 +104,8 @@ class RemoteRequest:
     self, reason: str | None, error: Exception | None, seen: Extent
   ) -> RequestOutput:
     return RequestOutput(
-      request_id=self._request_id,
+      uid=self.uid,
+      request_id=self.request_id,
       prompt_token_ids=self.prompt_token_ids,
       finish_reason=reason,
       error=error,

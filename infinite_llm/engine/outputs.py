@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+from infinite_llm.types import RequestUid
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
@@ -61,6 +63,7 @@ class RequestOutput:
   they are read.
 
   Attributes:
+    uid: Number of the request: no other of its group ever has it.
     request_id: Name of the request.
     prompt_token_ids: Its prompt.
     finish_reason: "stop", "length", "abort" or "error"; None while it runs.
@@ -71,6 +74,7 @@ class RequestOutput:
     seen: How much of it an earlier output covered.
   """
 
+  uid: RequestUid
   request_id: str
   prompt_token_ids: tuple[int, ...]
   finish_reason: str | None

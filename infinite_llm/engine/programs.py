@@ -262,8 +262,8 @@ def build_exchange(mesh: Mesh, shift: Shift) -> Callable[..., PoolArrays]:
     shift: In [1, I).
 
   Returns:
-    Jitted `(pool, payloads) -> pool`, with payloads of each instance. Donates
-    `pool`.
+    Jitted `(pool, payloads) -> pool`, with payloads of each instance, all of
+    one quota. Donates `pool`.
 
   Raises:
     ValueError: If there is no such shift.

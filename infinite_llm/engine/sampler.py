@@ -1,7 +1,7 @@
 """Samples the rows of a step where their logits are: on the instance itself."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from infinite_llm.engine.programs import StepOutput
 from infinite_llm.engine.sampling import (
   Sampled,
   SamplingArrays,
+  SamplingKind,
   sample,
   sampling_arrays,
 )
@@ -104,7 +105,7 @@ class Sampler:
       Tokens of all `B` rows.
     """
     bucket = output.logits.shape[0]
-    is_greedy = all(_is_plain_greedy(row.request.sampling) for row in rows)
+    kind = SamplingKind.for_rows(row.request.sampling for row in rows)
     given: list[tuple[SamplingParams, int, int]]
     given = [(SamplingParams(), 0, 0)] * bucket
     seen_rows = np.full(bucket, len(self._seen), np.int32)
@@ -113,20 +114,19 @@ class Sampler:
       given[b] = (sampling, sampling.seed or 0, request.num_tokens)
       if sampling.repetition_penalty != 1:
         seen_rows[b] = self._seen_row(request)
-    name = "sample_greedy" if is_greedy else "sample"
-    return self._launch(name, output, sampling_arrays(given, bucket), seen_rows)
+    return self._launch(kind, output, sampling_arrays(given, bucket), seen_rows)
 
   def _launch(
     self,
-    name: str,
+    kind: SamplingKind,
     output: StepOutput,
     arrays: SamplingArrays,
     seen_rows: np.ndarray,
   ) -> PendingSample:
     given = place_rows([(arrays, seen_rows)], self._row_mesh, [self._row_mesh])
     sampled, self._seen = self._programs.run(
-      (name, self._instance, len(seen_rows)),
-      lambda: _build_sample(name == "sample_greedy", self._max_logprobs),
+      (kind.value, self._instance, len(seen_rows)),
+      lambda: build_sample(kind, self._max_logprobs),
       (*output, given, self._seen),
     )
     return PendingSample(sampled, output.proved)
@@ -138,11 +138,11 @@ class Sampler:
       self._free_rows.append(row)
 
   def warm_up(self, output: StepOutput) -> None:
-    """Compiles both ways of sampling a step of this shape."""
+    """Compiles all kinds of sampling a step of this shape."""
     bucket = output.logits.shape[0]
     nobody = np.full(bucket, len(self._seen), np.int32)
-    for name in ("sample_greedy", "sample"):
-      self._launch(name, output, sampling_arrays([], bucket), nobody)
+    for kind in SamplingKind:
+      self._launch(kind, output, sampling_arrays([], bucket), nobody)
     self._mark(0, np.zeros(self._seen.shape[1], bool))
 
   def _seen_row(self, request: Request) -> int:
@@ -174,23 +174,28 @@ def fetch(pending: PendingSample) -> Mapping[str, np.ndarray]:
   return {**sampled._asdict(), "proved": proved}
 
 
-def _is_plain_greedy(sampling: SamplingParams) -> bool:
-  return (
-    sampling.is_greedy
-    and sampling.repetition_penalty == 1
-    and sampling.logprobs is None
-  )
-
-
 def _mark_seen(seen: jax.Array, row: jax.Array, tokens: jax.Array) -> jax.Array:
   return seen.at[row].set(tokens)
 
 
-def _build_sample(greedy_only: bool, max_logprobs: int):
+def build_sample(
+  kind: SamplingKind, max_logprobs: int
+) -> Callable[..., tuple[Sampled, jax.Array]]:
+  """Builds a sampling program: of one instance alone, without a conditional.
+
+  Args:
+    kind: What the rows of its steps may ask for.
+    max_logprobs: Most likely tokens reported with each token.
+
+  Returns:
+    Jitted `(logits [B, V], proved [B], given, seen) -> (sampled, seen)`, where
+    `given` are the `SamplingArrays` of the rows and `[B]` their rows of `seen`.
+    Donates `seen`.
+  """
   choose = functools.partial(
     sample,
-    max_logprobs=0 if greedy_only else max_logprobs,
-    greedy_only=greedy_only,
+    max_logprobs=0 if kind is SamplingKind.GREEDY else max_logprobs,
+    kind=kind,
   )
 
   def run(

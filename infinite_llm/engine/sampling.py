@@ -12,9 +12,14 @@ the same distribution there and here:
 
 A draw takes its noise from (seed, position) and the token id alone: the same
 row gives the same token again, in whichever batch, bucket or instance.
+
+Whether to draw at all, and whether to sort the vocabulary, which costs more
+than all the rest, the host decides, for all rows of a step: on a GPU it would
+wait for a condition that the device computes.
 """
 
-from collections.abc import Sequence
+import enum
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,6 +34,31 @@ NO_TOKEN = 2**31 - 1
 It lies past every vocabulary, so that it cannot be taken for a token and a
 scatter with `mode="drop"` ignores it.
 """
+
+
+class SamplingKind(enum.Enum):
+  """How much a sampling program can do; a row gets the same of all that serve.
+
+  Values are names of programs.
+  """
+
+  GREEDY = "sample_greedy"
+  """The best token, without log-probabilities of others."""
+  DRAWN = "sample_drawn"
+  """All but top_k and top_p of rows that draw."""
+  CUT = "sample_cut"
+  """All there is; sorts the vocabulary."""
+
+  @classmethod
+  def for_rows(cls, rows: Iterable[SamplingParams]) -> "SamplingKind":
+    """The kind that does least among those that serve all rows."""
+    kind = cls.GREEDY
+    for row in rows:
+      if not row.is_greedy and (row.top_k > 0 or row.top_p < 1):
+        return cls.CUT
+      if not _is_plain_greedy(row):
+        kind = cls.DRAWN
+    return kind
 
 
 class SamplingArrays(NamedTuple):
@@ -115,7 +145,7 @@ def sample(
   seen: jax.Array,
   *,
   max_logprobs: int,
-  greedy_only: bool,
+  kind: SamplingKind,
 ) -> Sampled:
   """Chooses one token per row.
 
@@ -125,7 +155,7 @@ def sample(
     seen: `[B, V]` bool. Tokens that the prompt or the output already has; read
       where the repetition penalty is not 1.
     max_logprobs: Most likely tokens to report, at most V. Static.
-    greedy_only: All rows have temperature 0, so nothing is drawn. Static.
+    kind: What the program can do; one that serves all rows. Static.
 
   Returns:
     The tokens and their log-probabilities.
@@ -133,8 +163,8 @@ def sample(
   log_total = jax.nn.logsumexp(logits, axis=-1)
   penalised = _penalise(logits, seen, arrays.repetition_penalty)
   token = jnp.argmax(penalised, axis=-1)
-  if not greedy_only:
-    drawn = _draw(penalised, arrays)
+  if kind is not SamplingKind.GREEDY:
+    drawn = _draw(penalised, arrays, kind is SamplingKind.CUT)
     token = jnp.where(arrays.temperature == 0, token, drawn)
 
   # A NaN in any logit, or no finite one, is a NaN or infinity of the total.
@@ -147,6 +177,10 @@ def sample(
     top_ids=top_ids.astype(jnp.int32),
     top_logprobs=top - log_total[:, None],
   )
+
+
+def _is_plain_greedy(row: SamplingParams) -> bool:
+  return row.is_greedy and row.repetition_penalty == 1 and row.logprobs is None
 
 
 def _penalise(
@@ -167,12 +201,15 @@ def _penalise(
   return jnp.where(seen, penalised, logits)
 
 
-def _draw(logits: jax.Array, arrays: SamplingArrays) -> jax.Array:
+def _draw(
+  logits: jax.Array, arrays: SamplingArrays, has_cuts: bool
+) -> jax.Array:
   """Draws a token from each row, by the Gumbel trick.
 
   Args:
     logits: `[B, V]` float32, penalised.
     arrays: How to choose. Rows of temperature 0 give any token.
+    has_cuts: Whether a row may have top_k or top_p. Static.
 
   Returns:
     `[B]` int32.
@@ -183,16 +220,8 @@ def _draw(logits: jax.Array, arrays: SamplingArrays) -> jax.Array:
   scaled = (logits - best) / jnp.maximum(arrays.temperature, tiny)[:, None]
   # The best token weighs exp(0), so min_p compares with 1.
   scaled = _keep(scaled, scaled >= jnp.log(arrays.min_p)[:, None])
-  has_cut = (arrays.top_k > 0) | (arrays.top_p < 1)
-  # Sorting a vocabulary costs more than all the rest: only if a row needs it.
-  scaled = jax.lax.cond(
-    jnp.any(has_cut & (arrays.temperature > 0)),
-    _keep_top,
-    lambda scaled, top_k, top_p: scaled,
-    scaled,
-    arrays.top_k,
-    arrays.top_p,
-  )
+  if has_cuts:
+    scaled = _keep_top(scaled, arrays.top_k, arrays.top_p)
   return jnp.argmax(scaled + _noise(arrays, logits.shape[-1]), axis=-1)
 
 

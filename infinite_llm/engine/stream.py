@@ -102,6 +102,7 @@ class OutputStream:
     """
     seen, self._seen = self._seen, self._record.extent
     return RequestOutput(
+      uid=self._request.uid,
       request_id=self._request.request_id,
       prompt_token_ids=self._request.prompt_token_ids,
       finish_reason=reason,

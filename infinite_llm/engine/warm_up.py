@@ -94,7 +94,6 @@ def _group_jobs(
   num_instances, lending = config.num_instances, config.lending
   nothing = [[] for _ in instances]
   slots = [empty_slots(num_instances, lending.spill_slots) for _ in instances]
-  payloads = [empty_payloads(lending.exchange_blocks) for _ in instances]
 
   def group(bucket: int | None, is_prefill: bool) -> _Outputs:
     return zip(
@@ -113,9 +112,12 @@ def _group_jobs(
       functools.partial(group, bucket, True),
     )
   yield "coverage check", check
-  for shift in range(1, num_instances):
+  for shift, quota in itertools.product(
+    range(1, num_instances), lending.exchange_buckets
+  ):
+    payloads = [empty_payloads(quota) for _ in instances]
     yield (
-      f"exchange, shift {shift}",
+      f"exchange, shift {shift}, {quota} rBlocks",
       functools.partial(runner.exchange, shift, payloads),
     )
   for instance in instances:

@@ -136,6 +136,7 @@ class Batcher:
       for uid, request in self._running.items()
       if self._rmanager.spill(uid) is not None
       and self._rmanager.is_readable(uid)
+      and not self._chunks.awaits_room(request, under_way.get(uid))
     ]
     return next_group_rows(spilled, under_way, self._chunks.group_tokens)
 

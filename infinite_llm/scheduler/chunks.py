@@ -3,7 +3,7 @@
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.scheduler.request import Request
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.scheduler.step_plan import Draft
+from infinite_llm.scheduler.step_plan import Draft, Row
 
 
 class Chunks:
@@ -63,6 +63,23 @@ class Chunks:
     if draft.group_prefill:
       return 0
     return min(self.group_tokens(request), draft.ceiling.prefill_tokens)
+
+  def awaits_room(self, request: Request, under_way: Row | None) -> bool:
+    """Whether a request has no next group row before a borrow has ended.
+
+    Asking for its step would cost all instances a step without rows.
+
+    Args:
+      request: One with rBlocks elsewhere.
+      under_way: Its row under way, which is taken for done.
+    """
+    if not self._rmanager.is_borrowing():
+      return False
+    start = request.num_computed_tokens if under_way is None else under_way.end
+    end = min(start + self.group_tokens(request), request.num_tokens)
+    table = self._rmanager.table(request.uid)
+    missing = -(-end // table.block_size) - table.num_blocks
+    return missing > self._rmanager.pool.num_free
 
   def group_tokens(self, request: Request) -> int:
     """Tokens whose group step takes as long as is allowed, by the last one."""

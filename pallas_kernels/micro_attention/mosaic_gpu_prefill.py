@@ -191,7 +191,8 @@ def _prefill_widened(
 ) -> AttentionState:
   """Attends a pool of 8 bits, some rBlocks of all rows at a time.
 
-  What rows hold counts as one list, and a part of it as one small pool.
+  What rows hold counts as one list, and a part of it as one small pool. How
+  many parts there are a device decides, unless one is enough for any rows.
   """
   num_rows, block_size = tables.starts.shape[0], kv_pool.shape[4]
   size = max(1, widened_tokens // block_size)
@@ -229,12 +230,16 @@ def _prefill_widened(
     wide = as_numbers(kv).astype(q.dtype)[:, None]
     return prefill(q, cu_seqlens, q_positions, wide, 0, held, **options)
 
-  state = jax.lax.fori_loop(
-    1,
-    -(-ends[-1] // size),
-    lambda part, state: merge(state, attend(part)),
-    attend(jnp.int32(0)),
-  )
+  state = attend(jnp.int32(0))
+  # Rows may share entries, one row has none twice. A loop is made only where
+  # it may turn: the host waits for what a device decides.
+  if num_rows > 1 or size < tables.block_ids.shape[0]:
+    state = jax.lax.fori_loop(
+      1,
+      -(-ends[-1] // size),
+      lambda part, state: merge(state, attend(part)),
+      state,
+    )
   if v_scale is None:
     return state
   return state._replace(out=state.out * v_scale)

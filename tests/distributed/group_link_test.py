@@ -111,7 +111,9 @@ class TestTalk:
       heard = [member.next(_TIMEOUT_S) for _ in (*turns, *more)]
       assert heard == [*turns, *more]
     asked = [
-      Ask(number=n, work=GroupWork(check=True, exchange=(1, 1 + n)))
+      Ask(
+        number=n, work=GroupWork(check=True, exchange=((1, 1), (1 + n, 7 + n)))
+      )
       for n in range(1, 200)
     ]
     for message in asked:
@@ -123,7 +125,7 @@ class TestTalk:
   def test_texts_may_have_any_characters(self, links):
     leader, first, _ = links.joined()
     news = OutputNews(
-      request_id="größe",
+      uid=7,
       token_ids=(4,),
       pieces=("\u2603 \N{ROCKET}\n",),
       logprobs=(),
@@ -177,6 +179,39 @@ class TestRefusals:
     member.join(hello(1), _TIMEOUT_S)
     with pytest.raises(GroupError, match=r"must begin with Hello"):
       member.next(_TIMEOUT_S)
+
+
+def unchecked(exchange) -> GroupWork:
+  """What a process of another program might say."""
+  work = GroupWork()
+  object.__setattr__(work, "exchange", exchange)
+  return work
+
+
+@pytest.mark.parametrize(
+  ("exchange", "rule"),
+  [
+    (((0, 1),), r"exchange\[0\]\[0\] must be an integer in \[1, "),
+    (((1, 0),), r"exchange\[0\]\[1\] must be an integer in \[1, "),
+    (((1, 2**31),), r"exchange\[0\]\[1\] must be an integer in \[1, "),
+    (((1, True),), r"exchange\[0\]\[1\] must be an integer in \[1, "),
+    (((1, 8), (2,)), r"exchange\[1\] must be a list of 2"),
+    ((1, 2), r"exchange\[0\] must be a list of 2"),
+    (((2, 1), (1, 1)), r"must have ascending shifts, from 1 on; got \(\(2"),
+    (((1, 1), (1, 8)), r"must have ascending shifts, from 1 on; got \(\(1"),
+  ],
+)
+def test_exchanges_that_make_no_header_are_refused(links, exchange, rule):
+  leader, first, second = links.joined()
+  second.send(Ask(number=1, work=unchecked(exchange)))
+  until(lambda: leader.lost is not None)
+  message = r"Process 2 sent what it must not: The message's body\.Ask\.work"
+  with pytest.raises(GroupError, match=message + ".*" + rule):
+    leader.receive()
+  leader.broadcast(Turn(number=1, work=unchecked(exchange)))
+  message = r"Process 0 sent what it must not: The message's body\.Turn\.work"
+  with pytest.raises(GroupError, match=message + ".*" + rule):
+    first.next(_TIMEOUT_S)
 
 
 class TestEnds:

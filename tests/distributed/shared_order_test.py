@@ -1,19 +1,32 @@
 """Which header is agreed when, with the members' ends in this process."""
 
 import collections
+import re
 
 import pytest
 
+from infinite_llm.config import engine_config
 from infinite_llm.distributed.group_messages import Ask, Turn
 from infinite_llm.distributed.shared_order import LeaderOrder, MemberOrder
 from infinite_llm.distributed.step_header import GroupWork, OwnOrder, StepHeader
+from infinite_llm.errors import GroupError
 
+CONFIG = engine_config(num_instances=5, exchange_blocks=8)
 NOTHING = GroupWork()
 DECODE = GroupWork(decode=True)
 PREFILL = GroupWork(prefill_tokens=128)
 CHECK = GroupWork(check=True)
-NEAR = GroupWork(exchange=(1,))
-FAR = GroupWork(exchange=(2, 3))
+NEAR = GroupWork(exchange=((1, 8),))
+FAR = GroupWork(exchange=((2, 1), (3, 8)))
+# No engine of `CONFIG` has the last program of any of these.
+STRANGE = [((5, 1),), ((1, 8), (9, 8)), ((1, 1), (2, 7)), ((4, 16),)]
+
+
+def said_of(process, exchange):
+  return re.escape(
+    f"Process {process} sent what it must not: exchange must have shifts in"
+    f" [1, 5) and quotas out of 1, 8; got {exchange}."
+  )
 
 
 def header(number, work):
@@ -44,19 +57,29 @@ class MemberEnd:
 
 class TestGroupWork:
   def test_the_ceiling_has_the_shifts_of_both(self):
-    both = GroupWork(exchange=(1, 2, 3))
+    both = GroupWork(exchange=((1, 8), (2, 1), (3, 8)))
     assert FAR | NEAR == NEAR | FAR == both | FAR == both
 
-  @pytest.mark.parametrize("shifts", [(0,), (2, 1), (1, 1)])
+  def test_the_ceiling_has_the_larger_quota_of_each_shift(self):
+    other = GroupWork(exchange=((2, 8), (3, 1), (4, 1)))
+    both = GroupWork(exchange=((2, 8), (3, 8), (4, 1)))
+    assert FAR | other == other | FAR == both | other == both
+
+  @pytest.mark.parametrize("shifts", [(0,), (-1,), (2, 1), (1, 1)])
   def test_shifts_have_one_order(self, shifts):
-    with pytest.raises(ValueError, match="exchange must be ascending, from 1"):
-      GroupWork(exchange=shifts)
+    with pytest.raises(ValueError, match="must have ascending shifts, from 1"):
+      GroupWork(exchange=tuple((shift, 8) for shift in shifts))
+
+  @pytest.mark.parametrize("quota", [0, -8])
+  def test_a_quota_takes_something(self, quota):
+    with pytest.raises(ValueError, match="must have quotas of at least 1; got"):
+      GroupWork(exchange=((1, 8), (2, quota)))
 
 
 class TestLeader:
   def test_nothing_is_agreed_while_nobody_asks(self):
     link = LeaderEnd()
-    order = LeaderOrder(link, 1.0)
+    order = LeaderOrder(link, 1.0, CONFIG)
     order.ask(NOTHING)
     order.on_ask(1, Ask(number=1, work=NOTHING))
     assert order.next() is None
@@ -64,7 +87,7 @@ class TestLeader:
 
   def test_what_anybody_asks_for_is_in_the_header(self):
     link = LeaderEnd()
-    order = LeaderOrder(link, 1.0)
+    order = LeaderOrder(link, 1.0, CONFIG)
     order.on_ask(2, Ask(number=1, work=DECODE))
     assert order.next() == header(1, DECODE)
     # What comes now waits for turn 2, and is joined there.
@@ -81,7 +104,7 @@ class TestLeader:
     ]
 
   def test_what_the_agreed_turn_brings_is_not_asked_for_again(self):
-    order = LeaderOrder(LeaderEnd(), 1.0)
+    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
     order.ask(DECODE)
     order.on_ask(1, Ask(number=1, work=DECODE))
     order.take(order.next())
@@ -89,16 +112,52 @@ class TestLeader:
     assert order.next() is None
 
   def test_a_shift_that_the_agreed_turn_lacks_is_in_the_next(self):
-    order = LeaderOrder(LeaderEnd(), 1.0)
+    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
     order.ask(NEAR | FAR)
     order.on_ask(1, Ask(number=1, work=FAR))
-    order.on_ask(2, Ask(number=1, work=GroupWork(exchange=(3, 4))))
+    more = GroupWork(exchange=((3, 1), (4, 1)))
+    order.on_ask(2, Ask(number=1, work=more))
     order.take(order.next())
     order.ask(NOTHING)
-    assert order.next() == header(2, GroupWork(exchange=(3, 4)))
+    assert order.next() == header(2, more)
+
+  def test_a_larger_quota_than_the_agreed_one_is_in_the_next(self):
+    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order.ask(FAR)
+    larger, smaller = (
+      GroupWork(exchange=((s, q),)) for s, q in ((2, 8), (3, 1))
+    )
+    order.on_ask(1, Ask(number=1, work=larger))
+    order.on_ask(2, Ask(number=1, work=smaller))
+    assert order.next() == header(1, FAR)
+    order.take(order.next())
+    order.ask(NOTHING)
+    assert order.next() == header(2, larger)
+
+  def test_of_several_quotas_for_a_shift_the_larger_one_is_agreed_on(self):
+    link = LeaderEnd()
+    order = LeaderOrder(link, 1.0, CONFIG)
+    order.ask(DECODE)
+    order.on_ask(1, Ask(number=1, work=GroupWork(exchange=((2, 8), (4, 1)))))
+    order.on_ask(2, Ask(number=1, work=GroupWork(exchange=((2, 1), (4, 8)))))
+    order.take(order.next())
+    order.ask(FAR)
+    agreed = GroupWork(exchange=((2, 8), (3, 8), (4, 8)))
+    assert order.next() == header(2, agreed)
+    assert link.said[1:] == [Turn(number=2, work=agreed)]
+
+  @pytest.mark.parametrize("exchange", STRANGE)
+  def test_exchanges_that_nobody_has_compiled_are_refused(self, exchange):
+    link = LeaderEnd()
+    order = LeaderOrder(link, 1.0, CONFIG)
+    with pytest.raises(GroupError, match=said_of(3, exchange)):
+      order.on_ask(3, Ask(number=1, work=GroupWork(exchange=exchange)))
+    order.ask(NOTHING)
+    assert order.next() is None
+    assert link.said == []
 
   def test_that_holds_for_a_turn_that_the_leader_has_taken(self):
-    order = LeaderOrder(LeaderEnd(), 1.0)
+    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
     order.ask(DECODE)
     order.take(order.next())
     order.ask(NOTHING)
@@ -108,7 +167,7 @@ class TestLeader:
     assert order.next() == header(2, DECODE)
 
   def test_a_member_may_want_nothing_any_more(self):
-    order = LeaderOrder(LeaderEnd(), 1.0)
+    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
     order.ask(DECODE)
     order.on_ask(1, Ask(number=1, work=PREFILL))
     order.on_ask(1, Ask(number=1, work=NOTHING))
@@ -117,7 +176,7 @@ class TestLeader:
     assert order.next() is None
 
   def test_the_next_header_is_there_while_a_turn_runs(self):
-    order = LeaderOrder(LeaderEnd(), 1.0)
+    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
     order.ask(DECODE)
     order.take(order.next())
     order.ask(DECODE)
@@ -128,7 +187,7 @@ class TestLeader:
 class TestMember:
   def test_news_are_said_once_a_turn(self):
     link = MemberEnd()
-    order = MemberOrder(link, 1.0)
+    order = MemberOrder(link, 1.0, CONFIG)
     for work in (NOTHING, NOTHING, DECODE, DECODE, NOTHING, NOTHING):
       order.ask(work)
     order.on_turn(Turn(number=1, work=DECODE))
@@ -147,7 +206,7 @@ class TestMember:
     ]
 
   def test_turns_are_taken_in_order(self):
-    order = MemberOrder(MemberEnd(), 1.0)
+    order = MemberOrder(MemberEnd(), 1.0, CONFIG)
     assert order.next() is None
     order.on_turn(Turn(number=1, work=DECODE))
     order.on_turn(Turn(number=2, work=CHECK))
@@ -156,6 +215,13 @@ class TestMember:
     assert order.next_number == 2
     assert order.next() == header(2, CHECK)
 
+  @pytest.mark.parametrize("exchange", STRANGE)
+  def test_exchanges_that_nobody_has_compiled_are_refused(self, exchange):
+    order = MemberOrder(MemberEnd(), 1.0, CONFIG)
+    with pytest.raises(GroupError, match=said_of(0, exchange)):
+      order.on_turn(Turn(number=1, work=GroupWork(exchange=exchange)))
+    assert order.next() is None
+
 
 def test_a_process_that_is_alone_takes_any_turn_at_once():
   order = OwnOrder(1024)
@@ -163,7 +229,7 @@ def test_a_process_that_is_alone_takes_any_turn_at_once():
   turn = order.next()
   assert (turn.number, turn.is_shared) == (1, False)
   assert turn.work == GroupWork(
-    exchange=(2, 3), check=True, decode=True, prefill_tokens=1024
+    exchange=((2, 1), (3, 8)), check=True, decode=True, prefill_tokens=1024
   )
   order.take(turn)
   assert order.next().number == order.next_number == 2

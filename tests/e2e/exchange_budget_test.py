@@ -4,6 +4,8 @@ import collections
 import itertools
 from typing import NamedTuple
 
+import numpy as np
+
 from infinite_llm.scheduler.account import Phase
 from tests.e2e.rig import LONG, WORKLOAD, Ask, right_answers
 
@@ -73,6 +75,29 @@ def test_a_step_moves_its_quota_and_rows_beside_go_on(rig):
   num_moved = rig.engine.group.num_blocks_moved - num_moved
   # Whole quotas, but for the last ones of each grant.
   assert launched["exchange"] <= num_moved // quota + rig.mail.sent["Reserve"]
+  assert not rig.failed_rows
+
+
+def test_an_exchange_is_as_large_as_what_waits_for_it(rig, monkeypatch):
+  """One rBlock has a small program; all tokens are checked."""
+  launched = collections.Counter()
+  exchange = rig.engine.runner.exchange
+
+  def note(shift, payloads):
+    most = max(np.count_nonzero(sent.dst_block) for sent in payloads)
+    (quota,) = {len(sent.dst_block) for sent in payloads}
+    launched[most, quota] += 1
+    exchange(shift, payloads)
+
+  monkeypatch.setattr(rig.engine.runner, "exchange", note)
+  rig.expected = right_answers()
+  rig.add(WORKLOAD)
+  outputs = rig.drain()
+  rig.finish()
+
+  assert {name: out.token_ids for name, out in outputs.items()} == rig.expected
+  quota = rig.engine.config.lending.exchange_blocks
+  assert set(launched) == {(1, 1), (quota, quota)}
   assert not rig.failed_rows
 
 

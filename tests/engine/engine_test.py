@@ -407,7 +407,7 @@ def test_a_lot_of_buckets_is_warned_of(is_many, monkeypatch):
       prefill_buckets=range(8, 8 * (17 if is_many else 5), 8),
     )
   )
-  expected = ["The buckets make 30 kinds of programs; more than 24 take long"]
+  expected = ["The buckets make 33 kinds of programs; more than 28 take long"]
   assert [w[: len(expected[0])] for w in warnings] == expected * is_many
 
 

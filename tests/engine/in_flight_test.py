@@ -159,6 +159,15 @@ class TestInFlight:
     assert in_flight.holds(0)
     assert not in_flight.holds(1)
 
+  def test_a_look_does_not_wait(self):
+    over = set()
+    in_flight = InFlight(lambda array: int(array) in over)
+    only = flight(0)
+    in_flight.add([only])
+    assert in_flight.wait(at_once=True) == []
+    over.add(0)
+    assert in_flight.wait(at_once=True) == [only]
+
   def test_those_that_are_over_come_in_the_order_of_launching(self):
     over = {1, 2}
     in_flight = InFlight(lambda array: int(array) in over)
@@ -178,6 +187,28 @@ class TestInFlight:
     assert in_flight.wait() == [single]
     over.add(0)
     assert in_flight.wait() == [joint, single]
+
+
+class TestMeanwhile:
+  def test_it_is_called_while_devices_compute(self, engine, gate):
+    add(engine, 20, 1, 0)
+    gate.held = {device_of(engine, 0)}
+    seen = []
+
+    def look() -> bool:
+      seen.append(engine.runner.launches["local_prefill"])
+      return True  # In a hurry: no step is waited for.
+
+    before = engine.runner.launches["local_prefill"]
+    assert engine.step(look) == []
+    assert seen == [before + 1]
+    assert engine.use().stalled_rounds == 0
+    gate.open()
+    assert [len(out.new_token_ids) for out in engine.step(look)] == [1]
+
+  def test_who_is_not_in_a_hurry_gets_what_is_computed(self, engine):
+    add(engine, 20, 1, 0)
+    assert [out.is_finished for out in engine.step(lambda: False)] == [True]
 
 
 class TestIndependence:

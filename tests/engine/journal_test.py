@@ -21,6 +21,7 @@ def request(name, **options):
 def output(name, reason="stop", error=None):
   record = OutputRecord(token_ids=[4, 5], pieces=["a", "\u2603"], logprobs=None)
   return RequestOutput(
+    uid=1,
     request_id=name,
     prompt_token_ids=(1, 2, 3),
     finish_reason=reason,

@@ -56,7 +56,8 @@ class Runner:
   """Devices of a process that has instances 0 and 1 of four.
 
   Attributes:
-    launched: For each exchange its shift, and what instances 0 and 1 send.
+    launched: For each exchange its shift, its quota, and what instances 0 and 1
+      send.
   """
 
   instances = range(2)
@@ -66,7 +67,8 @@ class Runner:
 
   def exchange(self, shift, payloads):
     numbers = [sent.src_block[sent.dst_block != 0] for sent in payloads]
-    self.launched.append((shift, *(each.tolist() for each in numbers)))
+    (quota,) = {len(sent.src_block) for sent in payloads}
+    self.launched.append((shift, quota, *(each.tolist() for each in numbers)))
 
 
 class TestSharedTurns:
@@ -94,38 +96,52 @@ class TestSharedTurns:
     group.talk()
     return group
 
-  def take(self, group, number, *shifts):
+  def take(self, group, number, *exchange):
     """Takes a turn; returns which rBlocks were said to be sent."""
-    work = GroupWork(exchange=shifts)
+    work = GroupWork(exchange=exchange)
     turn = StepHeader(number=number, work=work, is_shared=True)
     self.exchanged.clear()
-    assert group.move(turn, lambda uid: 0) == bool(shifts)
+    assert group.move(turn, lambda uid: 0) == bool(exchange)
     return [move.src_block for move in self.exchanged]
 
-  def test_it_asks_for_the_shifts_of_its_moves(self, group):
-    assert group.work() == GroupWork(exchange=(1, 3))
+  def test_it_asks_for_the_exchanges_of_its_moves(self, group):
+    assert group.work() == GroupWork(exchange=((1, 2), (3, 1)))
 
   def test_moves_by_a_shift_that_was_not_agreed_wait_in_order(
     self, group, runner
   ):
-    assert self.take(group, 1, 2, 3) == [2]
-    assert runner.launched == [(2, [], []), (3, [2], [])]
-    assert group.work() == GroupWork(exchange=(1,))
+    assert self.take(group, 1, (2, 2), (3, 2)) == [2]
+    assert runner.launched == [(2, 2, [], []), (3, 2, [2], [])]
+    assert group.work() == GroupWork(exchange=((1, 2),))
 
-    assert self.take(group, 2, 1, 2) == [1, 3]
-    assert runner.launched[2:] == [(1, [1, 3], []), (2, [], [])]
-    assert self.take(group, 3, 1) == [4]
+    assert self.take(group, 2, (1, 2), (2, 1)) == [1, 3]
+    assert runner.launched[2:] == [(1, 2, [1, 3], []), (2, 1, [], [])]
+    assert group.work() == GroupWork(exchange=((1, 1),))
+    assert self.take(group, 3, (1, 1)) == [4]
+    assert runner.launched[4:] == [(1, 1, [4], [])]
     assert not group.work()
     assert group.num_blocks_moved == 4
+
+  def test_the_oldest_moves_take_a_smaller_quota_than_they_need(
+    self, group, runner
+  ):
+    assert self.take(group, 1, (1, 1)) == [1]
+    assert runner.launched == [(1, 1, [1], [])]
+    assert group.work() == GroupWork(exchange=((1, 2), (3, 1)))
+    assert self.take(group, 2, (1, 1), (3, 1)) == [3, 2]
+    assert self.take(group, 3, (1, 2)) == [4]
+    assert not group.work()
 
   def test_nothing_runs_in_a_turn_without_an_exchange(self, group, runner):
     assert self.take(group, 1) == []
     assert runner.launched == []
-    assert group.work() == GroupWork(exchange=(1, 3))
+    assert group.work() == GroupWork(exchange=((1, 2), (3, 1)))
 
-  def test_all_agreed_shifts_run_with_nothing_to_move(self, group, runner):
-    self.take(group, 1, 1, 3)
-    self.take(group, 2, 1)
+  def test_all_agreed_exchanges_run_with_nothing_to_move(self, group, runner):
+    self.take(group, 1, (1, 2), (3, 1))
+    self.take(group, 2, (1, 1))
     runner.launched.clear()
-    assert self.take(group, 3, 1, 2, 3) == []
-    assert runner.launched == [(n, [], []) for n in (1, 2, 3)]
+    assert self.take(group, 3, (1, 2), (2, 1), (3, 1)) == []
+    assert runner.launched == [
+      (n, q, [], []) for n, q in ((1, 2), (2, 1), (3, 1))
+    ]

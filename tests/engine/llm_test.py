@@ -218,9 +218,11 @@ class TestStream:
     step = llm.engine.step
 
     def dropping():
-      streams[1:] = []
-      # The step must not see its request vanish.
-      assert sum(len(b.waiting) for b in llm.engine.batchers) == 2
+      # A later step, if the dropped request's was over first, drops nothing.
+      if streams[1:]:
+        streams[1:] = []
+        # The step must not see its request vanish.
+        assert sum(len(b.waiting) for b in llm.engine.batchers) == 2
       return step()
 
     with monkeypatch.context() as patch:
@@ -596,6 +598,7 @@ def test_a_varied_workload_compiles_nothing(llm, oracle):
   kinds = (
     {},
     {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.1, "min_p": 0.05},
     {"repetition_penalty": 1.2},
     {"logprobs": 5},
     {"stop": ["zz"], "stop_token_ids": [9]},

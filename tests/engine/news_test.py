@@ -37,6 +37,7 @@ class _Here:
     if self.record.logprobs is not None:
       self.record.logprobs.extend(map(_logprob, tokens))
     return RequestOutput(
+      uid=1,
       request_id="r",
       prompt_token_ids=(1, 2),
       finish_reason=finish_reason,
@@ -49,7 +50,7 @@ class _Here:
 
 
 def _there(*, logprobs: int | None) -> RemoteRequest:
-  return RemoteRequest("r", 3, (1, 2), SamplingParams(logprobs=logprobs))
+  return RemoteRequest(1, "r", 3, (1, 2), SamplingParams(logprobs=logprobs))
 
 
 def test_news_add_up_to_what_was_generated():

@@ -25,6 +25,7 @@ def _record() -> OutputRecord:
 
 def output_of(record: OutputRecord, seen: Extent) -> RequestOutput:
   return RequestOutput(
+    uid=1,
     request_id="r",
     prompt_token_ids=(1, 2),
     finish_reason=None,

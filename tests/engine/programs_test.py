@@ -23,6 +23,7 @@ from infinite_llm.engine.group_inputs import (
 from infinite_llm.engine.kv_scales import place_kv_scales
 from infinite_llm.engine.programs import GroupInputs, Params, StepKind
 from infinite_llm.engine.step_batch import StepBatch, build_batch
+from infinite_llm.lending_config import LendingConfig
 from infinite_llm.models.hf_loader import load_hf
 from pallas_kernels.pool_layout import held_dtype
 from tests.testing import GOLDEN
@@ -128,12 +129,12 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill, kv_dtype):
   check_in_place(step.lower(*args).compile(), pool, mesh)
 
 
-def lowered_exchange(num_instances, shift, kv_dtype="float32"):
-  """An exchange of 16 rBlocks per pair; also its pool and mesh."""
+def lowered_exchange(num_instances, shift, kv_dtype="float32", quota=16):
+  """An exchange; also its pool and mesh."""
   mesh = make_mesh(num_instances, 1)
   config = load_hf(GOLDEN / "llama3", mesh, dtype="float32").config
   pool = abstract_pool(config, mesh, num_blocks=4096, kv_dtype=kv_dtype)
-  sent = abstract_rows(empty_payloads(16), mesh)
+  sent = abstract_rows(empty_payloads(quota), mesh)
   exchange = programs.build_exchange(mesh, shift)
   return exchange.lower(pool, sent), pool, mesh
 
@@ -144,12 +145,13 @@ def test_an_exchange_stages_two_quotas_however_many_instances(kv_dtype):
   check_in_place(exchange.compile(), pool, mesh)
 
 
+@pytest.mark.parametrize("quota", LendingConfig().exchange_buckets)
 @pytest.mark.parametrize(("num_instances", "shift"), [(2, 1), (4, 1), (4, 3)])
 def test_nothing_on_the_devices_decides_what_an_exchange_runs(
-  num_instances, shift
+  num_instances, shift, quota
 ):
   """On a GPU the host would wait for it, and could launch nothing behind it."""
-  exchange, _, _ = lowered_exchange(num_instances, shift)
+  exchange, _, _ = lowered_exchange(num_instances, shift, quota=quota)
   assert "stablehlo.collective_permute" in exchange.as_text()
   # What XLA's own passes for a CPU make of a scatter is no matter.
   assert not re.search(r"stablehlo\.(case|if|while)\b", exchange.as_text())

@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 
 from infinite_llm.engine import sampling
-from infinite_llm.engine.sampling import NO_TOKEN, sampling_arrays
+from infinite_llm.engine.sampling import (
+  NO_TOKEN,
+  SamplingKind,
+  sampling_arrays,
+)
 from infinite_llm.sampling_params import SamplingParams
 
-_sample = functools.partial(
-  jax.jit, static_argnames=("max_logprobs", "greedy_only")
-)(sampling.sample)
+_sample = functools.partial(jax.jit, static_argnames=("max_logprobs", "kind"))(
+  sampling.sample
+)
 
 
 def _choose(
   logits, params, *, seeds=None, positions=None, seen=None, max_logprobs=0,
-  greedy_only=False,
+  kind=SamplingKind.CUT,
 ):  # fmt: skip
   """Samples rows; one value of params, seed or position serves them all."""
   logits = jnp.asarray(logits, jnp.float32)
@@ -33,7 +37,7 @@ def _choose(
     sampling_arrays(rows, count),
     seen,
     max_logprobs=max_logprobs,
-    greedy_only=greedy_only,
+    kind=kind,
   )
   return jax.tree.map(np.asarray, result)
 
@@ -84,30 +88,30 @@ class TestSamplingArrays:
       sampling_arrays(rows, 2)
 
 
-@pytest.mark.parametrize("greedy_only", [False, True])
+@pytest.mark.parametrize("kind", SamplingKind)
 class TestGreedy:
-  def test_takes_the_best_token(self, greedy_only):
+  def test_takes_the_best_token(self, kind):
     logits = np.random.default_rng(0).normal(size=(8, 50))
-    result = _choose(logits, SamplingParams(), greedy_only=greedy_only)
+    result = _choose(logits, SamplingParams(), kind=kind)
     np.testing.assert_array_equal(result.token, logits.argmax(-1))
 
-  def test_takes_the_lowest_id_of_equals(self, greedy_only):
+  def test_takes_the_lowest_id_of_equals(self, kind):
     logits = np.zeros((1, 300))
     logits[0, [17, 41, 299]] = 2.5
-    result = _choose(logits, SamplingParams(), greedy_only=greedy_only)
+    result = _choose(logits, SamplingParams(), kind=kind)
     assert result.token.tolist() == [17]
 
-  def test_ignores_filters(self, greedy_only):
+  def test_ignores_filters(self, kind):
     params = SamplingParams(top_k=1, top_p=0.1, min_p=1.0, seed=3)
-    result = _choose([[1.0, 3.0, 2.0]], params, greedy_only=greedy_only)
+    result = _choose([[1.0, 3.0, 2.0]], params, kind=kind)
     assert result.token.tolist() == [1]
 
-  def test_penalises_seen_tokens(self, greedy_only):
+  def test_penalises_seen_tokens(self, kind):
     # 3.0 / 2 < 2.0 and -0.5 * 2 < -0.75: the penalty moves both down.
     logits = [[3.0, 2.0, -1.0], [-9.0, -0.5, -0.75]]
     seen = np.array([[True, False, False], [False, True, False]])
     params = SamplingParams(repetition_penalty=2.0)
-    result = _choose(logits, params, seen=seen, greedy_only=greedy_only)
+    result = _choose(logits, params, seen=seen, kind=kind)
     assert result.token.tolist() == [1, 2]
 
 
@@ -201,6 +205,64 @@ class TestDistribution:
     assert np.isfinite(result.logprob).all()
 
 
+class TestKinds:
+  @pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+      (SamplingKind.GREEDY, []),
+      (SamplingKind.GREEDY, [{}, {"top_k": 3, "top_p": 0.5, "min_p": 0.5}]),
+      (SamplingKind.DRAWN, [{}, {"repetition_penalty": 1.1}]),
+      (SamplingKind.DRAWN, [{"logprobs": 0}]),
+      (SamplingKind.DRAWN, [{"top_k": 3}, {"temperature": 1, "min_p": 0.5}]),
+      (SamplingKind.CUT, [{}, {"temperature": 1, "top_k": 3}]),
+      (SamplingKind.CUT, [{"temperature": 1e-9, "top_p": 0.9}, {}]),
+    ],
+  )
+  def test_a_step_takes_the_least_that_serves_its_rows(self, kind, rows):
+    rows = [SamplingParams(**row) for row in rows]
+    assert SamplingKind.for_rows(rows) is kind
+    assert SamplingKind.for_rows(reversed(rows)) is kind
+
+  def test_a_row_gives_the_same_in_all_that_serve_it(self):
+    rng = np.random.default_rng(5)
+    count = 400
+    logits = rng.normal(scale=3, size=(count, 500)).astype(np.float32)
+    logits[:, ::7] = logits[:, 1::7][:, : logits[:, ::7].shape[1]]  # Ties.
+    logits[rng.random(logits.shape) < 0.1] = -np.inf
+    params = [
+      SamplingParams(
+        temperature=rng.choice([0, 1e-40, 0.3, 1.0, 2.5]),
+        min_p=rng.choice([0, 0.01, 0.5]),
+        repetition_penalty=rng.choice([1.0, 1.4]),
+        logprobs=3,
+      )
+      for _ in range(count)
+    ]
+    given = {
+      "seeds": rng.integers(0, 2**32, count),
+      "positions": rng.integers(0, 2**31 - 1, count),
+      "seen": rng.random(logits.shape) < 0.2,
+      "max_logprobs": 3,
+    }
+    drawn = _choose(logits, params, kind=SamplingKind.DRAWN, **given)
+    # Others have cuts beside them in the same step.
+    mixed = list(params)
+    mixed[::3] = [
+      SamplingParams(temperature=1.0, top_k=2, top_p=0.4) for _ in mixed[::3]
+    ]
+    uncut = np.arange(count) % 3 > 0
+    greedy = np.array([p.is_greedy for p in params])
+    for other, rows in (
+      (_choose(logits, params, kind=SamplingKind.CUT, **given), uncut >= 0),
+      (_choose(logits, mixed, kind=SamplingKind.CUT, **given), uncut),
+      (_choose(logits, params, kind=SamplingKind.GREEDY, **given), greedy),
+    ):
+      for field, expected in zip(other, drawn, strict=True):
+        np.testing.assert_array_equal(
+          field[rows].view(np.int32), expected[rows].view(np.int32)
+        )
+
+
 class TestRepeatability:
   def test_a_row_gives_the_same_token_in_any_row_and_bucket(self):
     rng = np.random.default_rng(3)
@@ -282,16 +344,14 @@ class TestLogprobs:
 
 
 class TestUnsoundLogits:
-  @pytest.mark.parametrize("greedy_only", [False, True])
+  @pytest.mark.parametrize("kind", SamplingKind)
   @pytest.mark.parametrize(
     "row", [[0.0, np.nan, 1.0], [0.0, np.inf, 1.0], [-np.inf] * 3]
   )
-  def test_give_no_token_and_disturb_no_other_row(self, row, greedy_only):
-    temperature = 0.0 if greedy_only else 1.0
+  def test_give_no_token_and_disturb_no_other_row(self, row, kind):
+    temperature = 0.0 if kind is SamplingKind.GREEDY else 1.0
     logits = [[9e9, 0.0, 0.0], row, [0.0, 0.0, 9e9]]
-    result = _choose(
-      logits, SamplingParams(temperature=temperature), greedy_only=greedy_only
-    )
+    result = _choose(logits, SamplingParams(temperature=temperature), kind=kind)
     assert result.token.tolist() == [0, NO_TOKEN, 2]
     assert np.isnan(result.logprob).tolist() == [False, True, False]
 

@@ -166,8 +166,10 @@ def test_a_scale_that_turns_the_order_around_is_not_covered():
   [
     ({}, 64),  # Parts of two rBlocks, which end within rows.
     ({"null_entries": 1, "padding_stride": 4, "is_permuted": True}, 10**6),
+    ({"query_lens": (40,), "kv_lens": (100,)}, 10**6),  # Without a loop.
+    ({"query_lens": (40,), "kv_lens": (100,)}, 64),
   ],
-  ids=["parts", "whole"],
+  ids=["parts", "whole", "whole_row", "parts_of_a_row"],
 )
 def test_a_pool_of_8_bits_is_widened_part_by_part(changes, widened_tokens):
   case = dataclasses.replace(

@@ -3,7 +3,7 @@ import pytest
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.request import RequestStatus
-from infinite_llm.scheduler.step_plan import Row, StepPlan
+from infinite_llm.scheduler.step_plan import NOTHING, Row, StepPlan
 from tests.scheduler.fake_cluster import FakeCluster, until
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
@@ -323,6 +323,26 @@ class TestShortage:
     # Two chunks' worth moved, so that one borrow serves several steps.
     assert manager.borrowed() == {1: 8}
     assert batcher.plan().group_prefill == (_row(1, 128, 32, False),)
+
+  def test_nobody_is_asked_for_a_step_while_room_is_being_made(self):
+    engine = _engine(2)
+    engine.add(0, make_request(1, 200))
+    batcher, manager = engine.batchers[0], engine.cluster.managers[0]
+    for _ in until(lambda: manager.borrowed() == {1: 8}):
+      engine.step()
+    for _ in until(lambda: manager.pool.num_free < 4):
+      engine.step()
+    asked = batcher.group_work({})
+    assert asked.prefill_tokens > 0
+
+    # The step is taken, but there is no room: it begins to borrow.
+    assert batcher.plan(asked) == StepPlan()
+    assert manager.is_borrowing()
+    assert batcher.group_work({}) == NOTHING
+    engine.cluster.settle()
+    asked = batcher.group_work({})
+    assert asked.prefill_tokens > 0
+    assert len(batcher.plan(asked).group_prefill) == 1
 
   def test_prompts_go_in_short_chunks_where_others_wait_for_them(self):
     engine = _engine(2, scheduler={"prefill_buckets": (64,)})

@@ -134,6 +134,8 @@ def test_layers_of_append_and_attention_never_copy_the_pool(
     ints(query_tokens),
     _of((8,), jnp.float32),
     donate_argnums=0,
+    # Bytes are widened part by part for prefill, as many as there are.
+    is_decided=not (dtype == jnp.uint8 and query_tokens > 1),
   )
   memory = compiled.memory_analysis()
   pool_bytes = pool.size * pool.dtype.itemsize

@@ -48,6 +48,8 @@ collect_ignore_glob = (
 
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
+_BRANCH_OR_LOOP = re.compile(r" (conditional|while)\(")
+
 _SHAPED = re.compile(r"(%[\w.-]+) = ([a-z0-9]+\[[\d,]*\])")
 _SLICE = re.compile(r"(%\S+ = \S+ slice\((%[\w.-]+)\), slice={([^}]*)})")
 
@@ -69,7 +71,7 @@ class Sm90a:
     self.devices = topology.devices
     self._sharding = jax.sharding.SingleDeviceSharding(self.devices[0])
 
-  def compile(self, function, *args, donate_argnums=()):
+  def compile(self, function, *args, donate_argnums=(), is_decided=True):
     """Compiles a function of arrays, given by shape and dtype.
 
     Args:
@@ -77,6 +79,8 @@ class Sm90a:
       *args: Pytrees of `jax.ShapeDtypeStruct`; one without a sharding lies on
         the first device.
       donate_argnums: As for `jax.jit`.
+      is_decided: Whether it is known what runs before it is launched, as the
+        host else waits for what a device decides.
 
     Returns:
       The compiled program, and for each kernel in it the bytes spilled.
@@ -92,10 +96,27 @@ class Sm90a:
     traced = jax.jit(function, donate_argnums=donate_argnums).trace(*args)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     assert not misaligned_operands(compiled.as_text())
+    assert is_decided == (not decided_by_devices(compiled.as_text()))
     self.said = "".join(self._capfd.readouterr())
     # A spill is told twice, once as a warning.
     lines = [x for x in self.said.splitlines() if "stack frame" in x]
     return compiled, [sum(map(int, _SPILLS.search(x).groups())) for x in lines]
+
+
+def decided_by_devices(text):
+  """Branches and loops for whose predicates the host waits, each time.
+
+  Args:
+    text: Of a compiled program.
+
+  Returns:
+    Lines of the text. A loop of a known number of turns is none of them.
+  """
+  return [
+    line
+    for line in text.splitlines()
+    if _BRANCH_OR_LOOP.search(line) and '"known_trip_count"' not in line
+  ]
 
 
 def misaligned_operands(text):

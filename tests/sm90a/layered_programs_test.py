@@ -129,6 +129,8 @@ def test_a_layer_appends_in_place_and_reads_the_pool_where_it_is(
     step.batch,
     tables,
     donate_argnums=2,
+    # Bytes are widened part by part for prefill, as many as there are.
+    is_decided=not (dtype == jnp.uint8 and num_tokens > 1),
   )
   assert spills
   memory = compiled.memory_analysis()

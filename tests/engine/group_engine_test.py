@@ -1,0 +1,174 @@
+"""Process 0 of a group: what it makes of what members say.
+
+The members are not there: a test says what they would.
+"""
+
+import types
+
+import pytest
+
+from infinite_llm.config import engine_config
+from infinite_llm.distributed.group_link import LeaderLink
+from infinite_llm.distributed.group_messages import (
+  Abort,
+  OutputNews,
+  Outputs,
+  Submit,
+)
+from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.distributed.step_header import GroupWork, StepHeader
+from infinite_llm.distributed.transport.in_process import InProcessTransport
+from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.group_engine import GroupEngine
+from infinite_llm.errors import RequestError
+from infinite_llm.models.hf_loader import load_hf
+from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.batching import Batcher
+from infinite_llm.scheduler.step_plan import StepPlan
+from tests.testing import SMALL_ENGINE, write_shallow_checkpoint
+
+_PROMPT = (5, 6, 7)
+
+
+class _Link(LeaderLink):
+  """No stream at all.
+
+  Attributes:
+    said: What was sent to members.
+    heard: What they are to have said.
+  """
+
+  def __init__(self):
+    self.said = []
+    self.heard = []
+
+  def send(self, process, message):
+    self.said.append((process, message))
+
+  def broadcast(self, message):
+    self.said.append((None, message))
+
+  def has_mail(self):
+    return bool(self.heard)
+
+  def receive(self):
+    heard, self.heard = self.heard, []
+    return heard
+
+
+@pytest.fixture(name="link")
+def _link():
+  return _Link()
+
+
+@pytest.fixture(name="engine")
+def _engine(link, tmp_path):
+  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
+  model = load_hf(
+    write_shallow_checkpoint(tmp_path), make_mesh(2, 1), dtype="float32"
+  )
+  group = types.SimpleNamespace(
+    link=link,
+    transport=InProcessTransport(),
+    process_of={0: 0, 1: 1}.__getitem__,
+    options=types.SimpleNamespace(num_processes=2),
+  )
+  engine = GroupEngine(model, config, group)
+  # Instance 1 is another process's.
+  engine._own.instances = range(1)
+  return engine
+
+
+def _add(engine: GroupEngine, link: _Link) -> int:
+  """Asks for a request "r" of the member; the number that it got."""
+  engine.add_request(
+    _PROMPT, SamplingParams(max_tokens=3), request_id="r", instance=1
+  )
+  process, submit = link.said[-1]
+  assert process == 1
+  assert isinstance(submit, Submit)
+  return submit.uid
+
+
+def _news(uid: int, *tokens: int, reason: str | None = None):
+  news = OutputNews(
+    uid=uid,
+    token_ids=tokens,
+    pieces=(),
+    logprobs=(),
+    finish_reason=reason,
+    error=None,
+  )
+  return 1, Outputs(news=(news,))
+
+
+def test_a_name_can_be_used_again_at_once(engine, link):
+  first = _add(engine, link)
+  with pytest.raises(RequestError, match="request_id must be unique"):
+    _add(engine, link)
+  engine.abort("r")
+  assert link.said[-1] == (1, Abort(request_id="r"))
+  second = _add(engine, link)
+  assert second != first
+
+  # The member said so before it heard of the second one.
+  link.heard = [_news(first, 8), _news(first, reason="abort")]
+  (ended,) = engine.step()
+  assert (ended.uid, ended.finish_reason) == (first, "abort")
+  assert ended.token_ids == ()
+  assert engine.is_unfinished("r")
+  assert engine.progress("r") == (0, 3)
+
+  link.heard = [_news(second, 9), _news(second, 10, reason="stop")]
+  outputs = engine.step()
+  assert [out.uid for out in outputs] == [second] * 2
+  assert outputs[-1].token_ids == (9, 10)
+  assert not engine.is_unfinished("r")
+  assert not engine.has_unfinished()
+
+
+class _EmptyTurns:
+  """Others take turns all the time, in which this process only answers."""
+
+  is_shared = True
+  patience_s = 60.0
+  next_number = 1
+
+  def ask(self, work):
+    pass
+
+  def next(self):
+    work = GroupWork(decode=True)
+    return StepHeader(number=self.next_number, work=work, is_shared=True)
+
+  def take(self, turn):
+    self.next_number += 1
+
+  def has_call(self):
+    return False
+
+
+def test_answers_to_others_are_no_progress_of_ones_own(tmp_path, monkeypatch):
+  now_s = 0.0
+  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
+  model = load_hf(
+    write_shallow_checkpoint(tmp_path), make_mesh(2, 1), dtype="float32"
+  )
+  engine = Engine(model, config, clock=lambda: now_s, order=_EmptyTurns())
+  # Its request never gets room.
+  monkeypatch.setattr(Batcher, "plan", lambda *_: StepPlan())
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=1), request_id="r")
+  for _ in range(6):
+    now_s += config.lending.resend_after_s
+    engine.step()
+  assert engine.runner.launches["group_decode"] > 0
+  assert engine.use().stalled_rounds >= 4
+
+
+def test_what_came_while_nobody_called_is_not_kept_waiting(engine, link):
+  uid = _add(engine, link)
+  # A step of its own is under way, and never over.
+  engine._own._in_flight._is_ready = lambda _: False
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=1), instance=0)
+  link.heard = [_news(uid, 4)]
+  assert [out.new_token_ids for out in engine.step()] == [(4,)]
