@@ -36,6 +36,12 @@ def get_config() -> ConfigDict:
   config.tiers.run = True
   config.tiers.blocks = (1, 4, 16, 64, 256, 512)
 
+  # Host memory read in place by a kernel, beside a transfer.
+  config.host_reads = ConfigDict()
+  config.host_reads.run = True
+  config.host_reads.bytes = 2**30
+  config.host_reads.programs = 528  # Of the kernel's grid.
+
   config.exchange = ConfigDict()
   config.exchange.run = True
   config.exchange.blocks = (1, 4, 16, 64, 256)  # Per pair and program.

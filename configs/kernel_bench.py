@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
   # The cases of `pallas_kernels/micro_attention/cases.py`, as the tests'.
   config.conformance = ConfigDict()
   config.conformance.run = True
+  config.conformance.part = (0, 1)  # Which, and of how many equal parts.
 
   config.decode = ConfigDict()
   config.decode.run = True

@@ -3,6 +3,9 @@
 As it stands: an 8B Llama-3 shape in bfloat16 on four GPUs of 80 GB or more, one
 for each instance. Instance 0 prefills prompts of 8K tokens all the time, the
 others decode full batches.
+
+    python -m experiments.run --config=configs/no_spill_cost.py
+      --config.cluster.num_processes=4 --workdir=runs/no_spill_cost
 """
 
 from ml_collections import ConfigDict
@@ -12,10 +15,19 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.experiment = "no_spill_cost"  # experiments/no_spill_cost.py
   config.seed = 0
-  config.platform = "gpu"  # Or "cpu".
-  config.num_instances = 4
-  config.tensor_parallel = 1
+  # Those to run, in this order; "alone" is of one process only.
+  config.cases = ("alone", "separate", "sharing", "spilling")
+  # rows.json of an earlier run of other cases, for ratios to those; or empty.
+  config.earlier_rows = ""
   config.repeats = 3  # Of each case without spills; the median is taken.
+
+  config.cluster = ConfigDict()
+  config.cluster.platform = "gpu"  # Or "cpu".
+  config.cluster.num_instances = 4
+  config.cluster.tensor_parallel = 1
+  # 1 for all instances, or as many as instances. The experiment starts them.
+  config.cluster.num_processes = 1
+  config.cluster.patience_s = 900.0  # How long they wait for each other.
 
   config.model = ConfigDict()  # An 8B Llama-3, with random weights.
   config.model.vocab_size = 128256
@@ -60,8 +72,13 @@ def get_config() -> ConfigDict:
 
   # The request that spills, where its prompt is more than an instance holds.
   config.long = ConfigDict()
-  config.long.run = True
   config.long.instance = 0
   config.long.prompt_tokens = 262144
   config.long.max_tokens = 1024
+
+  # What the experiment tells the processes that it starts; not for others.
+  config.child = ConfigDict()
+  config.child.part = ""  # "separate" or "sharing".
+  config.child.instance = 0  # Whose engine a "separate" one has.
+  config.child.folder = ""  # With what all of them share.
   return config

@@ -22,7 +22,7 @@ def case_ratios(rows: Sequence[_Row]) -> list[_Row]:
   """Each case in terms of another, for each instance.
 
   Args:
-    rows: As `experiments/no_spill_cost.py` makes them.
+    rows: As `experiments/case_runner.py` makes them.
 
   Returns:
     A row for each instance and pair of cases. More than 1 is more tokens a
@@ -63,7 +63,7 @@ def cases_report(rows: Sequence[_Row], ratios: Sequence[_Row]) -> str:
   """Both as tables.
 
   Args:
-    rows: As `experiments/no_spill_cost.py` makes them.
+    rows: As `experiments/case_runner.py` makes them.
     ratios: What `case_ratios` made of them.
   """
   seen = table(

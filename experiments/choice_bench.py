@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.kernel_timing import busy_us, fresh_key
+from experiments.kernel_timing import busy_us, fresh_key, named_bytes
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 
 _NUM_LAYERS = 2
@@ -36,6 +36,7 @@ def bench(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
     config.choice.kv_dtypes, config.choice.shapes, config.choice.query_tokens
   ):
     inputs = _draw(config, query_tokens, rows, context, kv_dtype)
+    num_bytes = named_bytes(inputs["kv_pool"], inputs["tables"])
     times = [_time_us(inputs, query_tokens, name) for name in names]
     case = f"{query_tokens} query tokens, {rows} x {context}"
     if kv_dtype == "float8_e4m3fn":
@@ -49,6 +50,7 @@ def bench(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
         "implementation": name,
         "case": case,
         "time_us": us,
+        "tb_per_s": num_bytes / us / 1e6,
         "peer": other,
         "peer_us": other_us,
         "ratio": us / other_us,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.kernel_timing import busy_us, poison
+from experiments.kernel_timing import busy_us, named_bytes, poison
+from infinite_llm.errors import ConfigError
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention import reference
 from pallas_kernels.micro_attention.api import micro_attention
@@ -26,13 +27,22 @@ def bench(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
   """Checks and times every case that some kernel covers.
 
   Args:
-    config: Of the kernel bench; reads `seed`.
+    config: Of the kernel bench; reads `seed` and `conformance`.
 
   Yields:
     Rows of the bench; a kernel's peer is the other one, if that covers the
     case.
+
+  Raises:
+    ConfigError: If there is no such part.
   """
-  for case in CASES:
+  part, parts = config.conformance.part
+  if not 0 <= part < parts:
+    raise ConfigError(
+      f"conformance.part must be (part, parts), 0 <= part < parts; got"
+      f" {config.conformance.part}."
+    )
+  for case in CASES[part::parts]:
     case = case.on_tensor_cores()
     inputs = case.make_inputs(config.seed)
     expected = _expected(case, inputs)
@@ -79,6 +89,7 @@ def _row(
     "implementation": name,
     "case": case.name,
     "time_us": us,
+    "tb_per_s": named_bytes(inputs.kv_pool, inputs.tables) / us / 1e6,
     "error": error,
     "correct": error < _TOLERANCE,
   }

@@ -24,6 +24,7 @@ from experiments import (
   attention_bench,
   collective_bench,
   exchange_bench,
+  host_read_bench,
   tier_bench,
 )
 from experiments.report import table
@@ -65,6 +66,12 @@ def run(
       "tiers",
       config.tiers.run,
       functools.partial(tier_bench.bench, config, num_devices),
+      1,
+    ),
+    (
+      "host reads",
+      config.host_reads.run,
+      functools.partial(host_read_bench.bench, config),
       1,
     ),
     (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from experiments.random_model import random_model
+from experiments.model_shape import model_shape
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.config import EngineConfig, engine_config
@@ -15,6 +15,7 @@ from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import StepOutput
 from infinite_llm.engine.step_batch import RowInput
+from infinite_llm.models.dummy_weights import draw_model
 
 
 def nothing() -> None:
@@ -54,7 +55,12 @@ class DecodeSteps:
       decode_buckets=(step.rows,),
       headroom_blocks=0,
     )
-    model = random_model(config.model, make_mesh(num_instances, 1), config.seed)
+    model = draw_model(
+      model_shape(config.model),
+      make_mesh(num_instances, 1),
+      seed=config.seed,
+      dtype=config.model.dtype,
+    )
     self.runner = ModelRunner(model, self.config)
     self._rows = []
     for instance in range(num_instances):

@@ -4,6 +4,7 @@ import functools
 import glob
 import gzip
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -13,6 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+
+from pallas_kernels.micro_attention.api import BlockTables
 
 
 def poison(shape: Sequence[int]) -> None:
@@ -35,6 +39,17 @@ def fresh_key(config: ml_collections.ConfigDict) -> jax.Array:
     The key.
   """
   return jax.random.key(time.time_ns() % 2**32 + config.seed)
+
+
+def named_bytes(kv_pool: jax.Array, tables: BlockTables) -> int:
+  """Bytes of a layer's keys and values in all rBlocks that tables name.
+
+  Args:
+    kv_pool: `[N, L, 2, K, P, D]` pool.
+    tables: Of any number of rows.
+  """
+  block = math.prod(kv_pool.shape[2:]) * kv_pool.dtype.itemsize
+  return int(np.sum(tables.counts)) * block
 
 
 def slope_us(

@@ -45,7 +45,6 @@ class LayeredDecode:
 
   Attributes:
     kv: `[I * N, L, 2, K, P, D]` pools of all instances.
-    in_hbm: What each instance holds in HBM, by rising logical number.
     slabs: What lies in host memory.
   """
 
@@ -104,10 +103,23 @@ class LayeredDecode:
       lambda: jnp.zeros(shape, kv_dtype),
       out_shardings=NamedSharding(mesh, POOL_SPECS.kv),
     )()
-    self.in_hbm: list[list[Entry]] = [[] for _ in range(num_instances)]
+    self.in_hbm = [[] for _ in range(num_instances)]
     self.slabs = HostSlabs(mesh, slab_blocks)
     self._layers = [model.state["layers"][i] for i in range(config.num_layers)]
     self._build()
+
+  @property
+  def in_hbm(self) -> list[list[Entry]]:
+    """What each instance holds in HBM, by rising logical number.
+
+    To be set as a whole: tables are placed then, not at each step.
+    """
+    return self._in_hbm
+
+  @in_hbm.setter
+  def in_hbm(self, in_hbm: Sequence[Sequence[Entry]]) -> None:
+    self._in_hbm = [list(mine) for mine in in_hbm]
+    self._tables = self._place_tables()
 
   def spill(self, counts: Sequence[int]) -> None:
     """Moves each instance's oldest rBlocks to host memory as one slab.
@@ -137,7 +149,7 @@ class LayeredDecode:
     Returns:
       `[1, V]` float32 logits of the next one, still being computed.
     """
-    tables = self._tables()
+    tables = self._tables
     append = self._append_block(position // self._block_size)
     positions = np.asarray([position], np.int32)
     offset = np.asarray([position % self._block_size], np.int32)
@@ -166,7 +178,7 @@ class LayeredDecode:
       x = self._back(params, x, positions, state)
     return self._head(self._model.state, x)
 
-  def _tables(self) -> BlockTables:
+  def _place_tables(self) -> BlockTables:
     """Tables over HBM: `[I * N]` entries, a row for each instance."""
     entries = np.zeros((2, len(self.in_hbm), self._num_blocks), np.int32)
     for instance, mine in enumerate(self.in_hbm):

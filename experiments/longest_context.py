@@ -6,6 +6,7 @@ for each token (`experiments/layered_decode.py`).
 """
 
 import functools
+import json
 import os
 import pathlib
 import statistics
@@ -22,13 +23,15 @@ from jax.sharding import NamedSharding
 from matplotlib import figure
 
 from experiments.layered_decode import LayeredDecode
-from experiments.random_model import random_model
+from experiments.model_shape import model_shape
 from experiments.report import table
+from experiments.run_facts import run_facts
 from infinite_llm.cache.host_memory import check_host_memory, host_memory
 from infinite_llm.cache.kv_pool import POOL_SPECS
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.errors import ConfigError
+from infinite_llm.models.dummy_weights import draw_model
 
 
 def run(
@@ -38,7 +41,7 @@ def run(
 
   Args:
     config: See `configs/longest_context.py`.
-    workdir: Gets `curve.png`.
+    workdir: Gets `rows.json`, written anew after each length, and `curve.png`.
 
   Returns:
     One row for each length, and whether all logits were finite (`correct`).
@@ -48,7 +51,12 @@ def run(
   _check(config)
   mesh = make_mesh(config.num_instances, config.tensor_parallel)
   decode = LayeredDecode(
-    random_model(config.model, mesh, config.seed),
+    draw_model(
+      model_shape(config.model),
+      mesh,
+      seed=config.seed,
+      dtype=config.model.dtype,
+    ),
     block_size=config.cache.block_size,
     num_blocks=config.cache.num_blocks,
     slab_blocks=config.cache.slab_blocks,
@@ -56,11 +64,17 @@ def run(
     most_staged=config.cache.most_staged,
   )
   decode.kv = _fill(decode.kv)
+  about = run_facts(config.num_instances * config.tensor_parallel)
   rows = []
   for length in config.lengths:
+    started = time.perf_counter()
     _grow(config, decode, length)
-    rows.append(_time(config, decode, length))
-    print(rows[-1], flush=True)
+    grown_s = time.perf_counter() - started
+    row = _time(config, decode, length)
+    rows.append({**row, "grown_s": grown_s, **about})
+    print(row, flush=True)
+    text = json.dumps(rows, indent=1) + "\n"
+    (workdir / "rows.json").write_text(text, encoding="utf-8")
   _plot(rows, workdir / "curve.png")
   print(_report(rows))
   return {"rows": rows, "correct": all(row["is_finite"] for row in rows)}

@@ -70,6 +70,9 @@ def main(argv: Sequence[str]) -> int:
     if options is not None:
       return _run_in_group(options, run, config, workdir, argv)
     result = _run(run, config, workdir, argv)
+  except GroupError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return BROKEN_GROUP
   except (ConfigError, RequestError, CheckpointError) as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
     return 2
@@ -95,7 +98,7 @@ def _run_in_group(
   try:
     group = ProcessGroup(
       options,
-      {f"config.{k}": repr(v) for k, v in _fields(config).items()},
+      {f"config.{k}": repr(v) for k, v in config_fields(config).items()},
       platform=config.cluster.platform,
       num_instances=config.cluster.num_instances,
       tensor_parallel=config.cluster.tensor_parallel,
@@ -130,15 +133,13 @@ def _run(
       f"workdir must be a folder that can be written; got {str(workdir)!r}"
       f" ({error.strerror})."
     ) from error
-  result = run(config, workdir)
-  devices = jax.devices()
+  result = dict(run(config, workdir))
   about = {
     "command": shlex.join(["python", "-m", "experiments.run", *argv[1:]]),
     "date": started.isoformat(timespec="seconds"),
     "device": {
-      "platform": devices[0].platform,
-      "kind": devices[0].device_kind,
-      "count": len(devices),
+      # Told by experiments that leave the devices to other processes.
+      **(result.pop("device", None) or _own_devices()),
       "host_cpu": _cpu_model(),
       "host_cpus": os.cpu_count(),
     },
@@ -154,6 +155,16 @@ def _run(
     {**result, "peak_rss_bytes": peak_rss_bytes, "run": about},
   )
   return result
+
+
+def _own_devices() -> Mapping[str, Any]:
+  """What JAX has in this process."""
+  devices = jax.devices()
+  return {
+    "platform": devices[0].platform,
+    "kind": devices[0].device_kind,
+    "count": len(devices),
+  }
 
 
 def _is_right(result: Mapping) -> bool:
@@ -247,7 +258,7 @@ def _load_config(path: str) -> ml_collections.ConfigDict:
 
 def _check_field(name: str, config: ml_collections.ConfigDict) -> None:
   """Raises `ConfigError` if there is no such field, with the nearest one."""
-  fields = _fields(config)
+  fields = config_fields(config)
   if name in fields:
     return
   if any(field.startswith(f"{name}.") for field in fields):
@@ -266,12 +277,12 @@ def _check_field(name: str, config: ml_collections.ConfigDict) -> None:
   raise ConfigError(f"There is no field config.{name}; {hint}")
 
 
-def _fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def config_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns all leaves by their dotted names, in order."""
   fields = {}
   for name, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
-      fields |= {f"{name}.{k}": v for k, v in _fields(value).items()}
+      fields |= {f"{name}.{k}": v for k, v in config_fields(value).items()}
     else:
       fields[name] = value
   return fields
@@ -314,7 +325,7 @@ def _help(argv: Sequence[str]) -> str:
   text.append("Fields, with their values:")
   text += [
     f"  --config.{name}={'' if value is None else value}"
-    for name, value in _fields(config).items()
+    for name, value in config_fields(config).items()
   ]
   return "\n".join(text)
 

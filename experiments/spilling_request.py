@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from infinite_llm.engine.engine import Engine
+from experiments.steady_load import AnyEngine
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.sampling_params import SamplingParams
 
@@ -12,7 +12,7 @@ _NAME = "long"
 class SpillingRequest:
   """The request that no instance can hold."""
 
-  def __init__(self, engine: Engine, config: ml_collections.ConfigDict):
+  def __init__(self, engine: AnyEngine, config: ml_collections.ConfigDict):
     """Asks for it.
 
     Args:
@@ -38,11 +38,14 @@ class SpillingRequest:
 
   def lent(self) -> list[int]:
     """rBlocks that each instance lends now."""
-    return [sum(m.lent().values()) for m in self._engine.group.managers]
+    return [
+      sum(count for _, count in each.lent)
+      for each in self._engine.use().instances
+    ]
 
   def has_spilled(self) -> bool:
-    """Whether anything was moved to others."""
-    return self._engine.group.num_blocks_moved > 0
+    """Whether anything was moved to others, and they have said so."""
+    return self._engine.use().num_blocks_moved > 0 and any(self.lent())
 
   def has_token(self) -> bool:
     """Whether its prompt is done."""

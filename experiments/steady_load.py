@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from infinite_llm.engine.engine import Engine
+from infinite_llm.engine.group_engine import GroupEngine
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.types import InstanceId
+
+type AnyEngine = Engine | GroupEngine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,14 +78,16 @@ class SteadyLoad:
   """Requests of one instance, and the times at which their tokens came.
 
   Attributes:
-    answers: Tokens of each request that ended as it should.
-    wrong: Those that did not, and why.
+    answers: Tokens that each request got, by its number: all of its answer, or
+      its beginning if it was aborted.
+    wrong: Requests that did not end as they should, and why.
+    num_answered: Those that did.
     num_aborted: Those that were given up.
   """
 
   def __init__(
     self,
-    engine: Engine,
+    engine: AnyEngine,
     instance: InstanceId,
     shape: LoadShape,
     *,
@@ -96,7 +101,8 @@ class SteadyLoad:
       engine: Who is asked.
       instance: Which of its instances.
       shape: For what.
-      name: First part of the requests' names: nobody else's.
+      name: First part of the requests' names: nobody else's, ever, since what
+        a process says of a request that was aborted may come late.
       seed: Of the prompts.
       vocab_size: V.
     """
@@ -110,8 +116,9 @@ class SteadyLoad:
     self._is_wanted = True
     self._last_s: dict[str, float | None] = {}
     self._marks: list[_Mark] = []
-    self.answers: dict[str, tuple[int, ...]] = {}
+    self.answers: dict[int, tuple[int, ...]] = {}
     self.wrong: list[str] = []
+    self.num_answered = 0
     self.num_aborted = 0
 
   @property
@@ -175,16 +182,11 @@ class SteadyLoad:
         )
       )
 
-  def end(self, *, at_once: bool = False) -> None:
-    """Asks for no more.
-
-    Args:
-      at_once: Whether to give up what has not ended.
-    """
+  def end(self) -> None:
+    """Asks for no more, and gives up what has not ended."""
     self._is_wanted = False
-    if at_once:
-      for name in self._last_s:
-        self._engine.abort(name)
+    for name in self._last_s:
+      self._engine.abort(name)
 
   def seen(self) -> Seen:
     """What came out within the window."""
@@ -222,16 +224,18 @@ class SteadyLoad:
     elif (
       output.finish_reason == "length" and len(tokens) == self._shape.max_tokens
     ):
-      self.answers[name] = tokens
+      self.num_answered += 1
     else:
       self.wrong.append(
         f"{name}: {output.finish_reason} after {len(tokens)} tokens,"
         f" {output.error}"
       )
+      return
+    self.answers[int(name.rpartition("-")[2])] = tokens
 
 
 def serve(
-  engine: Engine,
+  engine: AnyEngine,
   loads: Sequence[SteadyLoad],
   take_other: Callable[[RequestOutput], None],
 ) -> None:
@@ -258,12 +262,14 @@ def serve(
 
 
 def drive(
-  engine: Engine,
+  engine: AnyEngine,
   loads: Sequence[SteadyLoad],
   is_over: Callable[[], bool],
   take_other: Callable[[RequestOutput], None] = lambda _: None,
 ) -> None:
-  """Keeps loads up until it is over, and then serves what is still there.
+  """Keeps loads up until it is over, and then gives up what is still there.
+
+  To wait for answers that nobody needs would take as long as the windows.
 
   Args:
     engine: What all loads ask.
@@ -295,7 +301,7 @@ def drive_each(engines: Sequence[Engine], loads: Sequence[SteadyLoad]) -> None:
   def is_over() -> bool:
     return has_failed.is_set() or all(load.is_over for load in loads)
 
-  def drive_one(engine: Engine, load: SteadyLoad) -> None:
+  def drive_one(engine: AnyEngine, load: SteadyLoad) -> None:
     try:
       drive(engine, [load], is_over)
     except BaseException:

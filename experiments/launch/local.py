@@ -94,15 +94,16 @@ def _run(values: flags.FlagValues, command: Command) -> int:
   raise AssertionError("unreachable")
 
 
-def _gpus(num_processes: int, share: int, command: Command) -> list[str]:
-  """CUDA_VISIBLE_DEVICES of each process; empty on other platforms.
+def process_gpus(num_processes: int, each: int) -> list[str]:
+  """CUDA_VISIBLE_DEVICES of each process of this machine.
+
+  Args:
+    num_processes: How many there are.
+    each: GPUs of each.
 
   Raises:
     ConfigError: If CUDA_VISIBLE_DEVICES of the launcher names too few.
   """
-  if command.platform != "gpu":
-    return []
-  each = share * command.tensor_parallel
   needed = num_processes * each
   named = os.environ.get("CUDA_VISIBLE_DEVICES")
   gpus = list(map(str, range(needed))) if named is None else named.split(",")
@@ -112,6 +113,13 @@ def _gpus(num_processes: int, share: int, command: Command) -> list[str]:
       f" process; got {named!r}."
     )
   return [",".join(gpus[n * each :][:each]) for n in range(num_processes)]
+
+
+def _gpus(num_processes: int, share: int, command: Command) -> list[str]:
+  """CUDA_VISIBLE_DEVICES of each process; empty on other platforms."""
+  if command.platform != "gpu":
+    return []
+  return process_gpus(num_processes, share * command.tensor_parallel)
 
 
 def _run_once(

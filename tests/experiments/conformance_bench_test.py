@@ -4,13 +4,12 @@ import ml_collections
 import pytest
 
 from experiments import conformance_bench
+from infinite_llm.errors import ConfigError
 
 pytestmark = pytest.mark.bench
 
-_CONFIG = ml_collections.ConfigDict({"seed": 0})
 
-
-def _rows(monkeypatch, *kernels):
+def _rows(monkeypatch, *kernels, part=(0, 1)):
   monkeypatch.setattr(conformance_bench, "_KERNELS", kernels)
   monkeypatch.setattr(conformance_bench, "busy_us", lambda *_, **__: 2.0)
   cases = [
@@ -20,7 +19,20 @@ def _rows(monkeypatch, *kernels):
   ]
   assert len(cases) == 3
   monkeypatch.setattr(conformance_bench, "CASES", cases)
-  return list(conformance_bench.bench(_CONFIG))
+  config = ml_collections.ConfigDict({"seed": 0, "conformance": {"part": part}})
+  return list(conformance_bench.bench(config))
+
+
+def test_parts_are_all_cases_together(monkeypatch):
+  whole = _rows(monkeypatch, "reference")
+  parts = [
+    row["case"]
+    for part in range(2)
+    for row in _rows(monkeypatch, "reference", part=(part, 2))
+  ]
+  assert sorted(parts) == sorted(row["case"] for row in whole)
+  with pytest.raises(ConfigError, match=r"conformance\.part"):
+    _rows(monkeypatch, "reference", part=(2, 2))
 
 
 def test_each_kernel_is_the_others_peer(monkeypatch):
@@ -31,6 +43,7 @@ def test_each_kernel_is_the_others_peer(monkeypatch):
     ("reference", "xla"),
   }
   assert all(row["ratio"] == 1 for row in rows)
+  assert all(row["tb_per_s"] > 0 for row in rows)
 
 
 def test_a_kernel_that_covers_nothing_has_no_rows(monkeypatch):

@@ -30,6 +30,8 @@ def _config():
   config.step.context = 32
   config.step.steps = 3
   config.tiers.blocks = (1, 20)
+  config.host_reads.bytes = 2 * 3 * 4 * 4096
+  config.host_reads.programs = 2
   config.exchange.blocks = (3,)
   config.collectives.bytes = (256, 1024)
   config.collectives.calls = (2, 3)
@@ -50,6 +52,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
     "tier moves there and back": 1,
     "tier moves": 2 * (2 * 2 + 1),
     "decode beside tier moves": 2,
+    "host memory": 2,
     "exchange": 2,
     "decode beside one rBlock a step": 1,
     "collectives": 2 * 2 * 2,
@@ -72,7 +75,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
 
 def test_what_one_device_cannot_do_is_named(config, tmp_path):
   config.num_devices = 1
-  config.tiers.run = False
+  config.tiers.run = config.host_reads.run = False
   config.attention.num_instances = (2,)
 
   result = data_plane_bench.run(config, tmp_path)
@@ -86,7 +89,8 @@ def test_what_one_device_cannot_do_is_named(config, tmp_path):
 
 
 def test_kv_that_does_not_fit_is_named(config, tmp_path):
-  config.tiers.run = config.exchange.run = config.collectives.run = False
+  config.tiers.run = config.host_reads.run = False
+  config.exchange.run = config.collectives.run = False
   config.attention.num_instances = (1,)
   config.attention.contexts = (64,)
   config.attention.most_bytes = 1e3

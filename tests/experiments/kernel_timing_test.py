@@ -1,10 +1,14 @@
 """What counts as a run of a kernel."""
 
+import json
+import pathlib
+
 import jax.numpy as jnp
 import pytest
 
 from experiments import kernel_timing
-from experiments.kernel_timing import busy_us, device_times
+from experiments.kernel_timing import busy_us, device_times, named_bytes
+from pallas_kernels.micro_attention.api import BlockTables
 
 
 def _process(pid, name):
@@ -44,3 +48,22 @@ def test_all_kernels_of_all_streams_keep_a_device_busy(monkeypatch):
   assert busy_us(jnp.sin, 0.0, calls=2, programs=2) == 10.0 / 4
   with pytest.raises(RuntimeError, match="profiler saw 4 kernels"):
     busy_us(jnp.sin, 0.0, calls=5, programs=1)
+
+
+def test_bytes_are_of_the_rblocks_that_tables_name():
+  pool = jnp.zeros((9, 3, 2, 4, 16, 8), jnp.bfloat16)
+  entries = jnp.zeros(6, jnp.int32)
+  tables = BlockTables(
+    entries, entries, jnp.asarray([0, 2]), jnp.asarray([2, 3])
+  )
+  assert named_bytes(pool, tables) == 5 * 2 * 4 * 16 * 8 * 2
+
+
+@pytest.mark.parametrize("name", ["h200", "h200_rblock_sizes"])
+def test_committed_rows_say_what_was_measured_and_on_what(name):
+  path = pathlib.Path(f"experiments/results/kernel_bench/{name}.json")
+  for row in json.loads(path.read_text()):
+    fields = {"kernel", "case", "time_us", "peer", "peer_us", "ratio"}
+    assert fields | {"device", "versions", "command", "date"} <= row.keys()
+    assert row.keys() & {"tb_per_s", "tflop_per_s"}
+    assert row.get("correct") is not False

@@ -45,7 +45,9 @@ def test_logits_are_those_of_the_dense_model(num_instances, ranks):
         for mine, count, ids in zip(decode.in_hbm, gone, free, strict=True):
           ids += [block for block, _ in mine[:count]]
         decode.spill(gone)
-      decode.in_hbm[owner].append((free[owner].pop(), logical))
+      held = decode.in_hbm
+      held[owner].append((free[owner].pop(), logical))
+      decode.in_hbm = held
     logits.append(np.asarray(decode.step(token, position))[0])
   assert len(decode.slabs) >= (3 if num_instances == 1 else 1)
   dense = load_hf(GOLDEN / "llama3", make_mesh(1, 1), dtype="float32").dense()

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,7 @@ def test_what_hbm_cannot_hold_is_streamed(config, tmp_path, kv_dtype):
   assert [row["tokens_in_hbm"] for row in rows] == [32, 64, 32]
   # 6 rBlocks of each instance are too many, so two slabs of 4 go.
   assert [row["link_gb_per_s"] > 0 for row in rows] == [False, False, True]
+  assert json.loads((tmp_path / "rows.json").read_text()) == rows
   assert (tmp_path / "curve.png").stat().st_size > 0
 
 

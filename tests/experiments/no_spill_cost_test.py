@@ -5,11 +5,13 @@ import json
 import jax
 import pytest
 
-from configs.no_spill_cost import get_config
-from experiments import no_spill_cost
+from experiments import case_processes, no_spill_cost, run
+from experiments.case_log import CaseLog
+from experiments.file_barrier import FileBarrier
 from experiments.steady_load import LoadShape, SteadyLoad
 from infinite_llm.engine.outputs import Extent, OutputRecord, RequestOutput
-from infinite_llm.errors import ConfigError
+from infinite_llm.errors import ConfigError, GroupError
+from tests.experiments.small_no_spill_cost import small_config
 
 _CASES = (
   "alone",
@@ -24,37 +26,7 @@ _CASES = (
 def _config():
   # Before the experiment asks for less: all tests of a process share them.
   assert jax.device_count() == 4
-  config = get_config()
-  config.platform = "cpu"
-  config.num_instances = 2
-  config.repeats = 1
-  config.model.vocab_size = 64
-  config.model.model_dim = 32
-  config.model.mlp_dim = 64
-  config.model.num_layers = 1
-  config.model.num_q_heads = 4
-  config.model.num_kv_heads = 2
-  config.model.head_dim = 16
-  config.model.dtype = "float32"
-  config.cache.block_size = 16
-  config.cache.num_blocks = 33
-  config.lending.headroom_blocks = 2
-  config.lending.group_prefill_buckets = (32,)
-  config.scheduler.max_num_seqs = 4
-  config.scheduler.decode_buckets = (4,)
-  config.scheduler.prefill_buckets = (64,)
-  config.scheduler.prefill_rows = 4
-  config.prefill.prompt_tokens = 128
-  config.prefill.warm_steps = 1
-  config.prefill.steps = 4
-  config.decode.num_in_flight = 4
-  config.decode.prompt_tokens = 16
-  config.decode.max_tokens = 24
-  config.decode.warm_steps = 4
-  config.decode.steps = 12
-  config.long.prompt_tokens = 700
-  config.long.max_tokens = 60
-  return config
+  return small_config()
 
 
 @pytest.mark.bench
@@ -87,6 +59,8 @@ def test_only_the_spilling_cases_lend(config, tmp_path):
   assert result["launches"]["spilling, prefill"]["group_prefill"] > 0
   assert result["launches"]["spilling, decode"]["group_decode"] > 0
   assert len(result["ratios"]) == 2 * 5
+  assert result["took_s"].keys() > set(_CASES)
+  assert None not in result["took_s"].values()
   written = json.loads((tmp_path / "rows.json").read_text())
   assert written == {"rows": rows, "ratios": result["ratios"]}
 
@@ -97,23 +71,40 @@ def test_a_case_that_lends_unasked_is_wrong(config, tmp_path, monkeypatch):
   monkeypatch.setattr(no_spill_cost, "_check", lambda config: None)
   config.decode.prompt_tokens = 160
   config.decode.max_tokens = 20
-  config.long.run = False
+  config.cases = ("sharing",)
+  earlier = {"case": "separate", "instance": 1, "tokens_per_s_of_runs": [1.0]}
+  earlier |= {"itl_ms": 1.0, "itl_p99_ms": 1.0, "load": "decode"}
+  config.earlier_rows = str(tmp_path / "rows.json")
+  (tmp_path / "rows.json").write_text(json.dumps({"rows": [earlier]}))
 
   result = no_spill_cost.run(config, tmp_path)
 
   assert not result["correct"]
   assert any("something was lent" in fault for fault in result["faults"])
+  assert {row["case"] for row in result["rows"]} == {"sharing"}
+  (ratio,) = result["ratios"]
+  assert (ratio["case"], ratio["to"]) == ("sharing", "separate")
 
 
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("num_instances", 1, "num_instances must be at least 2; got 1"),
+    ("cluster.num_instances", 1, "num_instances must be at least 2; got 1"),
+    ("cluster.num_processes", 3, r"must be 1 or num_instances \(2\); got 3"),
+    ("cluster.patience_s", 0.0, r"patience_s must be positive; got 0\.0"),
+    ("cases", (), "cases must be some of alone, separate, sharing, spilling"),
+    ("cases", ("sharing", "shared"), r"cases must be some of .*'shared'"),
+    ("earlier_rows", "/none", r"must be empty or a rows\.json; got '/none'"),
+    ("child.part", "alone", "part must be empty, separate or sharing; got"),
     ("repeats", 0, "repeats must be at least 1; got 0"),
     ("long.prompt_tokens", 512, "must be at least 513, more than an instance"),
     ("decode.prompt_tokens", 160, "decode must have at most 512 tokens"),
     ("decode.steps", 20, r"max_tokens must be more than warm_steps \+ steps"),
-    ("platform", "gpu", "platform must be what JAX runs on, cpu; got 'gpu'"),
+    (
+      "cluster.platform",
+      "gpu",
+      "platform must be what JAX runs on, cpu; got 'gpu'",
+    ),
   ],
 )
 def test_what_cannot_work_is_refused(config, tmp_path, field, value, message):
@@ -134,6 +125,7 @@ class _Nobody:
 
 def _output(name: str, num_tokens: int, reason: str | None = None):
   return RequestOutput(
+    uid=1,
     request_id=name,
     prompt_token_ids=(1, 2, 3),
     finish_reason=reason,
@@ -147,18 +139,16 @@ def _output(name: str, num_tokens: int, reason: str | None = None):
   )
 
 
+def _load(engine: _Nobody) -> SteadyLoad:
+  shape = LoadShape(
+    num_in_flight=2, prompt_tokens=3, max_tokens=4, warm_steps=1, steps=2
+  )
+  return SteadyLoad(engine, 0, shape, name="x", seed=0, vocab_size=8)
+
+
 def test_a_window_counts_the_steps_behind_the_warm_ones():
   engine = _Nobody()
-  load = SteadyLoad(
-    engine,
-    0,
-    LoadShape(
-      num_in_flight=2, prompt_tokens=3, max_tokens=4, warm_steps=1, steps=2
-    ),
-    name="x",
-    seed=0,
-    vocab_size=8,
-  )
+  load = _load(engine)
   load.fill()
   assert engine.added == ["x-0", "x-1"]
   load.take([_output("x-0", 1)], 10.0)
@@ -176,8 +166,110 @@ def test_a_window_counts_the_steps_behind_the_warm_ones():
   assert seen.prompt_tokens_per_s == 0
   assert seen.output_tokens_per_s == 3 / 4
   assert (seen.itl_ms, seen.itl_p99_ms) == (3000, 4000)
-  assert load.answers == {"x-0": (0, 1, 2, 3)}
+  assert load.answers == {0: (0, 1, 2, 3)}
+  assert load.num_answered == 1
   load.fill()
   assert engine.added == ["x-0", "x-1", "x-2"]
   load.take([_output("x-1", 3, "stop")], 17.0)
   assert load.wrong == ["x-1: stop after 3 tokens, None"]
+
+
+def test_a_load_that_ends_gives_up_what_is_left():
+  class Aborting(_Nobody):
+    def abort(self, request_id):
+      self.aborted.append(request_id)
+
+  engine = Aborting()
+  engine.aborted = []
+  load = _load(engine)
+  load.fill()
+  load.take([_output("x-1", 1)], 1.0)
+  load.end()
+  assert engine.aborted == ["x-0", "x-1"]
+  load.take([_output("x-0", 0, "abort"), _output("x-1", 1, "abort")], 2.0)
+  assert load.is_empty
+  assert load.answers == {0: (), 1: (0,)}
+  assert (load.num_answered, load.num_aborted, load.wrong) == (0, 2, [])
+
+
+def test_answers_are_compared_as_far_as_both_go(tmp_path):
+  log = CaseLog(is_exact=True)
+  log.compare("one", {"a": (1, 2), "b": (), "c": (5,)})
+  assert log.num_compared == 0
+  log.compare("two", {"a": (1, 2, 3), "b": (4,), "c": (6, 7)})
+  assert (log.num_compared, log.num_different) == (2, 1)
+  assert log.faults == ["two: 1 answers are others"]
+  log.write(tmp_path / "log.json")
+  read = CaseLog.read(tmp_path / "log.json")
+  assert read.faults == log.faults
+
+  joined = CaseLog(is_exact=True)
+  joined.compare("mine", {"a": (1, 2, 4)})
+  joined.join("yours", read)
+  assert (joined.num_compared, joined.num_different) == (3, 2)
+  assert joined.faults[-1] == "yours: 1 answers are others"
+
+
+def test_a_barrier_opens_when_all_are_there(tmp_path):
+  one, two = (FileBarrier(tmp_path, n, 2, patience_s=0.05) for n in (0, 1))
+  one.arrive("start")
+  assert not one.is_complete("start")
+  two.meet("start")
+  assert one.is_complete("start")
+  with pytest.raises(
+    GroupError, match=r"come to 'end' within 0\.05 s .*; 1 did"
+  ):
+    one.meet("end")
+
+
+class _Started:
+  """Notes what would be started."""
+
+  def __init__(self, commands):
+    self._commands = commands
+
+  def start(self, name, args, log, environment=None):
+    self._commands[name] = (args, environment)
+
+  def wait(self, look):
+    look()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+
+def test_each_process_has_gpus_and_a_part_of_its_own(
+  config, tmp_path, monkeypatch
+):
+  commands = {}
+  monkeypatch.setattr(
+    case_processes, "ChildProcesses", lambda: _Started(commands)
+  )
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+  config.cluster.platform = "gpu"
+  config.cluster.tensor_parallel = 2
+  config.cluster.num_processes = 2
+
+  case_processes.run_in_processes(
+    config, tmp_path, lambda: CaseLog(is_exact=True)
+  )
+
+  assert [*commands] == ["separate-0", "separate-1", "sharing"]
+  gpus = [commands[f"separate-{n}"][1] for n in (0, 1)]
+  assert gpus == [
+    {"CUDA_VISIBLE_DEVICES": "7,5"},
+    {"CUDA_VISIBLE_DEVICES": "3,1"},
+  ]
+  module, *args = commands["separate-1"][0][1:]
+  assert module == "experiments.run"
+  child, workdir = run.parse([module, *args])
+  assert workdir == tmp_path / "separate-1"
+  assert (child.child.part, child.child.instance) == ("separate", 1)
+  assert child.scheduler.to_dict() == config.scheduler.to_dict()
+  args, environment = commands["sharing"]
+  assert args[1:4] == ["experiments.launch.local", "--num_processes=2", "--"]
+  # The launcher shares out the GPUs that it sees.
+  assert environment is None

@@ -114,7 +114,7 @@ def test_every_leaf_can_be_set(call, seen, tmp_path, args, field, value):
     leaf = leaf[part]
   assert leaf == (list(value) if isinstance(value, tuple) else value)
   config, _ = seen[0]
-  assert run._fields(config)[field] == value
+  assert run.config_fields(config)[field] == value
 
 
 @pytest.mark.parametrize(
