@@ -46,8 +46,8 @@ class CacheConfig:
     verify_moves: Whether to compare checksums of both ends of every move
       between the tiers. It blocks the host: for debugging.
     host_attention: Whether a request that is larger than all HBM within its
-      reach keeps its oldest rBlocks in its instance's host memory and attends
-      them there; one such request of each instance at a time.
+      reach keeps what nobody lends room for in its instance's host memory and
+      attends it there; one such request of each instance at a time.
     host_attention_share: Part of its instance's HBM that such a request keeps
       at most; the rest is left to others.
   """

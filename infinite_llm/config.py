@@ -176,9 +176,12 @@ class EngineConfig:
   def num_layered_kinds(self) -> int:
     """Those among them of which steps that attend HOST consist.
 
-    Five for one token and five for many, none of more than a layer.
+    Five for one token and five for many, none of more than a layer; and one
+    more each in a group.
     """
-    return 2 * 5 if self.cache.host_attention else 0
+    if not self.cache.host_attention:
+      return 0
+    return 2 * (5 + self.has_group)
 
 
 _PARTS: dict[str, type] = {

@@ -18,6 +18,7 @@ from infinite_llm.types import (
   InstanceId,
   PoolCounts,
   RequestUid,
+  Tier,
 )
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def check_books(manager: RManager, running: Collection[RequestUid]) -> None:
       in_host[copy.uid].update(copy.host)
     for uid in running:
       table = debtor.account(uid).table
-      in_host[uid].update(table.location(n) for n in range(table.num_host))
+      places = map(table.location, range(table.num_blocks))
+      overflown = [place for place in places if place.tier is Tier.HOST]
+      assert len(overflown) == table.num_host
+      in_host[uid].update(overflown)
     for effect, slab in slabs.items():
       in_host[effect.uid].update(slab.host)
     _check_pool(swapping.host_pool, in_host, {})

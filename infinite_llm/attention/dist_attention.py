@@ -213,7 +213,9 @@ def dist_coverage(
     shift = (jnp.arange(num_instances) - me) % num_instances
     returned = jnp.where(holders[shift][:, None], returned, jnp.uint32(0))
   total = jnp.sum(returned, axis=0, dtype=jnp.uint32)
-  return own.at[_drop_index(slots.rows, own.shape[0])].add(total, mode="drop")
+  # A slot that no row uses adds to one that is not there.
+  row = jnp.where(slots.rows == NO_ROW, num_rows, slots.rows)
+  return own.at[row].add(total, mode="drop")
 
 
 def decode_attention(
@@ -281,13 +283,13 @@ def prefill_attention(
   tables: BlockTables,
   answered: BlockTables,
   slots: SpillSlots,
-  holders: jax.Array,
+  holders: jax.Array | None,
   window: Window,
 ) -> AttentionState:
-  """One layer of a group prefill chunk: the chunk goes only to its holders.
+  """One layer of a group prefill chunk, passed from instance to instance.
 
-  A chunk is megabytes, so it is passed from instance to instance by shifts
-  (i -> i + s), and a shift that no owner needs is left out by all alike.
+  By shifts (i -> i + s). A chunk is megabytes, so one that no owner needs is
+  left out by all alike.
 
   Collective over axis: "instance".
 
@@ -301,7 +303,7 @@ def prefill_attention(
     answered: Result of `answer_slots`.
     slots: This instance's own slots; at most one is used.
     holders: `[I]` bool. Entry s: some owner i has rBlocks on i + s. The same
-      on all instances, since it decides which collectives run.
+      on all instances, since it decides which collectives run; None runs all.
     window: What the layer looks at.
 
   Returns:
@@ -341,7 +343,10 @@ def prefill_attention(
     return visit
 
   for shift in range(1, num_instances):
-    state = jax.lax.cond(holders[shift], through(shift), lambda s: s, state)
+    if holders is None:
+      state = through(shift)(state)
+    else:
+      state = jax.lax.cond(holders[shift], through(shift), lambda s: s, state)
   return state
 
 
@@ -387,11 +392,6 @@ def local_attention(
 def _one_token_each(num_rows: int) -> jax.Array:
   """`cu_seqlens` of rows with one query token each."""
   return jnp.arange(num_rows + 1, dtype=jnp.int32)
-
-
-def _drop_index(rows: jax.Array, num_rows: int) -> jax.Array:
-  """Rows as scatter targets: an unused slot points out of bounds."""
-  return jnp.where(rows == NO_ROW, num_rows, rows)
 
 
 def _slot_of_row(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -50,7 +50,9 @@ class BlockTable:
     self._full_coverage: list[int] = []
     self._num_summed = 0
     self._sum = 0
+    # How many are in HOST, and what they add to coverage.
     self._num_host = 0
+    self._host_sum = 0
     # The rBlocks at home in HBM: what a log has from `_local_begin` on.
     # Appending and moving the oldest one away leave the log as it is; after any
     # other change it is None until somebody asks.
@@ -76,7 +78,7 @@ class BlockTable:
 
   @property
   def num_host(self) -> int:
-    """How many of them lie in HOST: always the oldest."""
+    """How many of them lie in HOST; all of those are full."""
     return self._num_host
 
   def append(self, locations: Iterable[Location]) -> None:
@@ -119,6 +121,10 @@ class BlockTable:
     self._count(new, 1)
     before = self._full_coverage[logical_id]
     after = self._coverage_of(logical_id, self.block_size)
+    if old.tier is Tier.HOST:
+      self._host_sum = add_coverage(self._host_sum, -before)
+    if new.tier is Tier.HOST:
+      self._host_sum = add_coverage(self._host_sum, after)
     self._full_coverage[logical_id] = after
     if logical_id < self._num_summed:
       self._sum = add_coverage(self._sum, after - before)
@@ -167,8 +173,8 @@ class BlockTable:
 
   def num_home_below(self, logical_id: int) -> int:
     """How many rBlocks at home in HBM have a logical number below one."""
-    if self.is_home:
-      return max(min(logical_id, self.num_blocks) - self._num_host, 0)
+    if self.is_home and not self._num_host:
+      return min(logical_id, self.num_blocks)
     return len(self.local_entries().below(logical_id))
 
   def tag(self, logical_id: int, filled: int) -> int:
@@ -217,6 +223,10 @@ class BlockTable:
     if not rest:
       return self._sum
     return add_coverage(self._sum, self._coverage_of(num_full, rest))
+
+  def demand_of_hbm(self, num_tokens: int) -> int:
+    """As `demand`, but what lies in HOST, all of it below, is not read."""
+    return add_coverage(self.demand(num_tokens), -self._host_sum)
 
   def _count(self, location: Location, change: int) -> None:
     if location.tier is Tier.HOST:

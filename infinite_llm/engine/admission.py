@@ -12,12 +12,13 @@ from infinite_llm.types import InstanceId, RequestUid
 def reachable_tokens(config: EngineConfig) -> int:
   """Tokens that one request could have if it were alone in its group.
 
-  In the HBM of all instances, or in its own and host memory.
+  In the HBM of all instances, and in its own host memory.
   """
   cache = config.cache
   own = cache.capacity_tokens // cache.block_size
   in_hbm = config.lending.reachable_blocks(own, config.num_instances)
-  return max(in_hbm, cache.overflow_blocks) * cache.block_size
+  with_host = in_hbm - own + cache.overflow_blocks
+  return max(in_hbm, with_host) * cache.block_size
 
 
 def as_token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ def check_request(
   if len(prompt) + 1 > available:
     cache = config.cache
     with_host = cache.overflow_blocks * cache.block_size
-    host = f", {with_host} with host memory" if with_host else ""
+    host = f" ({with_host} with host memory)" if with_host else ""
     raise CapacityError(
       f"The prompt needs room for {len(prompt) + 1} tokens (one of them for the"
       f" answer), but all reachable rBlocks hold {available}:"

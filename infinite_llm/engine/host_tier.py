@@ -175,20 +175,20 @@ class HostTiers:
 def _overflow_rule(config: EngineConfig) -> OverflowRule:
   """Which requests keep rBlocks in host memory while they run."""
   cache = config.cache
-  reachable_blocks = config.lending.reachable_blocks(
-    cache.capacity_tokens // cache.block_size, config.num_instances
-  )
+  own_blocks = cache.capacity_tokens // cache.block_size
   in_host = cache.overflow_blocks - cache.kept_blocks
-  missing = reachable_blocks - cache.kept_blocks
+  missing = own_blocks - cache.kept_blocks
   if in_host <= missing:
     raise ConfigError(
       f"host_blocks must have room for more than {missing} rBlocks with"
-      f" host_attention: a request could have {reachable_blocks} in HBM, and"
-      f" keeps {cache.kept_blocks} there beside host memory; got"
+      f" host_attention: a request could have {own_blocks} in its instance's"
+      f" HBM, and keeps {cache.kept_blocks} there beside host memory; got"
       f" {cache.host_blocks}, room for {in_host}."
     )
   return OverflowRule(
-    reachable_blocks=reachable_blocks,
+    reachable_blocks=config.lending.reachable_blocks(
+      own_blocks, config.num_instances
+    ),
     kept_blocks=cache.kept_blocks,
     slab_blocks=cache.slab_blocks,
   )

@@ -2,8 +2,10 @@
 
 Between them host memory brings the next slab's part of a layer. `begin`, then
 for each layer `front`, `add` for each slab and `back`, then `end`. All run on
-an instance's own row of the mesh. Every layer proves what it read, in HBM and
-from slabs: a row is proved if all of them did.
+an instance's own row of the mesh; where the request has rBlocks at other
+instances too, `group_front` on all of it takes the place of `front`. Every
+layer proves what it read, in HBM and from slabs: a row is proved if all of them
+did.
 """
 
 import dataclasses
@@ -15,11 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from infinite_llm.attention.dist_attention import Window, local_attention
+from infinite_llm.attention import dist_attention
+from infinite_llm.attention.dist_attention import Window
 from infinite_llm.attention.host_attention import staged_attention
 from infinite_llm.cache.host_slabs import TABLE_SPECS
-from infinite_llm.cache.kv_pool import POOL_SPECS, coverage
+from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays, coverage
 from infinite_llm.engine.programs import Params, StepOutput
+from infinite_llm.engine.step_batch import StepBatch
 from infinite_llm.models import rope
 from infinite_llm.models.loaded_model import LoadedModel
 from infinite_llm.types import INSTANCE_AXIS, TENSOR_AXIS
@@ -28,19 +32,22 @@ from pallas_kernels.attention_state import AttentionState
 
 _NONE = PartitionSpec()
 _PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
-_QUERIES = PartitionSpec(None, TENSOR_AXIS)
+_QUERIES = PartitionSpec(INSTANCE_AXIS, TENSOR_AXIS)
 _STATES = AttentionState(_QUERIES, _QUERIES)
+
+ATTENDED_SPECS = (_QUERIES, _STATES, _PER_INSTANCE)
+"""Partition of what `front` and `group_front` give beside the pool."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayeredPrograms:
-  """Builders of the programs of one instance, for one number of tokens.
+  """Builders of the programs of a mesh, for one number of tokens.
 
   Attributes:
     model: Shape and static part; its parameters are arguments.
     layer_def: Static part of each of its layers.
     param_specs: Partition over `mesh` of its `Params`.
-    mesh: Row of the instance.
+    mesh: Row of an instance; for `group_front` that of the whole group.
     num_tokens: T; 1 is a decode step.
     attention: Name of the micro-attention; None picks.
   """
@@ -69,7 +76,8 @@ class LayeredPrograms:
       return pool._replace(tag=tag), x, jnp.ones(1, bool)
 
     specs = (self.param_specs.weights, POOL_SPECS, _PER_INSTANCE)
-    return self._jit(body, specs, (POOL_SPECS, _NONE, _NONE), donated=(1,))
+    outputs = (POOL_SPECS, _PER_INSTANCE, _PER_INSTANCE)
+    return self._jit(body, specs, outputs, donated=(1,))
 
   def front(self) -> Callable[..., Any]:
     """Appends a layer's keys and values and attends what is in HBM.
@@ -81,47 +89,61 @@ class LayeredPrograms:
 
     def body(weights, x, pool, layer, kv_scales, batch, tables):
       batch, tables = batch.own(), tables.own()
-      module = self._merge_layer(weights)
-      window = self._window(kv_scales, layer)
-      kept = []
 
-      def attend(q, k, v, kv):
-        kv = append_kv(
-          kv,
-          layer,
-          k,
-          v,
-          batch.append_block,
-          batch.append_offset,
-          k_scale=window.k_scale,
-          v_scale=window.v_scale,
+      def read(q, kv, window):
+        return dist_attention.local_attention(
+          q, batch.cu_seqlens, batch.positions, kv, layer, tables, window
         )
-        state = local_attention(
-          q,
-          batch.cu_seqlens,
-          batch.positions,
-          kv,
-          layer,
-          tables,
-          window,
-        )
-        kept.append((q, state))
-        return jnp.zeros_like(q), kv  # What follows is computed by `back`.
 
-      _, kv = module.self_attn(
-        module.input_layernorm(x),
-        self._rotation(batch.positions),
-        pool.kv,
-        attend,
-        TENSOR_AXIS,
+      pool, q, state = self._append(
+        weights, x, pool, layer, kv_scales, batch, read
       )
-      ((q, state),) = kept
-      return pool._replace(kv=kv), q, state, coverage(pool.tag, tables)
+      return pool, q, state, coverage(pool.tag, tables)
 
-    read = (_NONE, self.param_specs.kv_scales, _PER_INSTANCE, _PER_INSTANCE)
-    specs = (self._layer_specs, _NONE, POOL_SPECS, *read)
-    outputs = (POOL_SPECS, _QUERIES, _STATES, _NONE)
-    return self._jit(body, specs, outputs, donated=(2,))
+    return self._jit(body, self._front_specs, self._attended, donated=(2,))
+
+  def group_front(self) -> Callable[..., Any]:
+    """As `front`, and other instances attend what they hold of the request.
+
+    Collective over axis: "instance". Instances without rows only answer.
+
+    Returns:
+      Jitted `(layer_weights, x, pool, layer, kv_scales, batch, tables, group)
+      -> (pool, q, state, covered [I])`. Donates `pool`.
+    """
+    is_prefill = self.num_tokens > 1
+
+    def body(weights, x, pool, layer, kv_scales, batch, tables, group):
+      batch, tables = batch.own(), tables.own()
+      slots, _ = group.slots.own()
+      # What is hosted is named by entries beside the pool: they come behind.
+      behind = tables.block_ids.shape[0]
+      tables = tables._replace(
+        block_ids=jnp.concatenate([tables.block_ids, pool.block_ids]),
+        logical_ids=jnp.concatenate([tables.logical_ids, pool.logical_ids]),
+      )
+      answered = dist_attention.answer_slots(group.hosted.own(), tables, slots)
+      answered = answered._replace(starts=answered.starts + behind)
+
+      def read(q, kv, window):
+        held = (kv, layer, tables, answered)
+        if is_prefill:  # To all: no time beside that of the host's link.
+          return dist_attention.prefill_attention(
+            q, batch.cu_seqlens, batch.positions, *held, slots, None, window
+          )
+        asked = dist_attention.asked_positions(batch.positions, slots)
+        return dist_attention.decode_attention(
+          q, batch.positions, *held, asked, slots, window
+        )
+
+      pool, q, state = self._append(
+        weights, x, pool, layer, kv_scales, batch, read
+      )
+      covered = dist_attention.dist_coverage(pool.tag, tables, answered, slots)
+      return pool, q, state, covered
+
+    specs = (*self._front_specs, _PER_INSTANCE)
+    return self._jit(body, specs, self._attended, donated=(2,))
 
   def add(self) -> Callable[..., Any]:
     """Attends a layer of one slab.
@@ -146,8 +168,8 @@ class LayeredPrograms:
 
     read = (_NONE, self.param_specs.kv_scales, _PER_INSTANCE)
     slab = (POOL_SPECS.kv, POOL_SPECS.tag, TABLE_SPECS)
-    specs = (_STATES, _NONE, _QUERIES, *read, *slab)
-    return self._jit(body, specs, (_STATES, _NONE))
+    specs = (_STATES, _PER_INSTANCE, _QUERIES, *read, *slab)
+    return self._jit(body, specs, (_STATES, _PER_INSTANCE))
 
   def back(self) -> Callable[..., Any]:
     """Ends a layer with what was attended.
@@ -167,8 +189,9 @@ class LayeredPrograms:
       )
       return x, proved & (covered == batch.demand)
 
-    specs = (self._layer_specs, _NONE, _PER_INSTANCE, _STATES, _NONE, _NONE)
-    return self._jit(body, specs, (_NONE, _NONE))
+    rows = (_PER_INSTANCE, _PER_INSTANCE)
+    specs = (self._layer_specs, *rows, _STATES, *rows)
+    return self._jit(body, specs, rows)
 
   def end(self) -> Callable[..., Any]:
     """Gives the logits of the last token.
@@ -183,8 +206,58 @@ class LayeredPrograms:
       last = jnp.maximum(batch.cu_seqlens[1:] - 1, 0)
       return StepOutput(model.logits(model.norm(x)[last]), proved)
 
-    specs = (self.param_specs.weights, _NONE, _PER_INSTANCE, _NONE)
+    specs = (self.param_specs.weights, *[_PER_INSTANCE] * 3)
     return self._jit(body, specs, StepOutput(_PER_INSTANCE, _PER_INSTANCE))
+
+  def _append(
+    self,
+    weights: Any,
+    x: jax.Array,
+    pool: PoolArrays,
+    layer: jax.Array,
+    kv_scales: jax.Array | None,
+    batch: StepBatch,
+    read: Callable[[jax.Array, jax.Array, Window], AttentionState],
+  ) -> tuple[PoolArrays, jax.Array, AttentionState]:
+    """A layer's queries, and what they read once its keys are in the pool."""
+    window = self._window(kv_scales, layer)
+    kept: list[tuple[jax.Array, AttentionState]] = []
+
+    def attend(q, k, v, kv):
+      kv = append_kv(
+        kv,
+        layer,
+        k,
+        v,
+        batch.append_block,
+        batch.append_offset,
+        k_scale=window.k_scale,
+        v_scale=window.v_scale,
+      )
+      kept.append((q, read(q, kv, window)))
+      return jnp.zeros_like(q), kv  # What follows is computed by `back`.
+
+    module = self._merge_layer(weights)
+    _, kv = module.self_attn(
+      module.input_layernorm(x),
+      self._rotation(batch.positions),
+      pool.kv,
+      attend,
+      TENSOR_AXIS,
+    )
+    ((q, state),) = kept
+    return pool._replace(kv=kv), q, state
+
+  @property
+  def _front_specs(self) -> tuple[Any, ...]:
+    """Partition of what `front` takes."""
+    read = (_NONE, self.param_specs.kv_scales, _PER_INSTANCE, _PER_INSTANCE)
+    return (self._layer_specs, _PER_INSTANCE, POOL_SPECS, *read)
+
+  @property
+  def _attended(self) -> tuple[Any, ...]:
+    """Partition of what it gives."""
+    return (POOL_SPECS, *ATTENDED_SPECS)
 
   @property
   def _layer_specs(self) -> Any:

@@ -1,32 +1,56 @@
 """Launches steps that attend HOST: layer by layer, while slabs stream in."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from infinite_llm.cache.packed_rows import place_rows
+from infinite_llm.attention.dist_attention import SpillSlots
+from infinite_llm.cache.packed_rows import PackedRows, place_rows
+from infinite_llm.cache.rows import join_rows, split_rows
 from infinite_llm.cache.slab_store import HeldSlab
 from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
+from infinite_llm.engine.group_inputs import empty_slots
 from infinite_llm.engine.host_tier import HostTiers
-from infinite_llm.engine.layered_programs import LayeredPrograms
+from infinite_llm.engine.layered_programs import (
+  ATTENDED_SPECS,
+  LayeredPrograms,
+)
 from infinite_llm.engine.model_runner import ModelRunner
-from infinite_llm.engine.programs import StepOutput
-from infinite_llm.engine.step_batch import RowInput, build_batch
+from infinite_llm.engine.programs import GroupInputs, StepOutput
+from infinite_llm.engine.step_batch import RowInput, StepBatch, build_batch
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.loaded_model import LoadedModel
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import INSTANCE_AXIS, InstanceId, RequestUid
 from pallas_kernels.micro_attention.api import BlockTables
+
+_PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
+
+
+class _Part(NamedTuple):
+  """What one instance brings to a layer.
+
+  Attributes:
+    x: `[T, dim]` tokens; of an instance without rows, anything.
+    batch: Its row.
+    tables: What that reads in HBM.
+  """
+
+  x: jax.Array
+  batch: PackedRows[StepBatch]
+  tables: PackedRows[BlockTables]
 
 
 class LayeredSteps:
   """Computes rows of requests that have rBlocks in host memory, one at a time.
 
   Its tables come with every step: the arrays beside the pool name no such row.
+  What other instances hold of the request they attend as in group steps, a
+  layer at a time.
   """
 
   def __init__(
@@ -62,29 +86,35 @@ class LayeredSteps:
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
     whole = nnx.merge(model.graphdef, model.state)
     layer_def, _ = nnx.split(whole.layers[0])
-    self._programs = {
-      (instance, num_tokens): LayeredPrograms(
+
+    def programs(mesh: Mesh, num_tokens: int) -> LayeredPrograms:
+      return LayeredPrograms(
         model=model,
         layer_def=layer_def,
         param_specs=specs,
-        mesh=row,
+        mesh=mesh,
         num_tokens=num_tokens,
         attention=attention,
       )
+
+    self._programs = {
+      (instance, num_tokens): programs(row, num_tokens)
       for instance, row in zip(runner.instances, runner.row_meshes, strict=True)
       for num_tokens in self._buckets
     }
+    self._mesh = model.mesh
+    self._group_programs = {n: programs(self._mesh, n) for n in self._buckets}
     # On the devices already: a step is many short programs.
-    self._layers = [
-      jax.device_put(
-        list(np.arange(self._num_layers, dtype=np.int32)),
-        NamedSharding(row, PartitionSpec()),
-      )
-      for row in runner.row_meshes
-    ]
+    self._layers = [self._numbers(row) for row in runner.row_meshes]
+    self._group_layers = self._numbers(self._mesh)
+    self._idle: dict[tuple[int, int], _Part] = {}
 
   def step(
-    self, instance: InstanceId, uid: RequestUid, row: RowInput
+    self,
+    instance: InstanceId,
+    uid: RequestUid,
+    row: RowInput,
+    slots: Sequence[SpillSlots] | None = None,
   ) -> StepOutput:
     """Computes a row; blocks the host until its last slab may come.
 
@@ -92,13 +122,16 @@ class LayeredSteps:
       instance: Whose request it is.
       uid: The request.
       row: One token, or a chunk of a prompt.
+      slots: Spill slots of each instance, of which row 0 of `instance` has one;
+        None if the request has nothing at other instances.
 
     Returns:
       Output of one row, still being computed.
     """
     slabs = self._tiers.held(instance, uid)
-    name = "layered_decode" if len(row.token_ids) == 1 else "layered_prefill"
-    output = self._launch(instance, [row], slabs, len(row.token_ids))
+    kind = "decode" if len(row.token_ids) == 1 else "prefill"
+    name = f"layered_{kind}" if slots is None else f"layered_group_{kind}"
+    output = self._launch(instance, [row], slabs, len(row.token_ids), slots)
     self._runner.launches[name] += 1
     return output
 
@@ -113,6 +146,9 @@ class LayeredSteps:
       nothing = self._tiers.slabs[own].warm_up(pool)
       for num_tokens in self._buckets:
         yield instance, self._launch(instance, [], [nothing], num_tokens)
+        if self._config.has_group and not own:
+          slots = self._no_slots()
+          self._launch(instance, [], [nothing], num_tokens, slots)
 
   @property
   def _buckets(self) -> tuple[int, int]:
@@ -125,11 +161,13 @@ class LayeredSteps:
     rows: Sequence[RowInput],
     slabs: Sequence[HeldSlab],
     num_tokens: int,
+    slots: Sequence[SpillSlots] | None = None,
   ) -> StepOutput:
     bucket = self._buckets[num_tokens > 1]
     programs = self._programs[instance, bucket]
     own = self._runner.instances.index(instance)
     weights, kv_scales = self._runner.row_params[own]
+    group = None if slots is None else self._runner.answering(slots)
     batch, tables = self._place(own, rows, bucket)
 
     def run(name: str, *args: Any) -> Any:
@@ -144,10 +182,15 @@ class LayeredSteps:
     stream = self._tiers.slabs[own].stream(slabs)
     for index, layer in enumerate(self._layers[own]):
       mine, read = weights["layers"][index], (layer, kv_scales, batch)
-      pool, q, state, covered = run(
-        "front", mine, x, self._runner.pool.row(own), *read, tables
-      )
-      self._runner.pool.set_row(own, pool)
+      if group is None:
+        pool, *attended = run(
+          "front", mine, x, self._runner.pool.row(own), *read, tables
+        )
+        self._runner.pool.set_row(own, pool)
+      else:
+        part = _Part(x, batch, tables)
+        attended = self._front_of_all(own, bucket, index, part, group)
+      q, state, covered = attended
       for slab in slabs:
         staged = (stream.take(), slab.tag, slab.tables)
         state, covered = run("add", state, covered, q, *read, *staged)
@@ -155,6 +198,57 @@ class LayeredSteps:
         stream.used(covered)
       x, proved = run("back", mine, x, batch, state, covered, proved)
     return run("end", weights, x, batch, proved)
+
+  def _front_of_all(
+    self, own: int, bucket: int, index: int, part: _Part, group: GroupInputs
+  ) -> list[Any]:
+    """Has all instances attend what they hold of a layer, for one of them."""
+    parts = [
+      part if other == own else self._idle_part(other, bucket, part.x)
+      for other in range(len(self._runner.instances))
+    ]
+    whole = jax.tree.map(
+      lambda *leaves: join_rows(leaves, self._mesh, _PER_INSTANCE), *parts
+    )
+    weights, kv_scales = self._runner.params
+    layer = self._group_layers[index]
+    pool, *attended = self._runner.programs.run(
+      ("layered group front", bucket),
+      self._group_programs[bucket].group_front,
+      (
+        weights["layers"][index],
+        whole.x,
+        self._runner.pool.group(),
+        *(layer, kv_scales, whole.batch, whole.tables, group),
+      ),
+    )
+    self._runner.pool.set_group(pool)
+    row = [self._runner.row_meshes[own]]
+    return [
+      jax.tree.map(lambda leaf, at: split_rows(leaf, row, at)[0], tree, specs)
+      for tree, specs in zip(attended, ATTENDED_SPECS, strict=True)
+    ]
+
+  def _idle_part(self, own: int, bucket: int, x: jax.Array) -> _Part:
+    """What an instance without rows brings: placed once."""
+    if (own, bucket) not in self._idle:
+      row = self._runner.row_meshes[own]
+      zeros = np.zeros(x.shape, x.dtype)
+      placed = jax.device_put(zeros, NamedSharding(row, _PER_INSTANCE))
+      part = _Part(placed, *self._place(own, [], bucket))
+      self._idle[own, bucket] = part
+    return self._idle[own, bucket]
+
+  def _no_slots(self) -> list[SpillSlots]:
+    """Spill slots that nobody uses."""
+    num_instances = self._config.num_instances
+    num_slots = self._config.lending.spill_slots
+    return [empty_slots(num_instances, num_slots)] * num_instances
+
+  def _numbers(self, mesh: Mesh) -> list[jax.Array]:
+    """The number of each layer, on a mesh."""
+    numbers = list(np.arange(self._num_layers, dtype=np.int32))
+    return jax.device_put(numbers, NamedSharding(mesh, PartitionSpec()))
 
   def _place(
     self, own: int, rows: Sequence[RowInput], num_tokens: int

@@ -54,7 +54,8 @@ class ModelRunner:
   Attributes:
     instances: Numbers of this process's instances.
     row_meshes: The row of the mesh of each.
-    row_params: What the steps of each read.
+    params: What steps of the whole group read.
+    row_params: The same of each instance's row.
     pool: The rBlock pools.
     programs: The compiled programs.
     launches: How often each kind of program was launched since warm-up.
@@ -81,7 +82,7 @@ class ModelRunner:
     self.row_meshes = [row_mesh(mesh, i) for i in self.instances]
     self._model = model
     scales = place_kv_scales(model, config)
-    self._params = params = programs.Params(model.state, scales)
+    self.params = params = programs.Params(model.state, scales)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
     self._param_specs = specs
     self.row_params = [
@@ -190,7 +191,7 @@ class ModelRunner:
       (name, bucket),
       lambda: self._build(kind, self._mesh, bucket),
       (
-        self._params,
+        self.params,
         self.pool.group(),
         place_rows(batches, self._mesh, self.row_meshes),
         group,
@@ -217,16 +218,15 @@ class ModelRunner:
       `[S]` bool of each instance, still being computed: whether what the slot's
       request reads is all there.
     """
-    batches = []
-    for instance, tables, mine in zip(
-      self.instances, self._tables, checks, strict=True
-    ):
-      starts = tables.sync([check.entries() for check in mine])
-      if tables.num_pending:
-        self.write_entries(instance)
-      batches.append(
-        build_check(mine, starts, self._config.lending.spill_slots)
+    batches = [
+      build_check(
+        mine,
+        tables.sync([check.entries() for check in mine]),
+        self._config.lending.spill_slots,
       )
+      for tables, mine in zip(self._tables, checks, strict=True)
+    ]
+    group = self.answering(slots)
     pool = self.pool.group()
     proved = self.programs.run(
       ("verify",),
@@ -236,7 +236,7 @@ class ModelRunner:
         pool.block_ids,
         pool.logical_ids,
         place_rows(batches, self._mesh, self.row_meshes),
-        self._group_inputs(slots),
+        group,
       ),
     )
     self.launches["verify"] += 1
@@ -329,6 +329,17 @@ class ModelRunner:
       rows: numpy leaves.
     """
     self._hosted_rows[self._own(instance)] = self._place(instance, rows)
+
+  def answering(self, slots: Sequence[SpillSlots]) -> GroupInputs:
+    """What a group program reads that brings no table entries of its own.
+
+    Args:
+      slots: Spill slots of each instance, as numpy arrays.
+    """
+    for instance, tables in zip(self.instances, self._tables, strict=True):
+      if tables.num_pending:
+        self.write_entries(instance)
+    return self._group_inputs(slots)
 
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(

@@ -163,10 +163,10 @@ def measure(
       empty_slots(config.num_instances, config.lending.spill_slots)
       for _ in nobody
     ]
-    for is_prefill, bucket in (
-      (False, None),
-      (True, config.lending.group_prefill_buckets[-1]),
-    ):
+    chunk_tokens = config.lending.group_prefill_buckets[-1]
+    if config.cache.host_attention:  # Larger than any, and attends as one does.
+      chunk_tokens = max(chunk_tokens, config.scheduler.chunk_tokens)
+    for is_prefill, bucket in ((False, None), (True, chunk_tokens)):
       group = runner.group_step(
         nobody, slots, is_prefill=is_prefill, bucket=bucket
       )

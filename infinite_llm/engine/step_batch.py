@@ -164,7 +164,8 @@ class CheckRow(NamedTuple):
   Attributes:
     row: Its row in the program.
     table: Where its rBlocks lie.
-    num_tokens: How many of its first tokens are to be covered.
+    num_tokens: How many of its first tokens are to be covered, but for what is
+      in HOST.
   """
 
   row: int
@@ -194,7 +195,7 @@ def build_check(
   for check, start in zip(checks, starts, strict=True):
     batch.starts[check.row] = start
     batch.counts[check.row] = len(check.entries())
-    batch.demand[check.row] = check.table.demand(check.num_tokens)
+    batch.demand[check.row] = check.table.demand_of_hbm(check.num_tokens)
   return batch
 
 

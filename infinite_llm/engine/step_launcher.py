@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from infinite_llm.attention.dist_attention import SpillSlots
 from infinite_llm.distributed.step_header import StepHeader
 from infinite_llm.engine.in_flight import Flight, LaunchedStep
 from infinite_llm.engine.layered_steps import LayeredSteps
@@ -101,7 +102,10 @@ class StepLauncher:
       if self._layered is not None:
         for row in plan.layered:
           output = self._layered.step(
-            instance, row.uid, self._input(instance, row, request_of)
+            instance,
+            row.uid,
+            self._input(instance, row, request_of),
+            self._slots_of(instance, row.uid),
           )
           step = self._sample(
             instance, (row,), _LOCAL_PREFILL, output, request_of
@@ -164,6 +168,16 @@ class StepLauncher:
       if mine
     ]
     return steps, outputs
+
+  def _slots_of(
+    self, instance: InstanceId, uid: RequestUid
+  ) -> list[SpillSlots] | None:
+    """Spill slots of a step of one request alone; None if it is all at home."""
+    own = self._runner.instances.index(instance)
+    if self._group.managers[own].spill(uid) is None:
+      return None
+    rows = [{uid: 0} if i == instance else {} for i in self._runner.instances]
+    return self._group.slots(rows)
 
   def _input(
     self, instance: InstanceId, row: Row, request_of: RequestOf

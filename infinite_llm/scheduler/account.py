@@ -21,9 +21,8 @@ class Phase(enum.Enum):
   to the next candidate or to IDLE; if it fails after the reservation, RETURNING
   gives the grants back first. A recall goes FETCHING, SWITCHED, RETURNING; if
   it fails, it ends at once and a sync follows. What comes back from the HOST
-  tier goes SWAPPING_IN, SWAPPED_IN. A request that is larger than all HBM
-  within its reach rests in OVERFLOWN instead of IDLE, from when that is known:
-  nothing of it goes anywhere but to HOST, in OVERFLOWING.
+  tier goes SWAPPING_IN, SWAPPED_IN, and what goes there of a request that is
+  larger than all HBM within its reach, OVERFLOWING.
   """
 
   IDLE = "idle"
@@ -37,7 +36,6 @@ class Phase(enum.Enum):
   SYNCING = "awaiting that creditors install their tables anew"
   SWAPPING_IN = "awaiting copies from the HOST tier"
   SWAPPED_IN = "awaiting the proof of copies from the HOST tier"
-  OVERFLOWN = "keeping its oldest rBlocks in the HOST tier"
   OVERFLOWING = "awaiting copies of its oldest rBlocks to the HOST tier"
 
 
@@ -131,6 +129,8 @@ class Account:
     leases: Grants that it holds at each creditor, in use or not.
     versions: Version of each creditor's hosted table that steps are to name.
     phase: What is under way.
+    overflows: It is larger than all HBM within its reach, and may have rBlocks
+      in HOST while it runs.
     borrow: The borrow that is under way, if one is.
     recall: The recall that is under way, if one is.
     unsynced: Creditors that have not answered a sync.
@@ -153,6 +153,7 @@ class Account:
     default_factory=dict[InstanceId, int]
   )
   phase: Phase = Phase.IDLE
+  overflows: bool = False
   borrow: Borrow | None = None
   recall: Recall | None = None
   unsynced: set[InstanceId] = dataclasses.field(default_factory=set[InstanceId])
@@ -187,8 +188,9 @@ class Account:
     return self.recall
 
   def can_leave(self) -> bool:
-    """Whether all of it is at home, intact, and nothing is under way."""
-    return self.phase is Phase.IDLE and self.slot is None and not self.is_lost
+    """Whether it is all in HBM at home, intact, and nothing is under way."""
+    is_home = self.slot is None and not self.overflows
+    return is_home and self.phase is Phase.IDLE and not self.is_lost
 
   def num_movable(self) -> int:
     """How many rBlocks may move away: those full, proved and at home."""
@@ -204,8 +206,11 @@ class Account:
     return tuple(entries.logical_ids[:limit].tolist())
 
   def resident_blocks(self) -> int:
-    """rBlocks, if all are at home and nothing at all is under way; else 0."""
-    if self.slot is not None or self.phase is not Phase.IDLE:
+    """rBlocks, if all are at home and nothing at all is under way; else 0.
+
+    And 0 if it overflows.
+    """
+    if self.slot is not None or self.phase is not Phase.IDLE or self.overflows:
       return 0
     return 0 if self.is_lost or self.must_sync else self.table.num_blocks
 

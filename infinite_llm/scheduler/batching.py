@@ -1,11 +1,10 @@
 """Continuous batching of one instance: which rows its next step has."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.chunks import Chunks
 from infinite_llm.scheduler.condition import Demand
 from infinite_llm.scheduler.request import Request, RequestStatus
@@ -20,10 +19,6 @@ from infinite_llm.scheduler.step_plan import (
   next_group_rows,
 )
 from infinite_llm.types import PoolCounts, RequestUid
-
-_BORROW_CHUNKS = 2
-"""Room that a borrow makes, in prefill chunks: moving blocks takes a few rounds
-of messages, so one borrow serves several steps."""
 
 
 class Batcher:
@@ -56,7 +51,7 @@ class Batcher:
     self._scheduler = scheduler
     self._most_attempts = scheduler.max_row_attempts
     self._block_size = block_size
-    self._chunks = Chunks(rmanager, scheduler, lending)
+    self._chunks = Chunks(rmanager, scheduler, lending, block_size)
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
     self._ended: collections.deque[Request] = collections.deque()
@@ -346,10 +341,11 @@ class Batcher:
     """Whether HBM is about to become free: elsewhere, or in HOST, is room."""
     overflow, uid = self._rmanager.overflow, request.uid
     if not overflow.takes(uid, request.num_tokens):
-      return self._borrow(missing)
+      return self._borrow(missing, self._promised(), self._running)
     if not overflow.enter(uid):
-      if self._rmanager.phase(uid) is Phase.IDLE:
-        self.preempt(uid)  # To begin anew with nothing elsewhere.
+      return True  # Once what is under way with it is over.
+    coming = self._missing_blocks(request, request.num_tokens)
+    if self._borrow(missing, coming, (uid,)):
       return True
     self._free_host()
     return overflow.begin()
@@ -361,17 +357,22 @@ class Batcher:
         return
       self._rmanager.swapping.drop(request.uid)
 
-  def _borrow(self, missing: int) -> bool:
-    """Whether local rBlocks are about to become free, elsewhere is room."""
+  def _borrow(
+    self, missing: int, coming: int, victims: Iterable[RequestUid]
+  ) -> bool:
+    """Whether local rBlocks are about to become free, elsewhere is room.
+
+    Args:
+      missing: rBlocks that are needed now.
+      coming: Those that will be, for prompts.
+      victims: Requests of which one may have to move some of its own away.
+    """
     if self._rmanager.is_borrowing():
       return True
-    victim = self._rmanager.choose_victim(self._running)
+    victim = self._rmanager.choose_victim(victims)
     if victim is None:
       return False
-    most = _BORROW_CHUNKS * self._num_blocks(self._scheduler.chunk_tokens)
-    least = _BORROW_CHUNKS * self._num_blocks(self._chunks.joined_tokens)
-    wanted = max(least, min(self._promised(), most), missing)
-    return self._rmanager.borrow(victim, wanted)
+    return self._rmanager.borrow(victim, self._chunks.borrow(missing, coming))
 
   def _preempt_younger_than(self, request: Request) -> bool:
     uid = max(self._running.values(), key=lambda r: r.arrival).uid

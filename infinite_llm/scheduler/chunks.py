@@ -5,6 +5,10 @@ from infinite_llm.scheduler.request import Request
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.scheduler.step_plan import Draft, Row
 
+_BORROW_CHUNKS = 2
+"""Room that a borrow makes, in prefill chunks: moving blocks takes a few rounds
+of messages, so one borrow serves several steps."""
+
 
 class Chunks:
   """Sizes of rows, by the program that computes them.
@@ -18,6 +22,7 @@ class Chunks:
     rmanager: RManager,
     scheduler: SchedulerConfig,
     lending: LendingConfig,
+    block_size: int,
   ):
     """Keeps what decides.
 
@@ -25,7 +30,9 @@ class Chunks:
       rmanager: The instance's manager.
       scheduler: Sizes of a step.
       lending: Sizes of group prefill steps.
+      block_size: P, tokens per rBlock.
     """
+    self._block_size = block_size
     self._rmanager = rmanager
     self._scheduler = scheduler
     self._lending = lending
@@ -45,13 +52,15 @@ class Chunks:
       is_layered: Whether it has rBlocks in HOST.
     """
     uncomputed = request.num_uncomputed
-    if is_layered:
+    if uncomputed > 1 and not is_layered:
+      most = self._prefill_room(request, draft, is_group)
+    elif is_group and not draft.ceiling.decode:
+      most = 0
+    elif is_layered:
       most = self._scheduler.chunk_tokens
       most = self._rmanager.overflow.chunk_tokens(most)
-    elif uncomputed > 1:
-      most = self._prefill_room(request, draft, is_group)
     else:
-      most = 0 if is_group and not draft.ceiling.decode else 1
+      most = 1
     return min(most, uncomputed)
 
   def _prefill_room(
@@ -78,8 +87,19 @@ class Chunks:
     start = request.num_computed_tokens if under_way is None else under_way.end
     end = min(start + self.group_tokens(request), request.num_tokens)
     table = self._rmanager.table(request.uid)
-    missing = -(-end // table.block_size) - table.num_blocks
+    missing = self._num_blocks(end) - table.num_blocks
     return missing > self._rmanager.pool.num_free
+
+  def borrow(self, missing: int, coming: int) -> int:
+    """rBlocks to borrow at once.
+
+    Args:
+      missing: rBlocks that are needed now.
+      coming: Those that will be, for prompts.
+    """
+    most = _BORROW_CHUNKS * self._num_blocks(self._scheduler.chunk_tokens)
+    least = _BORROW_CHUNKS * self._num_blocks(self.joined_tokens)
+    return max(least, min(coming, most), missing)
 
   def group_tokens(self, request: Request) -> int:
     """Tokens whose group step takes as long as is allowed, by the last one."""
@@ -88,6 +108,9 @@ class Chunks:
       return buckets[-1]
     tokens = self._lending.group_chunk_s / request.group_token_s
     return int(min(max(tokens, buckets[0]), buckets[-1]))
+
+  def _num_blocks(self, num_tokens: int) -> int:
+    return -(-num_tokens // self._block_size)
 
   def _local_tokens(self) -> int:
     """Prompt tokens of a local program: fewer where others may wait for it."""

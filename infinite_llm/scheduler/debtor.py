@@ -4,7 +4,7 @@ The owner alone switches: books change when a creditor acknowledged, and the old
 copy goes only when the new one was proved (`DESIGN.md` section 5, rule 2).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.block_table import BlockTable
@@ -130,7 +130,7 @@ class Debtor:
     account.has_synced = False
     account.num_refuted = 0
 
-  def close(self, uid: RequestUid, num_kept: int = 0) -> None:
+  def close(self, uid: RequestUid, kept: Collection[int] = ()) -> None:
     """Ends the account of a request, in whatever phase it is.
 
     Its local rBlocks are free at once: a payload still to be sent from there
@@ -139,15 +139,15 @@ class Debtor:
 
     Args:
       uid: An open request.
-      num_kept: rBlocks from the first on, all at home, that somebody else frees
-        because they are being copied to another tier or from there.
+      kept: Logical numbers of rBlocks at home that somebody else frees, because
+        they are being copied to another tier or from there.
     """
     account = self.account(uid)
     del self._accounts[uid]
     account.is_closed = True
     home = account.table.hosted_entries(self._pool.instance)
     for logical_id, location in home:
-      if logical_id >= num_kept:
+      if logical_id not in kept:
         self._pool.free(location.block_id, uid)
     self._transfers.abandon(account)
     # Only its answer tells whether a reservation left something to give back.
@@ -272,6 +272,11 @@ class Debtor:
       if account:
         self._transfers.borrowing.on_exchanged(account, move)
 
+  def rest(self, uid: RequestUid) -> None:
+    """Notes that what was under way with an open request is over."""
+    self.account(uid).phase = Phase.IDLE
+    self._settle(self.account(uid))
+
   def unverified(self) -> tuple[RequestUid, ...]:
     """Requests with moved rBlocks whose new copies are not proved yet."""
     return tuple(
@@ -317,8 +322,7 @@ class Debtor:
         holders = ((home, num_local),) if num_local else ()
       if holders:
         movable = self.movable_blocks(uid)
-        blocks = RequestBlocks(uid=uid, holders=holders, movable=movable)
-        found.append(blocks)
+        found.append(RequestBlocks(uid=uid, holders=holders, movable=movable))
     return tuple(found)
 
   def on_reply(self, pending: Pending[Account], reply: Reply) -> None:
@@ -342,7 +346,7 @@ class Debtor:
 
   def on_acknowledged(self, creditor: InstanceId, sent_s: float) -> None:
     """Notes that a creditor heard a message that was first sent at `sent_s`."""
-    self._end_lapsed_trust()
+    self.tick()
     self._trust.acknowledge(creditor, sent_s)
 
   def on_restarted(self, creditor: InstanceId) -> None:
@@ -361,16 +365,13 @@ class Debtor:
         account.is_lost |= creditor in account.table.creditors()
       self._settle(account)
 
-  def tick(self) -> None:
-    """Stops to trust leases whose creditors did not answer for too long."""
-    self._end_lapsed_trust()
-
   def renew(self) -> None:
     """Tells all creditors that this owner lives."""
     for creditor in sorted(self.borrowed()):
       self._outbox.tell(creditor, Renew(sent_s=self._clock()))
 
-  def _end_lapsed_trust(self) -> None:
+  def tick(self) -> None:
+    """Stops to trust leases whose creditors did not answer for too long."""
     for creditor in self._trust.take_lapsed():
       if self._faults(Place.TRUST_UNLIMITED):
         continue

@@ -144,24 +144,25 @@ def swap_blocks(
   old: Sequence[Location],
   new: Sequence[Location],
   block_size: int,
-  first: int = 0,
+  logical_ids: Sequence[int] | None = None,
 ) -> SwapBlocks:
   """Names the copying of rBlocks of a request to the other tier.
 
   Args:
     uid: The request.
-    old: Where they lie, in order and without a gap; at least one.
+    old: Where they lie, in order; at least one.
     new: Where each is to lie.
     block_size: P, tokens in each.
-    first: Number of the first of them in the request.
+    logical_ids: Their numbers in the request; None if they are its first.
 
   Returns:
     The effect, with the content tag that each rBlock has in either place.
   """
+  numbers = range(len(old)) if logical_ids is None else logical_ids
   src_tags, dst_tags = (
     content_tags(
       uid=uid,
-      logical_ids=range(first, first + len(places)),
+      logical_ids=numbers,
       epochs=[place.epoch for place in places],
       filled=block_size,
     )
@@ -178,8 +179,8 @@ def swap_blocks(
         dst_block=dst.block_id,
         dst_tag=dst_tag,
       )
-      for logical_id, (src, src_tag, dst, dst_tag) in enumerate(
-        zip(old, src_tags, new, dst_tags, strict=True), first
+      for logical_id, src, src_tag, dst, dst_tag in zip(
+        numbers, old, src_tags, new, dst_tags, strict=True
       )
     ),
   )
@@ -209,7 +210,7 @@ class OverflowBlocks:
 
   Attributes:
     uid: The request.
-    swaps: By rising logical number: those that follow what it has there.
+    swaps: By rising logical number.
   """
 
   uid: RequestUid

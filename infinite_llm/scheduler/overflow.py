@@ -1,16 +1,15 @@
-"""How a request larger than all HBM keeps its oldest rBlocks in HOST.
+"""How a request larger than all HBM keeps some of its rBlocks in HOST.
 
 One request of an instance at a time. It keeps some rBlocks in HBM; when it
-needs more, its oldest full, proved ones are copied to HOST, a slab at a time,
-and steps attend them there (`attention/host_attention.py`). The books change
+needs more, its oldest full, proved ones there move to other instances as long
+as these lend, and after that they are copied to HOST, a slab at a time. Steps
+attend them in either place (`attention/host_attention.py`). The books change
 when the data plane acknowledges the copies. What is in HOST never comes back:
 it goes when the request ends or is to be computed again.
-
-Such a request has nothing at other instances: it neither borrows nor lends its
-own out, so every rBlock of it is in one of two tiers of one instance.
 """
 
 import dataclasses
+from collections.abc import Collection, Sequence
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.rblock import Location
@@ -34,7 +33,7 @@ class OverflowRule:
   Attributes:
     reachable_blocks: rBlocks of HBM, own and lent ones, that a request could
       have if it were alone; only a larger one overflows.
-    kept_blocks: rBlocks that it keeps in HBM at most.
+    kept_blocks: rBlocks that it keeps in its instance's HBM at most.
     slab_blocks: S, rBlocks that go to HOST together.
   """
 
@@ -49,12 +48,14 @@ class _Leaving:
 
   Attributes:
     account: Of the request.
+    logical_ids: Their numbers in it.
     home: Where they lie in HBM.
     host: Where they are to lie in HOST.
     is_dropped: Nobody wants them any more.
   """
 
   account: Account
+  logical_ids: tuple[int, ...]
   home: tuple[Location, ...]
   host: tuple[Location, ...]
   is_dropped: bool = False
@@ -92,7 +93,13 @@ class Overflow:
     self._block_size = block_size
     # By the first copy of each: its tags tell it from any other.
     self._leaving: dict[Swap, _Leaving] = {}
+    self._in_host: list[Location] = []
     self._effects: list[Effect] = []
+
+  @property
+  def most_blocks(self) -> int:
+    """rBlocks of HOST that a request may have while it runs; 0 if none may."""
+    return 0 if self._rule is None else self._host.counts().total
 
   @property
   def lacks_host(self) -> bool:
@@ -128,21 +135,20 @@ class Overflow:
     return self.is_beyond(num_tokens)
 
   def enter(self, uid: RequestUid) -> bool:
-    """Has a request keep its oldest rBlocks in HOST from now on.
+    """Has a request keep rBlocks in HOST from now on.
 
     Args:
       uid: An open request.
 
     Returns:
-      Whether it does. False if another one does, or if it is busy or has
-      rBlocks elsewhere.
+      Whether it does. False if another one does, and for now if it is busy.
     """
     if self.uid is not None:
       return uid == self.uid
     account = self._debtor.account(uid)
-    if not account.can_leave():
+    if account.phase is not Phase.IDLE:
       return False
-    account.phase = Phase.OVERFLOWN
+    account.overflows = True
     self.uid = uid
     return True
 
@@ -163,30 +169,31 @@ class Overflow:
     return min(most, self._rule.slab_blocks * self._block_size)
 
   def begin(self) -> bool:
-    """Starts to copy a slab of the request's oldest rBlocks to HOST.
+    """Starts to copy a slab of the request's oldest rBlocks in HBM to HOST.
 
     Returns:
       Whether one is under way now. False if none overflows, or has a slab of
-      full, proved rBlocks in HBM, and if HOST has no room.
+      full, proved rBlocks at home, if it is busy, and if HOST has no room.
     """
     if self._leaving:
       return True
     if self.uid is None or self._rule is None:
       return False
-    account = self._debtor.account(self.uid)
-    first, count = account.table.num_host, self._rule.slab_blocks
-    num_proved = account.num_proved_tokens // self._block_size
-    if num_proved < first + count:
+    account, count = self._debtor.account(self.uid), self._rule.slab_blocks
+    oldest = account.movable(count)
+    if account.phase is not Phase.IDLE or len(oldest) < count:
       return False
     host = self._host.allocate(count, self.uid)
     if host is None:
       return False
-    home = tuple(account.table.location(first + n) for n in range(count))
+    home = tuple(account.table.location(n) for n in oldest)
     for location in home:
       self._pool.begin_move(location.block_id)
     account.phase = Phase.OVERFLOWING
-    swaps = swap_blocks(self.uid, home, host, self._block_size, first).swaps
-    self._leaving[swaps[0]] = _Leaving(account=account, home=home, host=host)
+    swaps = swap_blocks(self.uid, home, host, self._block_size, oldest).swaps
+    self._leaving[swaps[0]] = _Leaving(
+      account=account, logical_ids=oldest, home=home, host=host
+    )
     self._effects.append(OverflowBlocks(uid=self.uid, swaps=swaps))
     return True
 
@@ -218,31 +225,32 @@ class Overflow:
     for swap, location in zip(effect.swaps, leaving.host, strict=True):
       self._host.mark_live(location.block_id)
       leaving.account.table.switch(swap.logical_id, location)
-    leaving.account.phase = Phase.OVERFLOWN
+    self._in_host += leaving.host
+    self._debtor.rest(effect.uid)
 
-  def drop(self, uid: RequestUid) -> int:
+  def drop(self, uid: RequestUid) -> Collection[int]:
     """Gives up what a request has in HOST, if it is the one that overflows.
 
     Args:
       uid: A request that is about to be closed.
 
     Returns:
-      How many of the first rBlocks of its table are not to be freed with the
-      others: they are in HOST, or being copied there.
+      Logical numbers of rBlocks that are not to be freed with the others: they
+      are being copied to HOST.
     """
     if uid != self.uid:
-      return 0
+      return ()
     self.uid = None
-    table = self._debtor.account(uid).table
-    num_kept = table.num_host
-    in_host = tuple(table.location(n) for n in range(num_kept))
-    self._free_host(in_host, uid)
+    self._free_host(self._in_host, uid)
+    self._in_host = []
+    copying: list[int] = []
+    account = self._debtor.account(uid)
     for leaving in self._leaving.values():
-      if leaving.account.table is table:
+      if leaving.account is account:
         leaving.is_dropped = True
-        num_kept += len(leaving.home)
+        copying += leaving.logical_ids
     self._effects.append(DropOverflow(uid=uid))
-    return num_kept
+    return copying
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the data plane is to do now, in order."""
@@ -255,6 +263,6 @@ class Overflow:
       raise InvariantError(f"Instance {self._pool.instance} has no HOST pool.")
     return self._host_pool
 
-  def _free_host(self, places: tuple[Location, ...], uid: RequestUid) -> None:
+  def _free_host(self, places: Sequence[Location], uid: RequestUid) -> None:
     for location in places:
       self._host.free(location.block_id, uid)

@@ -125,6 +125,7 @@ class RManager:
       num_instances=num_instances,
       num_blocks=total + 1,
       spill_slots=lending.spill_slots,
+      host_blocks=self.overflow.most_blocks,
       gmanagers=gmanagers,
     )
     self._reception = Reception(
@@ -206,8 +207,8 @@ class RManager:
     Args:
       uid: An open request.
     """
-    num_kept = max(self.swapping.drop(uid), self.overflow.drop(uid))
-    self._debtor.close(uid, num_kept=num_kept)
+    kept = {*self.swapping.drop(uid), *self.overflow.drop(uid)}
+    self._debtor.close(uid, kept=kept)
 
   # Steps.
 

@@ -90,6 +90,7 @@ class Group:
     num_instances: I, instances of the group.
     num_blocks: N, rBlocks of each pool with the null one.
     spill_slots: S, spill slots of each owner.
+    host_blocks: rBlocks of host memory that a request may have while it runs.
     gmanagers: Those that the rManager reports to.
   """
 
@@ -97,6 +98,7 @@ class Group:
   num_instances: int
   num_blocks: int
   spill_slots: int
+  host_blocks: int = 0
   gmanagers: Sequence[Address] = (GMANAGER,)
 
   def __post_init__(self):
@@ -333,12 +335,11 @@ def _fault_in_slot(slot: SlotName, group: Group) -> str | None:
 
 
 def _fault_in_lines(logical_ids: Sequence[int], group: Group) -> str | None:
-  """A request has no more rBlocks than all pools together."""
+  """A request has no more rBlocks than all that it could have them in."""
   if not logical_ids:
     return "entries must not be empty; got ()."
-  return _fault_in_names(
-    "logical_id", logical_ids, 0, _most_blocks(group, group.num_instances) - 1
-  )
+  most = _most_blocks(group, group.num_instances) + group.host_blocks
+  return _fault_in_names("logical_id", logical_ids, 0, most - 1)
 
 
 def _fault_in_grants(grants: Sequence[Grant], group: Group) -> str | None:

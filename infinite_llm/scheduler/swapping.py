@@ -14,6 +14,7 @@ worth nothing. So such a request gives its leases back and is computed again.
 
 import dataclasses
 import enum
+from collections.abc import Collection
 
 from infinite_llm.cache.block_pool import BlockPool
 from infinite_llm.cache.rblock import Location
@@ -207,7 +208,7 @@ class Swapping:
     home = tuple(account.table.location(i) for i in range(num_blocks))
     for location in home:
       self._pool.begin_move(location.block_id)
-    self._debtor.close(uid, num_kept=num_blocks)
+    self._debtor.close(uid, kept=range(num_blocks))
     swapped = _Swapped(uid=uid, stage=Stage.LEAVING, home=home, host=host)
     self._swapped[uid] = swapped
     self._copy(swapped, home, host)
@@ -285,23 +286,23 @@ class Swapping:
       self._free_host(swapped)
     self._debtor.account(uid).phase = Phase.IDLE
 
-  def drop(self, uid: RequestUid) -> int:
+  def drop(self, uid: RequestUid) -> Collection[int]:
     """Gives up what a request has in HOST, if it has anything there.
 
     Returns:
-      How many of the first rBlocks of its table, if it is open, are still being
-      written to: they are not to be freed with the others.
+      Logical numbers of rBlocks that, if it is open, are still being written
+      to: they are not to be freed with the others.
     """
     swapped = self._swapped.pop(uid, None)
     if swapped is None:
-      return 0
+      return ()
     is_entering = swapped.stage is Stage.ENTERING
     is_early = self._faults(Place.DROPPED_EARLY)
     if is_early or swapped.stage in (Stage.WAITING, Stage.UNPROVED):
       self._free_host(swapped)
     if swapped.stage not in (Stage.WAITING, Stage.UNPROVED):
       swapped.stage = Stage.DROPPED
-    return len(swapped.home) if is_entering else 0
+    return range(len(swapped.home)) if is_entering else ()
 
   def drain_effects(self) -> list[Effect]:
     """Takes what the data plane is to do now, in order."""
@@ -334,7 +335,7 @@ class Swapping:
     """Takes a request out again whose HOST rBlocks are still there."""
     if swapped.stage is Stage.ENTERING:
       swapped.stage = Stage.RETREATING
-      self._debtor.close(swapped.uid, num_kept=len(swapped.home))
+      self._debtor.close(swapped.uid, kept=range(len(swapped.home)))
     elif swapped.stage is Stage.UNPROVED:
       self._debtor.close(swapped.uid)
       self._await_room(swapped)

@@ -99,5 +99,6 @@ def test_programs_of_an_engine_have_none(kv_dtype, tmp_path, monkeypatch):
   assert set(found) == set(engine.runner.programs)
   names = {name for name, *_ in found}
   assert {"local_decode", "sample_cut", "exchange", "layered add"} < names
+  assert "layered group front" in names
   for (name, *_), decided in found.items():
     assert decided == KNOWN.get(name, set()), name

@@ -106,7 +106,7 @@ def test_its_oldest_rblocks_go_to_host_and_the_table_names_them_there():
 
   manager.overflow.on_copied(effect)
 
-  assert (manager.phase(UID), table.num_host) == (Phase.OVERFLOWN, 2)
+  assert (manager.phase(UID), table.num_host) == (Phase.IDLE, 2)
   assert table.local_entries().logical_ids.tolist() == [2, 3]
   assert [table.location(n).tier for n in range(3)] == [
     Tier.HOST,
@@ -116,6 +116,16 @@ def test_its_oldest_rblocks_go_to_host_and_the_table_names_them_there():
   assert table.num_blocks == 4
   assert manager.counts() == _counts(8, used=2, free=6)
   assert manager.counts(Tier.HOST) == _counts(12, used=2, free=10)
+
+
+def test_what_became_due_while_a_slab_left_is_done_then():
+  manager = _entered()
+  manager.overflow.begin()
+  account = manager._debtor.account(UID)
+  account.must_sync = True  # As when a creditor was silent for too long.
+  manager.overflow.on_copied(_copy(manager))
+  assert not account.must_sync
+  assert manager.is_readable(UID)
 
 
 def test_the_next_slab_begins_where_the_last_one_ended():
@@ -154,15 +164,17 @@ def test_where_host_is_full_nothing_leaves():
   manager = _entered(host_blocks=2)
   assert manager.overflow.lacks_host
   assert not manager.overflow.begin()
-  assert manager.phase(UID) is Phase.OVERFLOWN
+  assert manager.phase(UID) is Phase.IDLE
   assert manager.drain_effects() == []
 
 
-def test_nothing_of_it_goes_anywhere_else():
+def test_it_is_not_swapped_out_nor_moved_while_a_copy_is_under_way():
   manager = _entered()
+  assert not manager.swapping.swap_out(UID)
+  assert manager.movable_blocks(UID) == 3
+  manager.overflow.begin()
   assert manager.movable_blocks(UID) == 0
   assert not manager.borrow(UID, 2)
-  assert not manager.swapping.swap_out(UID)
   assert manager.resident_blocks(UID) == 0  # Its steps are not plain ones.
 
 
@@ -221,6 +233,7 @@ def test_who_is_larger_than_all_hbm_needs_a_part_of_it():
 
 def test_without_a_rule_nobody_overflows():
   overflow = _manager(rule=None).overflow
+  assert (overflow.most_blocks, _manager().overflow.most_blocks) == (0, 12)
   assert not overflow.is_beyond(10**9)
   assert overflow.needed_blocks(80) == 10
   assert overflow.chunk_tokens(32) == 32

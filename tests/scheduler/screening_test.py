@@ -65,10 +65,10 @@ def _recall(freeze_s):
   return RecallKvcache(uid=7, num_blocks=1, src=0, freeze_s=freeze_s)
 
 
-def _fault(body, **change):
+def _fault(body, group=_GROUP, **change):
   """What instance 1 of three, with eight rBlocks each, says to a message."""
   fields = {"sender": 0, "receiver": 1, "incarnation": 1, "seq": 1, **change}
-  return fault_in(Envelope(body=body, **fields), _GROUP, leader_epoch=7)
+  return fault_in(Envelope(body=body, **fields), group, leader_epoch=7)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,16 @@ def _fault(body, **change):
 )
 def test_messages_that_make_sense_pass(body, change):
   assert _fault(body, **change) is None
+
+
+def test_a_request_may_have_rblocks_in_host_memory_too():
+  """Their numbers are counted, whoever hosts the others."""
+  group = dataclasses.replace(_GROUP, host_blocks=6)
+  commits = [
+    Commit(uid=1, slot=_SLOT, entries=(_entry(n, 1),)) for n in (29, 30)
+  ]
+  faults = [_fault(commit, group) for commit in commits]
+  assert faults == [None, "logical_id must be in [0, 29]; got 30."]
 
 
 @pytest.mark.parametrize(

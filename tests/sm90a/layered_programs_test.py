@@ -7,19 +7,21 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from infinite_llm.cache.kv_pool import PoolArrays
+from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.cache.packed_rows import pack
 from infinite_llm.cache.table_store import TableStore
 from infinite_llm.cache.tier_moves import TierBatch, build_leave_as_slab
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine.group_inputs import empty_slots, hosted_rows
 from infinite_llm.engine.layered_programs import LayeredPrograms
-from infinite_llm.engine.programs import Params
+from infinite_llm.engine.programs import GroupInputs, Params
 from infinite_llm.engine.step_batch import build_batch
 from infinite_llm.models.loaded_model import LoadedModel
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.models.transformer import abstract_transformer, param_specs
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables
+from tests.sm90a.steps_test import on_mesh
 
 N, L, K, P, D, H, S = 4096, 32, 8, 64, 128, 32, 64
 CONFIG = ModelConfig(
@@ -137,6 +139,37 @@ def test_a_layer_appends_in_place_and_reads_the_pool_where_it_is(
   pool_bytes = N * BLOCK_BYTES * jnp.dtype(dtype).itemsize // 2
   assert memory.alias_size_in_bytes > pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes / 100
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1024])
+def test_others_attend_a_layer_in_place_too(
+  sm90a_devices, monkeypatch, num_tokens
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  sm90a = sm90a_devices(2)
+  mesh = make_mesh(2, 1, sm90a.devices)
+  step = Step(mesh, num_tokens)
+  entries, rows = np.zeros(N, np.int32), np.zeros(1, np.int32)
+  slots = (empty_slots(2, 4), np.zeros(2, bool))
+  group = GroupInputs(
+    hosted=_packed(hosted_rows((), (), 2, 4)), slots=_packed(slots)
+  )
+  tables = _packed(BlockTables(entries, entries, rows, rows))
+  programs, each = step.programs, PartitionSpec("instance")
+  compiled, spills = sm90a.compile(
+    programs.group_front(),
+    on_mesh(mesh, step.layer, programs._layer_specs),
+    on_mesh(mesh, step.x, each, 2),
+    on_mesh(mesh, POOL, POOL_SPECS, 2),
+    on_mesh(mesh, _array((), jnp.int32), PartitionSpec()),
+    None,
+    *(on_mesh(mesh, x, each, 2) for x in (step.batch, tables, group)),
+    donate_argnums=2,
+  )
+  assert spills
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes > N * BLOCK_BYTES // 2
+  assert memory.temp_size_in_bytes < N * BLOCK_BYTES / 100
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

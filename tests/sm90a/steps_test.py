@@ -120,7 +120,7 @@ SLOTS, ROWS = 4, 64
 PER_INSTANCE = PartitionSpec("instance")
 
 
-def _on(mesh, tree, specs, copies=1):
+def on_mesh(mesh, tree, specs, copies=1):
   """A tree of what lies on one instance, as it lies on all of them."""
 
   def place(x, spec):
@@ -180,10 +180,10 @@ def test_group_steps_compute_while_they_exchange(
   )
   compiled, _ = sm90a.compile(
     step,
-    _on(mesh, params, specs),
-    _on(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
+    on_mesh(mesh, params, specs),
+    on_mesh(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
     *(
-      _on(mesh, tree, PER_INSTANCE, num_instances)
+      on_mesh(mesh, tree, PER_INSTANCE, num_instances)
       for tree in (_batch(ROWS, ROWS), group)
     ),
     donate_argnums=1,
@@ -207,8 +207,8 @@ def test_no_device_decides_what_an_exchange_runs(
   mesh = make_mesh(num_instances, 1, sm90a.devices)
   compiled, _ = sm90a.compile(
     build_exchange(mesh, num_instances - 1),
-    _on(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
-    _on(mesh, pack(empty_payloads(quota)), PER_INSTANCE, num_instances),
+    on_mesh(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
+    on_mesh(mesh, pack(empty_payloads(quota)), PER_INSTANCE, num_instances),
     donate_argnums=0,
   )
   # That nothing waits for a device is looked at by `Sm90a.compile`.
