@@ -93,6 +93,7 @@ def run(
     "num_instances": config.cluster.num_instances,
     "blocks_moved": use.num_blocks_moved,
     "late_compiles": use.num_late_compiles,
+    "program_launches": dict(use.launches),
     "messages_refused": use.num_refused,
     "messages_void": use.num_void,
     "plans_declined": use.num_declined,

@@ -179,9 +179,14 @@ class EngineConfig:
     Five for one token and five for many, none of more than a layer; and one
     more each in a group.
     """
+    return len(self.layered_buckets) * (5 + self.has_group)
+
+  @property
+  def layered_buckets(self) -> tuple[int, ...]:
+    """Token counts that steps which attend HOST are compiled for, rising."""
     if not self.cache.host_attention:
-      return 0
-    return 2 * (5 + self.has_group)
+      return ()
+    return 1, self.scheduler.chunk_tokens
 
 
 _PARTS: dict[str, type] = {

@@ -45,7 +45,7 @@ class LeaderOrder:
     Raises:
       GroupError: If no engine of the group has the programs for it.
     """
-    _check_exchange(process, message.work, self._config)
+    _check_work(process, message.work, self._config)
     self._note(process, message.number, message.work)
 
   def next(self) -> StepHeader | None:
@@ -121,7 +121,7 @@ class MemberOrder:
     Raises:
       GroupError: If no engine of the group has the programs for it.
     """
-    _check_exchange(0, message.work, self._config)
+    _check_work(0, message.work, self._config)
     header = StepHeader(
       number=message.number, work=message.work, is_shared=True
     )
@@ -141,10 +141,8 @@ class MemberOrder:
     return self._link.has_mail()
 
 
-def _check_exchange(
-  process: int, work: GroupWork, config: EngineConfig
-) -> None:
-  """Refuses exchanges that warm-up has not compiled.
+def _check_work(process: int, work: GroupWork, config: EngineConfig) -> None:
+  """Refuses programs that warm-up has not compiled.
 
   Raises:
     GroupError: If there is one, naming the process that sent it.
@@ -157,3 +155,9 @@ def _check_exchange(
         f" in [1, {config.num_instances}) and quotas out of"
         f" {', '.join(map(str, quotas))}; got {work.exchange}."
       )
+  buckets = (0, *config.layered_buckets)
+  if work.layered_tokens not in buckets:
+    raise GroupError(
+      f"Process {process} sent what it must not: layered_tokens must be one of"
+      f" {', '.join(map(str, buckets))}; got {work.layered_tokens}."
+    )

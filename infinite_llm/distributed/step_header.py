@@ -25,12 +25,14 @@ class GroupWork:
     check: Moved rBlocks are proved.
     decode: A decode step.
     prefill_tokens: Query tokens of a prefill step, a bucket; 0 is no step.
+    layered_tokens: Likewise of a step that attends HOST.
   """
 
   exchange: tuple[tuple[Shift, Quota], ...] = ()
   check: bool = False
   decode: bool = False
   prefill_tokens: int = 0
+  layered_tokens: int = 0
 
   def __post_init__(self):
     """Refuses exchanges without room, or not in the order of all processes."""
@@ -57,6 +59,7 @@ class GroupWork:
       check=self.check or other.check,
       decode=self.decode or other.decode,
       prefill_tokens=max(self.prefill_tokens, other.prefill_tokens),
+      layered_tokens=max(self.layered_tokens, other.layered_tokens),
     )
 
 

@@ -1,7 +1,7 @@
 """Launches steps that attend HOST: layer by layer, while slabs stream in."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.attention.dist_attention import SpillSlots
-from infinite_llm.cache.packed_rows import PackedRows, place_rows
+from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.cache.rows import join_rows, split_rows
 from infinite_llm.cache.slab_store import HeldSlab
 from infinite_llm.cache.table_store import EntryWrites
@@ -20,29 +20,16 @@ from infinite_llm.engine.layered_programs import (
   ATTENDED_SPECS,
   LayeredPrograms,
 )
+from infinite_llm.engine.layered_run import Attended, LayeredRun, Part
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import GroupInputs, StepOutput
-from infinite_llm.engine.step_batch import RowInput, StepBatch, build_batch
+from infinite_llm.engine.step_batch import RowInput, build_batch
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.loaded_model import LoadedModel
 from infinite_llm.types import INSTANCE_AXIS, InstanceId, RequestUid
 from pallas_kernels.micro_attention.api import BlockTables
 
 _PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
-
-
-class _Part(NamedTuple):
-  """What one instance brings to a layer.
-
-  Attributes:
-    x: `[T, dim]` tokens; of an instance without rows, anything.
-    batch: Its row.
-    tables: What that reads in HBM.
-  """
-
-  x: jax.Array
-  batch: PackedRows[StepBatch]
-  tables: PackedRows[BlockTables]
 
 
 class LayeredSteps:
@@ -97,6 +84,7 @@ class LayeredSteps:
         attention=attention,
       )
 
+    self._buckets = config.layered_buckets
     self._programs = {
       (instance, num_tokens): programs(row, num_tokens)
       for instance, row in zip(runner.instances, runner.row_meshes, strict=True)
@@ -105,35 +93,74 @@ class LayeredSteps:
     self._mesh = model.mesh
     self._group_programs = {n: programs(self._mesh, n) for n in self._buckets}
     # On the devices already: a step is many short programs.
-    self._layers = [self._numbers(row) for row in runner.row_meshes]
-    self._group_layers = self._numbers(self._mesh)
-    self._idle: dict[tuple[int, int], _Part] = {}
+    self._layers = [
+      jax.device_put(
+        list(np.arange(self._num_layers, dtype=np.int32)),
+        NamedSharding(row, PartitionSpec()),
+      )
+      for row in runner.row_meshes
+    ]
+    self._group_layers = [
+      join_rows(numbers, self._mesh, PartitionSpec())
+      for numbers in zip(*self._layers, strict=True)
+    ]
+    self._idle: dict[tuple[int, int], Part] = {}
 
   def step(
-    self,
-    instance: InstanceId,
-    uid: RequestUid,
-    row: RowInput,
-    slots: Sequence[SpillSlots] | None = None,
+    self, instance: InstanceId, uid: RequestUid, row: RowInput
   ) -> StepOutput:
-    """Computes a row; blocks the host until its last slab may come.
+    """Computes a row that is all at home; blocks the host while slabs come.
 
     Args:
       instance: Whose request it is.
       uid: The request.
       row: One token, or a chunk of a prompt.
-      slots: Spill slots of each instance, of which row 0 of `instance` has one;
-        None if the request has nothing at other instances.
 
     Returns:
       Output of one row, still being computed.
     """
+    num_tokens = len(row.token_ids)
     slabs = self._tiers.held(instance, uid)
-    kind = "decode" if len(row.token_ids) == 1 else "prefill"
-    name = f"layered_{kind}" if slots is None else f"layered_group_{kind}"
-    output = self._launch(instance, [row], slabs, len(row.token_ids), slots)
+    output = self._launch(instance, [row], slabs, self._buckets[num_tokens > 1])
+    name = "layered_decode" if num_tokens == 1 else "layered_prefill"
     self._runner.launches[name] += 1
     return output
+
+  def group_step(
+    self,
+    rows: Sequence[Mapping[RequestUid, RowInput]],
+    slots: Sequence[SpillSlots],
+    bucket: int | None = None,
+  ) -> tuple[list[StepOutput | None], list[jax.Array]]:
+    """Computes rows with rBlocks elsewhere too; blocks the host likewise.
+
+    Args:
+      rows: Of each instance at most one, in row 0 of its spill slot.
+      slots: Spill slots of each instance.
+      bucket: Query tokens of the programs; None picks.
+
+    Returns:
+      Output of each instance's row, None without one; and an array of each
+      instance that is there once it has answered for others. All still being
+      computed.
+    """
+    if bucket is None:
+      most = max(len(row.token_ids) for mine in rows for row in mine.values())
+      bucket = self._buckets[most > 1]
+    runs: dict[int, LayeredRun] = {}
+    for own, (instance, mine) in enumerate(
+      zip(self._runner.instances, rows, strict=True)
+    ):
+      for uid, row in mine.items():
+        slabs = self._tiers.held(instance, uid)
+        runs[own] = self._begin(own, [row], slabs, bucket)
+    answers = self._launch_together(runs, slots, bucket)
+    name = "layered_group_decode" if bucket == 1 else "layered_group_prefill"
+    self._runner.launches[name] += 1
+    outputs = [
+      runs[own].end() if own in runs else None for own in range(len(rows))
+    ]
+    return outputs, answers
 
   def warm_up(self) -> Iterator[tuple[InstanceId, StepOutput]]:
     """Runs every program once with nothing to do.
@@ -142,76 +169,83 @@ class LayeredSteps:
       An instance, and what a step of it gave.
     """
     for own, instance in enumerate(self._runner.instances):
-      pool = self._runner.pool.row(own)
-      nothing = self._tiers.slabs[own].warm_up(pool)
-      for num_tokens in self._buckets:
-        yield instance, self._launch(instance, [], [nothing], num_tokens)
-        if self._config.has_group and not own:
-          slots = self._no_slots()
-          self._launch(instance, [], [nothing], num_tokens, slots)
-
-  @property
-  def _buckets(self) -> tuple[int, int]:
-    """Numbers of tokens that there are programs for, unless they are equal."""
-    return 1, self._config.scheduler.chunk_tokens
+      nothing = self._tiers.slabs[own].warm_up(self._runner.pool.row(own))
+      for bucket in self._buckets:
+        yield instance, self._launch(instance, [], [nothing], bucket)
+    if self._config.has_group:
+      num_instances = self._config.num_instances
+      nobody = empty_slots(num_instances, self._config.lending.spill_slots)
+      slots = [nobody] * len(self._runner.instances)
+      for bucket in self._buckets:
+        self._launch_together({}, slots, bucket)
 
   def _launch(
     self,
     instance: InstanceId,
     rows: Sequence[RowInput],
     slabs: Sequence[HeldSlab],
-    num_tokens: int,
-    slots: Sequence[SpillSlots] | None = None,
+    bucket: int,
   ) -> StepOutput:
-    bucket = self._buckets[num_tokens > 1]
-    programs = self._programs[instance, bucket]
-    own = self._runner.instances.index(instance)
-    weights, kv_scales = self._runner.row_params[own]
-    group = None if slots is None else self._runner.answering(slots)
-    batch, tables = self._place(own, rows, bucket)
+    run = self._begin(
+      self._runner.instances.index(instance), rows, slabs, bucket
+    )
+    for index in range(self._num_layers):
+      run.end_layer(index, run.front(index))
+    return run.end()
 
-    def run(name: str, *args: Any) -> Any:
-      return self._runner.programs.run(
-        (f"layered {name}", instance, bucket),
-        lambda: getattr(programs, name)(),
-        args,
-      )
+  def _begin(
+    self,
+    own: int,
+    rows: Sequence[RowInput],
+    slabs: Sequence[HeldSlab],
+    bucket: int,
+  ) -> LayeredRun:
+    return LayeredRun(
+      self._runner,
+      own,
+      self._programs[self._runner.instances[own], bucket],
+      self._layers[own],
+      *self._place(own, rows, bucket),
+      slabs,
+      self._tiers.slabs[own],
+    )
 
-    pool, x, proved = run("begin", weights, self._runner.pool.row(own), batch)
-    self._runner.pool.set_row(own, pool)
-    stream = self._tiers.slabs[own].stream(slabs)
-    for index, layer in enumerate(self._layers[own]):
-      mine, read = weights["layers"][index], (layer, kv_scales, batch)
-      if group is None:
-        pool, *attended = run(
-          "front", mine, x, self._runner.pool.row(own), *read, tables
-        )
-        self._runner.pool.set_row(own, pool)
-      else:
-        part = _Part(x, batch, tables)
-        attended = self._front_of_all(own, bucket, index, part, group)
-      q, state, covered = attended
-      for slab in slabs:
-        staged = (stream.take(), slab.tag, slab.tables)
-        state, covered = run("add", state, covered, q, *read, *staged)
-        del staged  # Its room is that of the next one.
-        stream.used(covered)
-      x, proved = run("back", mine, x, batch, state, covered, proved)
-    return run("end", weights, x, batch, proved)
+  def _launch_together(
+    self,
+    runs: Mapping[int, LayeredRun],
+    slots: Sequence[SpillSlots],
+    bucket: int,
+  ) -> list[jax.Array]:
+    """Launches all layers of some instances' rows, which all others answer.
+
+    Args:
+      runs: The rows, by which of this process's instances they are of.
+      slots: Spill slots of each of this process's instances.
+      bucket: Query tokens of the programs.
+
+    Returns:
+      An array of each instance that is there once its last layer is attended.
+    """
+    group = self._runner.answering(slots)
+    attended: list[Attended] = []
+    for index in range(self._num_layers):
+      parts = [
+        runs[own].part if own in runs else self._idle_part(own, bucket)
+        for own in range(len(self._runner.instances))
+      ]
+      attended = self._front_of_all(index, bucket, parts, group)
+      for own, run in runs.items():
+        run.end_layer(index, attended[own])
+    return [mine.covered for mine in attended]
 
   def _front_of_all(
-    self, own: int, bucket: int, index: int, part: _Part, group: GroupInputs
-  ) -> list[Any]:
-    """Has all instances attend what they hold of a layer, for one of them."""
-    parts = [
-      part if other == own else self._idle_part(other, bucket, part.x)
-      for other in range(len(self._runner.instances))
-    ]
+    self, index: int, bucket: int, parts: Sequence[Part], group: GroupInputs
+  ) -> list[Attended]:
+    """Has all instances attend what they hold of a layer, for each other."""
     whole = jax.tree.map(
       lambda *leaves: join_rows(leaves, self._mesh, _PER_INSTANCE), *parts
     )
     weights, kv_scales = self._runner.params
-    layer = self._group_layers[index]
     pool, *attended = self._runner.programs.run(
       ("layered group front", bucket),
       self._group_programs[bucket].group_front,
@@ -219,36 +253,28 @@ class LayeredSteps:
         weights["layers"][index],
         whole.x,
         self._runner.pool.group(),
-        *(layer, kv_scales, whole.batch, whole.tables, group),
+        *(self._group_layers[index], kv_scales, whole.batch, whole.tables),
+        group,
       ),
     )
     self._runner.pool.set_group(pool)
-    row = [self._runner.row_meshes[own]]
     return [
-      jax.tree.map(lambda leaf, at: split_rows(leaf, row, at)[0], tree, specs)
-      for tree, specs in zip(attended, ATTENDED_SPECS, strict=True)
+      Attended(
+        *jax.tree.map(
+          lambda leaf, spec, row=row: split_rows(leaf, [row], spec)[0],
+          tuple(attended),
+          ATTENDED_SPECS,
+        )
+      )
+      for row in self._runner.row_meshes
     ]
 
-  def _idle_part(self, own: int, bucket: int, x: jax.Array) -> _Part:
-    """What an instance without rows brings: placed once."""
+  def _idle_part(self, own: int, bucket: int) -> Part:
+    """What an instance without a row brings: placed once."""
     if (own, bucket) not in self._idle:
-      row = self._runner.row_meshes[own]
-      zeros = np.zeros(x.shape, x.dtype)
-      placed = jax.device_put(zeros, NamedSharding(row, _PER_INSTANCE))
-      part = _Part(placed, *self._place(own, [], bucket))
-      self._idle[own, bucket] = part
+      run = self._begin(own, [], [], bucket)
+      self._idle[own, bucket] = run.part
     return self._idle[own, bucket]
-
-  def _no_slots(self) -> list[SpillSlots]:
-    """Spill slots that nobody uses."""
-    num_instances = self._config.num_instances
-    num_slots = self._config.lending.spill_slots
-    return [empty_slots(num_instances, num_slots)] * num_instances
-
-  def _numbers(self, mesh: Mesh) -> list[jax.Array]:
-    """The number of each layer, on a mesh."""
-    numbers = list(np.arange(self._num_layers, dtype=np.int32))
-    return jax.device_put(numbers, NamedSharding(mesh, PartitionSpec()))
 
   def _place(
     self, own: int, rows: Sequence[RowInput], num_tokens: int

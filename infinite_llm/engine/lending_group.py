@@ -94,11 +94,6 @@ class LendingGroup:
         "host_blocks must be at least 2 for policy 'swap', which swaps to them;"
         f" got {config.cache.host_blocks}."
       )
-    if config.cache.host_attention and order.is_shared:
-      raise ConfigError(
-        "host_attention must be False in an engine of several processes; got"
-        " True."
-      )
     profile = config.lending.performance_profile
     planning = PlanningConfig.of(
       config.lending,

@@ -43,6 +43,7 @@ from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch, Shift
 
 _GRANT_BUCKET = 64
 _WRITE_BUCKET = 4096
+_PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
 
 
 class ModelRunner:
@@ -184,7 +185,7 @@ class ModelRunner:
       self._batch(instance, mine, bucket, num_rows)
       for instance, mine in zip(self.instances, rows, strict=True)
     ]
-    group = self._group_inputs(slots)
+    group = self.answering(slots)
     kind = StepKind(is_group=True, is_prefill=is_prefill)
     name = "group_prefill" if is_prefill else "group_decode"
     pool, output = self.programs.run(
@@ -199,8 +200,9 @@ class ModelRunner:
     )
     self.pool.set_group(pool)
     self.launches[name] += 1
-    spec = PartitionSpec(INSTANCE_AXIS)
-    split = (split_rows(leaf, self.row_meshes, spec) for leaf in output)
+    split = (
+      split_rows(leaf, self.row_meshes, _PER_INSTANCE) for leaf in output
+    )
     return [StepOutput(*row) for row in zip(*split, strict=True)]
 
   def verify(
@@ -240,7 +242,7 @@ class ModelRunner:
       ),
     )
     self.launches["verify"] += 1
-    return split_rows(proved, self.row_meshes, PartitionSpec(INSTANCE_AXIS))
+    return split_rows(proved, self.row_meshes, _PER_INSTANCE)
 
   def exchange(self, shift: Shift, payloads: Sequence[Payloads]) -> None:
     """Sends rBlocks from each instance to the one that comes `shift` after it.
@@ -253,10 +255,7 @@ class ModelRunner:
     pool = self.programs.run(
       ("exchange", shift, quota),
       lambda: programs.build_exchange(self._mesh, shift),
-      (
-        self.pool.group(),
-        place_rows(payloads, self._mesh, self.row_meshes),
-      ),
+      (self.pool.group(), place_rows(payloads, self._mesh, self.row_meshes)),
     )
     self.pool.set_group(pool)
     self.launches["exchange"] += 1
@@ -277,10 +276,7 @@ class ModelRunner:
       pool = self.programs.run(
         ("grant_epochs", instance),
         lambda: programs.build_grant(self.row_meshes[own]),
-        (
-          self.pool.row(own),
-          self._place(instance, (block_ids, values)),
-        ),
+        (self.pool.row(own), self._place(instance, (block_ids, values))),
       )
       self.pool.set_row(own, pool)
       self.launches["grant_epochs"] += 1
@@ -331,15 +327,29 @@ class ModelRunner:
     self._hosted_rows[self._own(instance)] = self._place(instance, rows)
 
   def answering(self, slots: Sequence[SpillSlots]) -> GroupInputs:
-    """What a group program reads that brings no table entries of its own.
+    """What a group program reads, once all table entries have their places.
 
     Args:
       slots: Spill slots of each instance, as numpy arrays.
     """
     for instance, tables in zip(self.instances, self._tables, strict=True):
-      if tables.num_pending:
+      if tables.num_pending:  # No step brings them.
         self.write_entries(instance)
-    return self._group_inputs(slots)
+      self._upload_moved(instance)
+    return GroupInputs(
+      hosted=jax.tree.map(
+        lambda *leaves: join_rows(leaves, self._mesh, _PER_INSTANCE),
+        *self._hosted_rows,
+      ),
+      slots=place_rows(
+        [
+          (mine, shifts_of_slots(instance, mine))
+          for instance, mine in zip(self.instances, slots, strict=True)
+        ],
+        self._mesh,
+        self.row_meshes,
+      ),
+    )
 
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(
@@ -380,25 +390,6 @@ class ModelRunner:
   def _place(self, instance: int, tree):
     row = self.row_meshes[self._own(instance)]
     return place_rows([tree], row, [row])
-
-  def _group_inputs(self, slots: Sequence[SpillSlots]) -> GroupInputs:
-    """What a group program reads, once all entries have their places."""
-    for instance in self.instances:
-      self._upload_moved(instance)
-    spec = PartitionSpec(INSTANCE_AXIS)
-    return GroupInputs(
-      hosted=jax.tree.map(
-        lambda *leaves: join_rows(leaves, self._mesh, spec), *self._hosted_rows
-      ),
-      slots=place_rows(
-        [
-          (mine, shifts_of_slots(instance, mine))
-          for instance, mine in zip(self.instances, slots, strict=True)
-        ],
-        self._mesh,
-        self.row_meshes,
-      ),
-    )
 
   def _upload_moved(self, instance: int) -> None:
     rows = self._tables[self._own(instance)].take_moved()

@@ -1,8 +1,10 @@
 """From plans to programs: lays rows out, launches, samples."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
-from infinite_llm.attention.dist_attention import SpillSlots
+import jax
+
 from infinite_llm.distributed.step_header import StepHeader
 from infinite_llm.engine.in_flight import Flight, LaunchedStep
 from infinite_llm.engine.layered_steps import LayeredSteps
@@ -102,10 +104,7 @@ class StepLauncher:
       if self._layered is not None:
         for row in plan.layered:
           output = self._layered.step(
-            instance,
-            row.uid,
-            self._input(instance, row, request_of),
-            self._slots_of(instance, row.uid),
+            instance, row.uid, self._input(instance, row, request_of)
           )
           step = self._sample(
             instance, (row,), _LOCAL_PREFILL, output, request_of
@@ -120,6 +119,14 @@ class StepLauncher:
         steps, outputs = self._launch_group(rows, kind, turn, request_of)
         group += steps
         proved += [output.proved for output in outputs]
+    rows = [plan.group_layered for plan in plans]
+    bucket = turn.work.layered_tokens if _is_shared(turn) else 0
+    if self._layered is not None and (any(rows) or bucket):
+      steps, answers = self._launch_layered(
+        self._layered, rows, bucket or None, request_of
+      )
+      group += steps
+      proved += answers
     joined = {step.instance for step in group}
     flights = [
       Flight(steps=tuple(steps), is_group=False)
@@ -157,7 +164,7 @@ class StepLauncher:
       is_prefill=kind.is_prefill,
       # All must launch the same program, also those with less for it.
       bucket=turn.work.prefill_tokens or None
-      if turn is not None and turn.is_shared and kind.is_prefill
+      if _is_shared(turn) and kind.is_prefill
       else None,
     )
     steps = [
@@ -169,15 +176,30 @@ class StepLauncher:
     ]
     return steps, outputs
 
-  def _slots_of(
-    self, instance: InstanceId, uid: RequestUid
-  ) -> list[SpillSlots] | None:
-    """Spill slots of a step of one request alone; None if it is all at home."""
-    own = self._runner.instances.index(instance)
-    if self._group.managers[own].spill(uid) is None:
-      return None
-    rows = [{uid: 0} if i == instance else {} for i in self._runner.instances]
-    return self._group.slots(rows)
+  def _launch_layered(
+    self,
+    layered: LayeredSteps,
+    rows: Sequence[Sequence[Row]],
+    bucket: int | None,
+    request_of: RequestOf,
+  ) -> tuple[list[LaunchedStep], list[jax.Array]]:
+    """Launches rows with rBlocks in HOST and elsewhere, or answers for them."""
+    outputs, answers = layered.group_step(
+      [
+        {row.uid: self._input(instance, row, request_of) for row in mine}
+        for instance, mine in zip(self._runner.instances, rows, strict=True)
+      ],
+      self._group.slots([{row.uid: 0 for row in mine} for mine in rows]),
+      bucket,
+    )
+    steps = [
+      self._sample(instance, mine, _LOCAL_PREFILL, output, request_of)
+      for instance, mine, output in zip(
+        self._runner.instances, rows, outputs, strict=True
+      )
+      if output is not None
+    ]
+    return steps, answers
 
   def _input(
     self, instance: InstanceId, row: Row, request_of: RequestOf
@@ -213,8 +235,13 @@ class StepLauncher:
     )
 
 
+def _is_shared(turn: StepHeader | None) -> TypeGuard[StepHeader]:
+  """Whether other processes launch the same."""
+  return turn is not None and turn.is_shared
+
+
 def _is_awaited(turn: StepHeader | None, kind: StepKind) -> bool:
   """Whether other processes launch a group step, with rows here or without."""
-  if turn is None or not turn.is_shared:
+  if not _is_shared(turn):
     return False
   return turn.work.prefill_tokens > 0 if kind.is_prefill else turn.work.decode

@@ -44,6 +44,7 @@ class StepPlanner:
       clock: Monotonic seconds.
     """
     self._buckets = (0, *config.lending.group_prefill_buckets)
+    self._layered_buckets = (0, *config.layered_buckets)
     self._group = group
     self._order = order
     self._in_flight = in_flight
@@ -101,8 +102,11 @@ class StepPlanner:
   def _work(self, instance: InstanceId) -> GroupWork:
     """What an instance has for the next turn's steps."""
     rows = self._batchers[instance].group_work(self._in_flight.rows(instance))
-    bucket = next(size for size in self._buckets if size >= rows.prefill_tokens)
-    return GroupWork(decode=rows.decode, prefill_tokens=bucket)
+    return GroupWork(
+      decode=rows.decode,
+      prefill_tokens=_bucket(rows.prefill_tokens, self._buckets),
+      layered_tokens=_bucket(rows.layered_tokens, self._layered_buckets),
+    )
 
   def _ceiling(
     self, instance: InstanceId, turn: StepHeader | None
@@ -112,7 +116,9 @@ class StepPlanner:
     if not turn.is_shared:
       return EVERYTHING
     return GroupRows(
-      decode=turn.work.decode, prefill_tokens=turn.work.prefill_tokens
+      decode=turn.work.decode,
+      prefill_tokens=turn.work.prefill_tokens,
+      layered_tokens=turn.work.layered_tokens,
     )
 
   def _may_launch(self, instance: InstanceId, turn: StepHeader | None) -> bool:
@@ -137,3 +143,8 @@ class StepPlanner:
     elif self._order.next() is not None:
       return True
     return self._order.has_call() or self._group.has_answer
+
+
+def _bucket(num_tokens: int, buckets: Sequence[int]) -> int:
+  """The smallest that takes so many."""
+  return next(size for size in buckets if size >= num_tokens)

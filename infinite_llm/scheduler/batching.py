@@ -133,7 +133,8 @@ class Batcher:
       and self._rmanager.is_readable(uid)
       and not self._chunks.awaits_room(request, under_way.get(uid))
     ]
-    return next_group_rows(spilled, under_way, self._chunks.group_tokens)
+    layered, most = self._rmanager.overflow.attended, self._chunks.group_tokens
+    return next_group_rows(spilled, layered, under_way, most)
 
   def plan(self, ceiling: GroupRows = EVERYTHING) -> StepPlan:
     """Chooses the rows of the next step and allocates what they write to.
@@ -310,8 +311,7 @@ class Batcher:
         num_tokens=num_tokens,
         samples=num_tokens == uncomputed,
       )
-      rows = draft.rows_for(is_group=is_group, is_decode=uncomputed == 1)
-      (draft.layered if is_layered else rows).append(row)
+      draft.add(row, is_group=is_group, is_layered=is_layered)
 
   def _make_room(self, request: Request, num_tokens: int) -> int:
     """Allocates rBlocks for a request's next tokens; how many it may compute.

@@ -52,15 +52,14 @@ class Chunks:
       is_layered: Whether it has rBlocks in HOST.
     """
     uncomputed = request.num_uncomputed
-    if uncomputed > 1 and not is_layered:
+    if is_layered:
+      most = self._layered_tokens
+      if is_group:
+        most = min(most, draft.ceiling.layered_tokens)
+    elif uncomputed > 1:
       most = self._prefill_room(request, draft, is_group)
-    elif is_group and not draft.ceiling.decode:
-      most = 0
-    elif is_layered:
-      most = self._scheduler.chunk_tokens
-      most = self._rmanager.overflow.chunk_tokens(most)
     else:
-      most = 1
+      most = 0 if is_group and not draft.ceiling.decode else 1
     return min(most, uncomputed)
 
   def _prefill_room(
@@ -74,7 +73,7 @@ class Chunks:
     return min(self.group_tokens(request), draft.ceiling.prefill_tokens)
 
   def awaits_room(self, request: Request, under_way: Row | None) -> bool:
-    """Whether a request has no next group row before a borrow has ended.
+    """Whether a request has no next group row before moves have ended.
 
     Asking for its step would cost all instances a step without rows.
 
@@ -82,13 +81,15 @@ class Chunks:
       request: One with rBlocks elsewhere.
       under_way: Its row under way, which is taken for done.
     """
-    if not self._rmanager.is_borrowing():
+    overflow = self._rmanager.overflow
+    if not (self._rmanager.is_borrowing() or overflow.is_copying):
       return False
     start = request.num_computed_tokens if under_way is None else under_way.end
     end = min(start + self.group_tokens(request), request.num_tokens)
     table = self._rmanager.table(request.uid)
     missing = self._num_blocks(end) - table.num_blocks
-    return missing > self._rmanager.pool.num_free
+    free = self._rmanager.pool.num_free
+    return missing > 0 and missing > overflow.room(request.uid, free)
 
   def borrow(self, missing: int, coming: int) -> int:
     """rBlocks to borrow at once.
@@ -102,12 +103,23 @@ class Chunks:
     return max(least, min(coming, most), missing)
 
   def group_tokens(self, request: Request) -> int:
-    """Tokens whose group step takes as long as is allowed, by the last one."""
+    """Tokens whose group step takes as long as is allowed, by the last one.
+
+    One that attends HOST takes as long as it takes.
+    """
+    if self._rmanager.table(request.uid).num_host:
+      return self._layered_tokens
     buckets = self._lending.group_prefill_buckets
     if request.group_token_s <= 0:
       return buckets[-1]
     tokens = self._lending.group_chunk_s / request.group_token_s
     return int(min(max(tokens, buckets[0]), buckets[-1]))
+
+  @property
+  def _layered_tokens(self) -> int:
+    """Tokens of a step that attends HOST."""
+    most = self._scheduler.chunk_tokens
+    return self._rmanager.overflow.chunk_tokens(most)
 
   def _num_blocks(self, num_tokens: int) -> int:
     return -(-num_tokens // self._block_size)

@@ -102,6 +102,16 @@ class Overflow:
     return 0 if self._rule is None else self._host.counts().total
 
   @property
+  def attended(self) -> RequestUid | None:
+    """The request whose steps attend HOST; None if there is none."""
+    return self.uid if self._in_host else None
+
+  @property
+  def is_copying(self) -> bool:
+    """Whether rBlocks are on their way to HOST."""
+    return bool(self._leaving)
+
+  @property
   def lacks_host(self) -> bool:
     """Whether HOST has no room for a slab, which others could make."""
     return self._rule is not None and (

@@ -42,6 +42,7 @@ class StepPlan:
     group_decode: One token each, rBlocks elsewhere too.
     group_prefill: At most one row with rBlocks elsewhere.
     layered: At most one row, of any length, with rBlocks in HOST.
+    group_layered: At most one with rBlocks in HOST and elsewhere.
   """
 
   local_decode: tuple[Row, ...] = ()
@@ -49,6 +50,7 @@ class StepPlan:
   group_decode: tuple[Row, ...] = ()
   group_prefill: tuple[Row, ...] = ()
   layered: tuple[Row, ...] = ()
+  group_layered: tuple[Row, ...] = ()
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -59,6 +61,7 @@ class StepPlan:
       + self.group_decode
       + self.group_prefill
       + self.layered
+      + self.group_layered
     )
 
 
@@ -69,14 +72,18 @@ class GroupRows:
   Attributes:
     decode: Whether any of one token.
     prefill_tokens: Most tokens of one with many.
+    layered_tokens: Most tokens of one with rBlocks in HOST.
   """
 
   decode: bool
   prefill_tokens: int
+  layered_tokens: int
 
 
-NOTHING = GroupRows(decode=False, prefill_tokens=0)
-EVERYTHING = GroupRows(decode=True, prefill_tokens=sys.maxsize)
+NOTHING = GroupRows(decode=False, prefill_tokens=0, layered_tokens=0)
+EVERYTHING = GroupRows(
+  decode=True, prefill_tokens=sys.maxsize, layered_tokens=sys.maxsize
+)
 
 
 def _no_rows() -> list[Row]:  # `list[Row]()` takes ten times as long.
@@ -93,6 +100,7 @@ class Draft:
     group_decode: Rows.
     group_prefill: Rows.
     layered: Rows.
+    group_layered: Rows.
     ceiling: Which rows of group steps there may be.
   """
 
@@ -102,12 +110,24 @@ class Draft:
   group_decode: list[Row] = dataclasses.field(default_factory=_no_rows)
   group_prefill: list[Row] = dataclasses.field(default_factory=_no_rows)
   layered: list[Row] = dataclasses.field(default_factory=_no_rows)
+  group_layered: list[Row] = dataclasses.field(default_factory=_no_rows)
 
-  def rows_for(self, *, is_group: bool, is_decode: bool) -> list[Row]:
-    """The rows of one program."""
-    if is_group:
-      return self.group_decode if is_decode else self.group_prefill
-    return self.local_decode if is_decode else self.local_prefill
+  def add(self, row: Row, *, is_group: bool, is_layered: bool) -> None:
+    """Puts a row where its program is.
+
+    Args:
+      row: Of a request.
+      is_group: Whether that has rBlocks elsewhere.
+      is_layered: Whether it has some in HOST.
+    """
+    is_decode = row.samples and row.num_tokens == 1
+    if is_layered:
+      rows = self.group_layered if is_group else self.layered
+    elif is_group:
+      rows = self.group_decode if is_decode else self.group_prefill
+    else:
+      rows = self.local_decode if is_decode else self.local_prefill
+    rows.append(row)
 
   def prefill_room(self, scheduler: SchedulerConfig, chunk_tokens: int) -> int:
     """Tokens that one more row of the local prefill program may have.
@@ -129,11 +149,13 @@ class Draft:
       group_decode=tuple(self.group_decode),
       group_prefill=tuple(self.group_prefill),
       layered=tuple(self.layered),
+      group_layered=tuple(self.group_layered),
     )
 
 
 def next_group_rows(
   spilled: Iterable[Request],
+  layered: RequestUid | None,
   under_way: Mapping[RequestUid, Row],
   chunk_tokens: Callable[[Request], int],
 ) -> GroupRows:
@@ -141,19 +163,24 @@ def next_group_rows(
 
   Args:
     spilled: Running requests with rBlocks elsewhere.
+    layered: The one of them that has some in HOST too; None if none has.
     under_way: Rows that are launched and not yet committed; they are taken for
       done.
     chunk_tokens: Most tokens of a request's next row.
   """
-  decode, prefill_tokens = False, 0
+  decode, prefill_tokens, layered_tokens = False, 0, 0
   for request in spilled:
     row = under_way.get(request.uid)
     start = request.num_computed_tokens if row is None else row.end
     # A row that samples is followed by one for the new token.
     rest = max(request.num_tokens - start, 1)
-    if rest == 1:
+    tokens = min(rest, chunk_tokens(request))
+    if request.uid == layered:
+      layered_tokens = max(layered_tokens, tokens)
+    elif rest == 1:
       decode = True
     else:
-      tokens = min(rest, chunk_tokens(request))
       prefill_tokens = max(prefill_tokens, tokens)
-  return GroupRows(decode=decode, prefill_tokens=prefill_tokens)
+  return GroupRows(
+    decode=decode, prefill_tokens=prefill_tokens, layered_tokens=layered_tokens
+  )

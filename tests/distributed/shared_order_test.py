@@ -223,6 +223,39 @@ class TestMember:
     assert order.next() is None
 
 
+class TestLayeredSteps:
+  CONFIG = engine_config(
+    num_instances=5,
+    prefill_buckets=(64, 256),
+    host_blocks=9,
+    host_attention=True,
+  )
+
+  def test_the_larger_chunk_counts(self):
+    work = GroupWork(layered_tokens=1) | GroupWork(layered_tokens=256)
+    assert work == GroupWork(layered_tokens=256)
+
+  @pytest.mark.parametrize("tokens", [1, 256])
+  def test_what_is_compiled_is_launched(self, tokens):
+    order = MemberOrder(MemberEnd(), 1.0, self.CONFIG)
+    work = GroupWork(layered_tokens=tokens)
+    order.on_turn(Turn(number=1, work=work))
+    assert order.next() == header(1, work)
+
+  @pytest.mark.parametrize(
+    ("config", "tokens", "said"),
+    [(CONFIG, 64, "0, 1, 256; got 64."), (None, 1, "one of 0; got 1.")],
+  )
+  def test_what_is_not_compiled_is_refused(self, config, tokens, said):
+    message = Ask(number=1, work=GroupWork(layered_tokens=tokens))
+    order = LeaderOrder(LeaderEnd(), 1.0, config or CONFIG)
+    with pytest.raises(
+      GroupError, match=f"Process 3 sent .* layered_tokens must be .*{said}"
+    ):
+      order.on_ask(3, message)
+    assert order.next() is None
+
+
 def test_a_process_that_is_alone_takes_any_turn_at_once():
   order = OwnOrder(1024)
   order.ask(FAR)

@@ -124,8 +124,9 @@ def raw_answer(rig, needle: Needle) -> tuple[int, bool]:
   layered = engine._launcher._layered
   assert isinstance(layered, LayeredSteps)
   group.install_tables()
-  slots = group.slots([{request.uid: 0}] + [{}] * (NUM_INSTANCES - 1))
-  output = layered.step(OWNER, request.uid, row, slots)
+  nobody = [{}] * (NUM_INSTANCES - 1)
+  slots = group.slots([{request.uid: 0}, *nobody])
+  (output, *_), _ = layered.group_step([{request.uid: row}, *nobody], slots)
   logits = np.asarray(output.logits[0])
   assert np.isfinite(logits).all()
   return int(logits.argmax()), bool(output.proved[0])

@@ -121,7 +121,7 @@ def raw_answer(rig, needle, slabs) -> tuple[int, bool]:
   )
   layered = engine._launcher._layered
   assert isinstance(layered, LayeredSteps)
-  output = layered._launch(0, [row], slabs, len(row.token_ids))
+  output = layered._launch(0, [row], slabs, bucket=layered._buckets[-1])
   logits = np.asarray(output.logits[0])
   assert np.isfinite(logits).all()
   return int(logits.argmax()), bool(output.proved[0])

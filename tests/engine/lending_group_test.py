@@ -41,17 +41,6 @@ def test_options_that_it_cannot_carry_out_are_refused(options, text):
     )
 
 
-def test_several_processes_attend_no_host_memory():
-  config = engine_config(
-    num_instances=2, num_blocks=9, host_blocks=9, host_attention=True
-  )
-  order = OwnOrder(1024)
-  order.is_shared = True
-
-  with pytest.raises(ConfigError, match="host_attention must be False in an"):
-    LendingGroup(config, None, time.monotonic, InProcessTransport(), order)
-
-
 class Runner:
   """Devices of a process that has instances 0 and 1 of four.
 

@@ -45,6 +45,28 @@ def test_tokens_are_those_of_a_single_process(
   assert result["books_correct"]
 
 
+def test_a_context_beyond_all_hbm_has_host_memory_in_any_process(tmp_path):
+  """Of 2,000 tokens 896 fit in all HBM, so processes agree on layers."""
+  requests = tmp_path / "requests.jsonl"
+  write_requests(requests, most_tokens=2000)
+  roomy = BatchJob(tmp_path / "roomy", requests)
+  roomy.run(1, "--config.cache.num_blocks=128")
+  job = BatchJob(tmp_path / "job", requests)
+  result = job.run(
+    2,
+    "--config.cluster.num_instances=2",
+    "--config.cache.host_blocks=70",
+    "--config.cache.host_attention=True",
+    "--config.cache.verify_moves=True",
+  )
+  assert job.answers() == roomy.answers()
+  assert result["blocks_moved"] > 0
+  for kind in ("layered_group_prefill", "layered_group_decode"):
+    assert result["program_launches"][kind] > 0
+  assert result["late_compiles"] == 0
+  assert result["books_correct"]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_noticed_and_its_requests_are_replayed(
   victim, tmp_path

@@ -213,7 +213,7 @@ class LendingMachine(stateful.RuleBasedStateMachine):
   def abort_a_swapped_request(self, data):
     uid = data.draw(st.sampled_from(sorted(self.swapped_out)))
     instance = self.swapped_out.pop(uid)
-    assert self.cluster.managers[instance].swapping.drop(uid) == 0
+    assert not self.cluster.managers[instance].swapping.drop(uid)
 
   @stateful.precondition(lambda self: self.cluster.swaps)
   @stateful.rule()

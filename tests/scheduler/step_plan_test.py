@@ -32,10 +32,29 @@ class TestGroupRows:
   )
   def test_a_request_goes_on_where_its_row_ends(self, made, under_way, rows):
     flying = {} if under_way is None else {1: row(*under_way)}
-    got = next_group_rows([self.request(*made)], flying, lambda _: 64)
-    assert (got.decode, got.prefill_tokens) == rows
+    got = next_group_rows([self.request(*made)], None, flying, lambda _: 64)
+    assert got == GroupRows(
+      decode=rows[0], prefill_tokens=rows[1], layered_tokens=0
+    )
+
+  @pytest.mark.parametrize(
+    ("made", "under_way", "tokens"),
+    [
+      ((100, 64), None, 36),
+      ((100, 64), (64, 36, True), 1),
+      ((100, 100, 1), None, 1),
+    ],
+  )
+  def test_one_that_attends_host_has_steps_of_its_own(
+    self, made, under_way, tokens
+  ):
+    flying = {} if under_way is None else {1: row(*under_way)}
+    got = next_group_rows([self.request(*made)], 1, flying, lambda _: 64)
+    assert got == GroupRows(
+      decode=False, prefill_tokens=0, layered_tokens=tokens
+    )
 
   def test_several_requests_share_the_turn(self):
     requests = [self.request(100, 70), self.request(100, 100, 1)]
-    got = next_group_rows(requests, {}, lambda _: 64)
-    assert got == GroupRows(decode=True, prefill_tokens=30)
+    got = next_group_rows(requests, None, {}, lambda _: 64)
+    assert got == GroupRows(decode=True, prefill_tokens=30, layered_tokens=0)

@@ -292,7 +292,7 @@ class TestEnd:
     if stage in (Stage.ENTERING, Stage.UNPROVED):
       manager.close(UID)
     else:
-      assert manager.swapping.drop(UID) == 0
+      assert not manager.swapping.drop(UID)
 
     assert _both(manager) == (_counts(8, **hbm), _counts(5, **host))
     assert manager.swapping.stage(UID) is None
