@@ -1,8 +1,13 @@
 """Whether this machine has the host memory that a HOST pool asks for."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from infinite_llm.errors import ConfigError
 
@@ -22,10 +27,12 @@ class HostMemory:
   Attributes:
     available_bytes: What is free now; None if the system does not tell.
     pinned_limit_bytes: Most that may be pinned; None where nothing limits it.
+    num_sharing: Processes that are to have as much each of what is available.
   """
 
   available_bytes: int | None
   pinned_limit_bytes: int | None
+  num_sharing: int = 1
 
 
 def host_memory(
@@ -58,6 +65,25 @@ def host_memory(
   )
 
 
+def count_sharing(system: pathlib.Path = pathlib.Path("/")) -> int:
+  """How many processes of this JAX job have this machine's memory in common.
+
+  All processes of the job call it; none returns before all have.
+
+  Args:
+    system: Root of the file system that tells which machine this is. Containers
+      on one machine count as machines of their own.
+  """
+  if jax.process_count() == 1:
+    return 1
+  boot = (system / "proc/sys/kernel/random/boot_id").read_text("utf-8")
+  container = (system / "proc/self/ns/cgroup").stat().st_ino
+  digest = hashlib.sha256(f"{boot} {container}".encode()).digest()
+  machine = np.frombuffer(digest, np.int32)
+  machines = multihost_utils.process_allgather(machine)
+  return int((machines == machine).all(axis=-1).sum())
+
+
 def check_host_memory(
   num_bytes: int, name: str, value: object, memory: HostMemory
 ) -> None:
@@ -81,11 +107,12 @@ def check_host_memory(
       f" a margin of {_OTHER_PINNED_BYTES} bytes; got {limit_bytes >> 30}."
     )
   available_bytes = memory.available_bytes
-  if available_bytes is not None and num_bytes > available_bytes:
+  total_bytes = num_bytes * memory.num_sharing
+  if available_bytes is not None and total_bytes > available_bytes:
     raise ConfigError(
       f"{name} must fit in the host memory that is available,"
       f" {available_bytes} bytes; got {value}, which takes {num_bytes} bytes in"
-      " this process."
+      f" each of {memory.num_sharing} process(es) on this machine."
     )
 
 

@@ -1,5 +1,6 @@
 """Joins the books of the HOST tiers to the devices."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,7 +9,11 @@ import jax
 from absl import logging
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.cache.host_memory import check_host_memory, host_memory
+from infinite_llm.cache.host_memory import (
+  check_host_memory,
+  count_sharing,
+  host_memory,
+)
 from infinite_llm.cache.host_pool import Copy, HostPool
 from infinite_llm.cache.slab_store import HeldSlab, LeavingSlab, SlabStore
 from infinite_llm.config import EngineConfig
@@ -66,11 +71,14 @@ class HostTiers:
     num_blocks = cache.host_blocks - 1
     if cache.host_attention:  # Each slab has a null block of its own.
       num_blocks += num_blocks // cache.slab_blocks
+    # What is free is asked for before anybody takes of it.
+    memory = host_memory(os.environ, jax.default_backend())
+    memory = dataclasses.replace(memory, num_sharing=count_sharing())
     check_host_memory(
       len(runner.instances) * num_blocks * runner.pool.block_bytes,
       "host_blocks",
       cache.host_blocks,
-      host_memory(os.environ, jax.default_backend()),
+      memory,
     )
     for own, instance in enumerate(runner.instances):
       if cache.host_attention:

@@ -1,8 +1,12 @@
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from infinite_llm.cache.host_memory import (
   HostMemory,
   check_host_memory,
+  count_sharing,
   host_memory,
 )
 from infinite_llm.errors import ConfigError
@@ -78,6 +82,47 @@ def test_a_pinned_limit_that_is_too_small_is_named():
     ),
   ):
     check_host_memory(65 * GIB, "host_blocks", 8321, memory)
+
+
+def test_processes_of_one_machine_share_it():
+  memory = HostMemory(
+    available_bytes=8 * GIB, pinned_limit_bytes=64 * GIB, num_sharing=4
+  )
+  check_host_memory(2 * GIB, "host_blocks", 257, memory)
+  with pytest.raises(
+    ConfigError, match=rf"{3 * GIB} bytes in each of 4 process\(es\) on this"
+  ):
+    check_host_memory(3 * GIB, "host_blocks", 385, memory)
+
+
+def test_those_of_the_same_machine_are_counted(tmp_path, monkeypatch):
+  """Of five processes two others run here, one of them in a container."""
+
+  def machine(name, boot):
+    system = tmp_path / name
+    (system / "proc/self/ns").mkdir(parents=True)
+    (system / "proc/self/ns/cgroup").touch()
+    (system / "proc/sys/kernel/random").mkdir(parents=True)
+    (system / "proc/sys/kernel/random/boot_id").write_text(boot)
+    return system
+
+  here, container, far = (
+    machine(name, boot) for name, boot in (("a", "x"), ("b", "x"), ("c", "y"))
+  )
+  told = []
+  monkeypatch.setattr(jax, "process_count", lambda: 5)
+  monkeypatch.setattr(
+    multihost_utils, "process_allgather", lambda x: told.append(x) or x[None]
+  )
+  assert [count_sharing(system) for system in (here, container, far)] == [1] * 3
+  others = np.stack([told[0], told[0], told[1], told[2], told[0]])
+  monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: others)
+  counts = [count_sharing(system) for system in (here, container, far)]
+  assert counts == [3, 1, 1]
+
+
+def test_a_process_that_is_alone_asks_nobody():
+  assert count_sharing() == 1
 
 
 def test_too_little_memory_is_named():
