@@ -89,7 +89,8 @@ class Engine:
       order: Agrees on group programs with other processes; None if there are
         none.
       attention: Name of the micro-attention; None picks.
-      is_ready: Tells whether a step is over, where several are under way.
+      is_ready: Tells whether a step is over, where several are under way, and
+        whether a check is.
     """
     self.config = config = with_pool_size(model, config, attention=attention)
     self._model = model
@@ -103,6 +104,7 @@ class Engine:
       clock,
       transport or InProcessTransport(),
       self._order,
+      is_ready,
     )
     self.batchers = [
       Batcher(
