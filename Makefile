@@ -20,8 +20,9 @@ WORKDIR ?= runs/quickstart
 # More flags for the quickstart: ARGS="--config.document.num_tokens=131072".
 ARGS ?=
 # Arguments for pytest: PYTEST_ARGS="-k sampling". A module stays in one process,
-# since its tests share compiled engines.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# since its tests share compiled engines. In the order of their names, modules of
+# few and long tests are not the last ones, which one process would run alone.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help:  ## Lists the targets.

@@ -20,11 +20,7 @@ from infinite_llm.engine.admission import (
   derived_seed,
   reachable_tokens,
 )
-from infinite_llm.engine.in_flight import (
-  InFlight,
-  IsReady,
-  is_computed,
-)
+from infinite_llm.engine.in_flight import InFlight, IsReady, is_computed
 from infinite_llm.engine.layered_steps import LayeredSteps
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
@@ -89,7 +85,7 @@ class Engine:
       order: Agrees on group programs with other processes; None if there are
         none.
       attention: Name of the micro-attention; None picks.
-      is_ready: Tells whether a step is over, where several are under way.
+      is_ready: Tells whether a step or a check is over, where it matters.
     """
     self.config = config = with_pool_size(model, config, attention=attention)
     self._model = model
@@ -103,6 +99,7 @@ class Engine:
       clock,
       transport or InProcessTransport(),
       self._order,
+      is_ready,
     )
     self.batchers = [
       Batcher(

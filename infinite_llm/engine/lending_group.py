@@ -20,7 +20,7 @@ from infinite_llm.distributed.step_header import (
 from infinite_llm.distributed.transport.base import Transport
 from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
 from infinite_llm.engine.host_tier import HostTiers
-from infinite_llm.engine.in_flight import is_computed
+from infinite_llm.engine.in_flight import IsReady, is_computed
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.pending_check import Asked, PendingCheck, names_of
 from infinite_llm.engine.step_batch import CheckRow
@@ -73,6 +73,7 @@ class LendingGroup:
     clock: Callable[[], float],
     transport: Transport,
     order: GroupOrder,
+    is_ready: IsReady = is_computed,
   ):
     """Registers all managers with the transport.
 
@@ -82,6 +83,7 @@ class LendingGroup:
       clock: Monotonic seconds, for resends and heartbeats.
       transport: Carries messages; nobody else uses it.
       order: Agrees on group programs with other processes.
+      is_ready: Tells whether a check is over.
 
     Raises:
       ConfigError: If the policy is one for the simulator only, or lacks a
@@ -109,6 +111,7 @@ class LendingGroup:
     self._config = config
     self._runner = runner
     self._order = order
+    self._is_ready = is_ready
     self.transport = transport
     self.host_tiers = HostTiers(config, runner)
     self.managers = [
@@ -170,7 +173,7 @@ class LendingGroup:
   def has_answer(self) -> bool:
     """Whether a coverage check is over that nobody was told of; no wait."""
     return self._check is not None and all(
-      is_computed(proved) for proved in self._check.proved
+      self._is_ready(proved) for proved in self._check.proved
     )
 
   def work(self) -> GroupWork:

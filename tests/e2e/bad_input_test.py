@@ -29,6 +29,13 @@ def _own_checkpoint(tmp_path):
   return write_shallow_checkpoint(tmp_path / "model")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+  """Spares collections what lived before: engines of other modules."""
+  gc.collect()
+  gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_half_state():
   """An `LLM` that was refused holds nothing on any device."""

@@ -33,8 +33,9 @@ class Gate:
   """Readiness that tests decide.
 
   Attributes:
-    held: Devices whose arrays are said not to be ready.
-    chance: Probability with which any other array is said to be.
+    held: Devices whose steps are said not to be over.
+    is_check_held: Whether a check, which asks all devices, is said not to be.
+    chance: Probability with which any other array is said to be ready.
   """
 
   def __init__(self):
@@ -43,10 +44,13 @@ class Gate:
 
   def open(self) -> None:
     self.held: set[jax.Device] = set()
+    self.is_check_held = False
     self.chance = 1.0
 
   def __call__(self, array: jax.Array) -> bool:
-    if self.held & array.devices() or self.rng.random() >= self.chance:
+    is_check = array.dtype == bool
+    is_held = self.is_check_held if is_check else self.held & array.devices()
+    if is_held or self.rng.random() >= self.chance:
       return False
     return lockstep(array)
 
@@ -259,6 +263,23 @@ class TestIndependence:
     finished = drain(engine)
     for name, (_, count, _) in zip(names, asked, strict=True):
       check(oracle, finished[name], count, **way)
+
+  def test_rblocks_that_moved_wait_for_their_check_and_no_step_does(
+    self, engine, gate, oracle
+  ):
+    gate.is_check_held = True
+    long = add(engine, 200, 6, instance=0)
+    while not engine.group.is_checking:
+      engine.step()
+    computed, _ = engine.progress(long)
+    beside = add(engine, 20, 9, instance=2)  # Lends nothing.
+    while engine.is_unfinished(beside):
+      outputs = engine.step()
+    check(oracle, outputs[-1], 9)
+    assert engine.group.is_checking
+    assert engine.progress(long) == (computed, 200)
+    gate.open()
+    check(oracle, drain(engine)[long], 6)
 
   def test_instances_that_borrow_share_their_group_programs(
     self, engine, gate, oracle
