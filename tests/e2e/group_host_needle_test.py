@@ -31,6 +31,8 @@ from tests.e2e.needle_test import (
 )
 from tests.e2e.rig import BLOCK_SIZE, Rig
 
+pytestmark = pytest.mark.slow
+
 MOST_LENT = 6
 KEPT = 5
 
