@@ -127,6 +127,15 @@ def test_a_name_can_be_used_again_at_once(engine, link):
   assert not engine.has_unfinished()
 
 
+def test_tokens_told_by_columns_are_of_their_requests(engine, link):
+  uid = _add(engine, link)
+  columns = Outputs(uids=(uid + 1, uid), token_ids=(3, 8), texts=("", "x"))
+  link.heard = [(1, columns)]
+  (output,) = engine.step()  # The other one ended here meanwhile.
+  assert (output.uid, output.new_token_ids, output.new_text) == (uid, (8,), "x")
+  assert engine.progress("r") == (3, 3)  # The report of that is yet to come.
+
+
 class _EmptyTurns:
   """Others take turns all the time, in which this process only answers."""
 
