@@ -175,10 +175,14 @@ class LendingGroup:
 
   def work(self) -> GroupWork:
     """What there is for the next turn, beside steps."""
+    slots = self._config.lending.spill_slots
     return GroupWork(
       exchange=self._moves.exchange,
       check=self._check is None
-      and any(manager.unverified() for manager in self.managers),
+      and any(
+        manager.num_free_slots < slots and manager.unverified()
+        for manager in self.managers
+      ),
     )
 
   def may_join(self, instance: InstanceId, turn: StepHeader) -> bool:

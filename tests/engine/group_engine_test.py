@@ -157,6 +157,43 @@ class _EmptyTurns:
     return False
 
 
+class _NoTurns(_EmptyTurns):
+  """Nobody wants one.
+
+  Attributes:
+    asked: What this process had for the next turn, each time.
+  """
+
+  def __init__(self):
+    self.asked = []
+
+  def ask(self, work):
+    self.asked.append(work)
+
+  def next(self):
+    return None
+
+
+def test_while_all_is_at_home_nobody_looks_for_group_work(
+  tmp_path, monkeypatch
+):
+  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
+  model = load_hf(
+    write_shallow_checkpoint(tmp_path), make_mesh(2, 1), dtype="float32"
+  )
+  order = _NoTurns()
+  engine = Engine(model, config, order=order)
+  monkeypatch.setattr(
+    Batcher, "group_work", lambda *_: pytest.fail("Nothing was spilled.")
+  )
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=3), request_id="r")
+  while engine.has_unfinished():
+    outputs = engine.step()
+  assert len(outputs[-1].token_ids) == 3
+  assert len(order.asked) >= 3
+  assert not any(order.asked)
+
+
 def test_answers_to_others_are_no_progress_of_ones_own(tmp_path, monkeypatch):
   now_s = 0.0
   config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
