@@ -115,7 +115,7 @@ class GroupEngine:
       sampling = dataclasses.replace(sampling, seed=seed)
     self._load[instance] += len(prompt)
     if instance in self._own.instances:
-      return self._own.add_request(
+      return self._own.accept(
         prompt, sampling, request_id=request_id, instance=instance, uid=uid
       )
     self._remote_uids[request_id] = uid
@@ -234,7 +234,8 @@ class GroupEngine:
     has_heard = self._hear()
     if not (outputs or has_heard):
       self._break_stall()
-      time.sleep(_IDLE_S)
+      if not self._group.transport.has_mail():
+        time.sleep(_IDLE_S)
     return bool(outputs) or has_heard
 
   def _hear_meanwhile(self) -> bool:

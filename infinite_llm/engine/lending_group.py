@@ -137,6 +137,12 @@ class LendingGroup:
     self.num_blocks_moved = 0
     self.num_unproved_moves = 0
 
+  def tick(self) -> None:
+    """Has managers do what is due, and report; to be called beside steps."""
+    for manager in (*self.managers, *self._gmanagers):
+      manager.tick()
+    self._talk()
+
   def talk(self) -> bool:
     """Lets managers talk, and tells them of a check that is over.
 
@@ -144,8 +150,6 @@ class LendingGroup:
       Whether rBlocks were proved, or are on their way between tiers; messages
       alone are no progress.
     """
-    for manager in (*self.managers, *self._gmanagers):
-      manager.tick()
     self._talk()
     has_gone_on = self._end_swaps()
     if self.has_answer:

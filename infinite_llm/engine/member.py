@@ -98,7 +98,7 @@ class Member:
     with self._telling():
       while self._hear():
         has_spoken = self._engine is not None and self._step(self._engine)
-        if not has_spoken:
+        if not (has_spoken or self._has_mail()):
           time.sleep(_IDLE_S)
 
   @contextlib.contextmanager
@@ -124,6 +124,10 @@ class Member:
           self._take(message)
     return True
 
+  def _has_mail(self) -> bool:
+    """Whether process 0, or another manager, has said something."""
+    return self._link.has_mail() or self._group.transport.has_mail()
+
   def _open(self, model: str, config: EngineConfig) -> None:
     self._engine = None  # Its pools go before the new ones come.
     self._outputs.clear()
@@ -145,7 +149,7 @@ class Member:
       case Turn():
         order.on_turn(message)
       case Submit():
-        engine.add_request(
+        engine.accept(
           message.prompt,
           message.sampling,
           request_id=message.request_id,

@@ -147,7 +147,11 @@ class StepPlanner:
         )
     elif self._order.next() is not None:
       return True
-    return self._order.has_call() or self._group.has_answer
+    return (
+      self._order.has_call()
+      or self._group.has_answer
+      or self._group.transport.has_mail()
+    )
 
 
 def _bucket(num_tokens: int, buckets: Sequence[int]) -> int:
