@@ -174,15 +174,55 @@ class _NoTurns(_EmptyTurns):
     return None
 
 
+def _alone(folder, order, **more) -> Engine:
+  """An engine of two instances that thinks that there are other processes."""
+  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
+  model = load_hf(
+    write_shallow_checkpoint(folder), make_mesh(2, 1), dtype="float32"
+  )
+  return Engine(model, config, order=order, **more)
+
+
+def test_a_manager_that_says_something_ends_a_wait(tmp_path):
+  looks = []
+
+  class Transport(InProcessTransport):
+    def has_mail(self):
+      looks.append(None)
+      return len(looks) == 3
+
+  engine = _alone(
+    tmp_path, _NoTurns(), transport=Transport(), is_ready=lambda _: False
+  )
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=1), request_id="r")
+  assert engine.step() == []
+  assert len(looks) == 3
+  assert engine._in_flight
+
+
+def test_managers_report_while_devices_compute(tmp_path, monkeypatch):
+  engine = _alone(tmp_path, _NoTurns())
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=3), request_id="r")
+  (manager, _), are_busy = engine.group.managers, []
+  tick = manager.tick
+
+  def spy():
+    are_busy.append(bool(engine._in_flight))
+    tick()
+
+  monkeypatch.setattr(manager, "tick", spy)
+  while engine.has_unfinished():
+    engine.step()
+  assert are_busy == [True] * 3
+  engine.settle()  # Without a step, leases must be renewed all the same.
+  assert are_busy == [True] * 3 + [False]
+
+
 def test_while_all_is_at_home_nobody_looks_for_group_work(
   tmp_path, monkeypatch
 ):
-  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
-  model = load_hf(
-    write_shallow_checkpoint(tmp_path), make_mesh(2, 1), dtype="float32"
-  )
   order = _NoTurns()
-  engine = Engine(model, config, order=order)
+  engine = _alone(tmp_path, order)
   monkeypatch.setattr(
     Batcher, "group_work", lambda *_: pytest.fail("Nothing was spilled.")
   )
