@@ -192,9 +192,31 @@ class OutputNews:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-  """What a step of a member gave."""
+  """What a step of a member gave.
 
-  news: tuple[OutputNews, ...]
+  Nearly all requests get one token and go on. Those are told by columns, since
+  to read an object for each holds up process 0 ten times as long. All of them
+  come before `news`.
+
+  Attributes:
+    uids: Requests that got one token each, without log-probabilities.
+    token_ids: The token of each.
+    texts: What it added to the text of each, perhaps nothing.
+    news: What is new in all others.
+  """
+
+  uids: tuple[RequestUid, ...] = ()
+  token_ids: tuple[int, ...] = ()
+  texts: tuple[Text, ...] = ()
+  news: tuple[OutputNews, ...] = ()
+
+  def __post_init__(self):
+    """Refuses columns that do not fit together."""
+    if not len(self.uids) == len(self.token_ids) == len(self.texts):
+      raise ValueError(
+        "uids, token_ids and texts must be of one length; got"
+        f" {len(self.uids)}, {len(self.token_ids)} and {len(self.texts)}."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +244,8 @@ class EngineUse:
 
   Attributes:
     instances: Use of its instances now, in their order.
-    progress: `(name, computed)` prompt tokens of requests that have not ended.
+    progress: `(name, computed)` prompt tokens of requests whose prompt is
+      computed in part.
     running: Requests with rBlocks, by arrival.
     waiting: Requests without, by arrival.
     stalled_rounds: Rounds of messages in which nothing went on.

@@ -63,20 +63,20 @@ class LeaderOrder:
 
   def _note(self, process: int, number: int, work: GroupWork) -> None:
     newest = self._newest
-    if number <= newest.number and newest.work | work == newest.work:
-      # What it wants came with the turn that was agreed meanwhile.
+    if not work or (
+      number <= newest.number and newest.work | work == newest.work
+    ):
+      # Nothing, or it came with the turn that was agreed meanwhile.
       self._asked.pop(process, None)
     else:
       self._asked[process] = work
-    if self._header is None:
+    if self._asked and self._header is None:
       self._agree()
 
   def _agree(self) -> None:
     work = GroupWork()
     for asked in self._asked.values():
       work |= asked
-    if not work:
-      return
     self._asked.clear()
     self._header = self._newest = StepHeader(
       number=self.next_number, work=work, is_shared=True
@@ -106,12 +106,10 @@ class MemberOrder:
 
   def ask(self, work: GroupWork) -> None:
     """Says what this process has for the next turn, if that is news."""
+    if not work and self._said is not None and not self._said.work:
+      return  # Nothing, after nothing, is no news in any turn.
     message = Ask(number=self.next_number, work=work)
-    # Nothing, after nothing, is no news in any turn.
-    is_news = message != self._said and bool(
-      work or self._said is None or self._said.work
-    )
-    if is_news:
+    if message != self._said:
       self._said = message
       self._link.send(message)
 

@@ -47,10 +47,12 @@ class GroupWork:
       )
 
   def __bool__(self) -> bool:
-    return self != GroupWork()
+    return self != NO_WORK
 
   def __or__(self, other: "GroupWork") -> "GroupWork":
     """The smallest ceiling above both: of two quotas the larger one."""
+    if not other:
+      return self
     quotas = dict(self.exchange)
     for shift, quota in other.exchange:
       quotas[shift] = max(quota, quotas.get(shift, quota))
@@ -61,6 +63,9 @@ class GroupWork:
       prefill_tokens=max(self.prefill_tokens, other.prefill_tokens),
       layered_tokens=max(self.layered_tokens, other.layered_tokens),
     )
+
+
+NO_WORK = GroupWork()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

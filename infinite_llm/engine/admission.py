@@ -1,11 +1,15 @@
 """Which requests can be served at all. Pure functions of the configuration."""
 
+import dataclasses
 import operator
 from collections.abc import Sequence
+
+import numpy as np
 
 from infinite_llm.config import EngineConfig
 from infinite_llm.errors import CapacityError, RequestError
 from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.request import Request
 from infinite_llm.types import InstanceId, RequestUid
 
 
@@ -33,13 +37,20 @@ def as_token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
   Raises:
     RequestError: If that is not what it is.
   """
+  if isinstance(prompt, np.ndarray) and (
+    prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
+  ):
+    return tuple(prompt.tolist())  # In a tenth of the time.
   try:
     tokens = tuple(prompt)
   except TypeError:
     raise RequestError(
       f"prompt must be a text or a sequence of token ids; got {prompt!r}."
     ) from None
-  return tuple(map(_as_token_id, tokens))
+  try:
+    return tuple(map(operator.index, tokens))
+  except TypeError:
+    return tuple(map(_as_token_id, tokens))
 
 
 def _as_token_id(token: int) -> int:
@@ -57,6 +68,8 @@ def check_request(
   instance: InstanceId | None,
   config: EngineConfig,
   vocab_size: int,
+  *,
+  has_tokenizer: bool = True,
 ) -> None:
   """Refuses a request that can never be served.
 
@@ -66,6 +79,7 @@ def check_request(
     instance: The owner that the caller asked for; None leaves it open.
     config: Sizes and rules of the group.
     vocab_size: V of the model.
+    has_tokenizer: Whether its answer can have a text.
 
   Raises:
     RequestError: If an argument is wrong.
@@ -89,6 +103,11 @@ def check_request(
       f"logprobs must be at most max_logprobs = {config.max_logprobs}; got"
       f" {sampling.logprobs}."
     )
+  if sampling.stop and not has_tokenizer:
+    raise RequestError(
+      "stop must be empty, since the checkpoint has no tokenizer.json; got"
+      f" {sampling.stop!r}."
+    )
   available = reachable_tokens(config)
   if len(prompt) + 1 > available:
     cache = config.cache
@@ -101,6 +120,29 @@ def check_request(
       f" {cache.capacity_tokens} tokens{host}, policy"
       f" {config.lending.policy!r}."
     )
+
+
+def new_request(
+  uid: RequestUid,
+  request_id: str,
+  prompt: tuple[int, ...],
+  sampling: SamplingParams,
+  config: EngineConfig,
+) -> Request:
+  """Makes a request of what was checked; it gets a seed if it brings none."""
+  if sampling.seed is None:
+    seed = derived_seed(config.seed, uid)
+    sampling = dataclasses.replace(sampling, seed=seed)
+  return Request(
+    uid=uid,
+    request_id=request_id,
+    prompt_token_ids=prompt,
+    sampling=sampling,
+    arrival=uid,
+    max_total_tokens=min(
+      len(prompt) + sampling.max_tokens, reachable_tokens(config)
+    ),
+  )
 
 
 def derived_seed(seed: int, uid: RequestUid) -> int:

@@ -1,6 +1,5 @@
 """The engine of a lending group: requests in, tokens out."""
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.admission import (
   as_token_ids,
   check_request,
-  derived_seed,
+  new_request,
   reachable_tokens,
 )
 from infinite_llm.engine.in_flight import InFlight, IsReady, is_computed
@@ -200,27 +199,29 @@ class Engine:
     if request_id is None:
       request_id = self._book.unused_name(uid)
     prompt = as_token_ids(prompt_token_ids)
+    self.check(prompt, sampling, instance=instance)
+    if instance is None:
+      instance = self._book.least_loaded()
+    return self.accept(
+      prompt, sampling, request_id=request_id, instance=instance, uid=uid
+    )
+
+  def accept(
+    self,
+    prompt: tuple[int, ...],
+    sampling: SamplingParams,
+    *,
+    request_id: str,
+    instance: InstanceId,
+    uid: RequestUid,
+  ) -> str:
+    """Takes a request that was checked; arguments as of `add_request`."""
     if self._book.find(request_id) is not None:
       raise RequestError(
         f"request_id must be unique among unfinished requests; got"
         f" {request_id!r} again."
       )
-    self.check(prompt, sampling, instance=instance)
-    if instance is None:
-      instance = self._book.least_loaded()
-    if sampling.seed is None:
-      seed = derived_seed(self.config.seed, uid)
-      sampling = dataclasses.replace(sampling, seed=seed)
-    request = Request(
-      uid=uid,
-      request_id=request_id,
-      prompt_token_ids=prompt,
-      sampling=sampling,
-      arrival=uid,
-      max_total_tokens=min(
-        len(prompt) + sampling.max_tokens, self.capacity_tokens
-      ),
-    )
+    request = new_request(uid, request_id, prompt, sampling, self.config)
     stream = OutputStream(
       request, self._model.tokenizer, self._model.generation, instance
     )
@@ -242,12 +243,8 @@ class Engine:
       instance,
       self.config,
       self._model.config.vocab_size,
+      has_tokenizer=self._model.tokenizer is not None,
     )
-    if sampling.stop and self._model.tokenizer is None:
-      raise RequestError(
-        "stop must be empty, since the checkpoint has no tokenizer.json; got"
-        f" {sampling.stop!r}."
-      )
 
   def abort(self, request_id: str) -> None:
     """Ends a request early; its rBlocks are given back.
@@ -271,6 +268,7 @@ class Engine:
     Returns:
       Whether rBlocks were moved or proved.
     """
+    self.group.tick()
     has_moved = self.group.talk()
     turn = None if self._order.is_shared else self._planner.next_turn()
     return self._move(turn) or has_moved
@@ -295,6 +293,8 @@ class Engine:
     turn = self._planner.next_turn()
     has_moved |= self._move(turn)
     self._launch(turn)
+    # Now it costs devices no time, nor do the threads that send what is said.
+    self.group.tick()
     # A plan may give a request up and let another take its place at once.
     self._take_ended()
     is_hurried = meanwhile is not None and meanwhile()

@@ -115,7 +115,7 @@ class GroupEngine:
       sampling = dataclasses.replace(sampling, seed=seed)
     self._load[instance] += len(prompt)
     if instance in self._own.instances:
-      return self._own.add_request(
+      return self._own.accept(
         prompt, sampling, request_id=request_id, instance=instance, uid=uid
       )
     self._remote_uids[request_id] = uid
@@ -191,14 +191,15 @@ class GroupEngine:
     uid = self._remote_uids.get(request_id)
     if uid is None:
       return self._own.progress(request_id)
-    total = len(self._remote[uid].prompt_token_ids)
+    request = self._remote[uid]
+    total = len(request.prompt_token_ids)
     done = [
       computed
       for use in self._uses.values()
       for name, computed in use.progress
       if name == request_id
     ]
-    return min(max(done, default=0), total), total
+    return max(done, default=total if request.has_token else 0), total
 
   def pool_counts(self) -> list[PoolCounts]:
     """How the rBlocks of each instance are used, by the newest reports."""
@@ -233,7 +234,8 @@ class GroupEngine:
     has_heard = self._hear()
     if not (outputs or has_heard):
       self._break_stall()
-      time.sleep(_IDLE_S)
+      if not self._group.transport.has_mail():
+        time.sleep(_IDLE_S)
     return bool(outputs) or has_heard
 
   def _hear_meanwhile(self) -> bool:
@@ -270,17 +272,8 @@ class GroupEngine:
       match message:
         case Ask():
           self._order.on_ask(process, message)
-        case Outputs(news=news):
-          for each in news:
-            request = self._remote.get(each.uid)
-            if request is None:
-              continue
-            output = request.take(each)
-            if output.is_finished:
-              self._forget(each.uid)
-              self._note_end(output)
-            else:
-              self._outputs.append(output)
+        case Outputs():
+          self._take_outputs(message)
         case EngineUse():
           self._uses[process] = message
         case Blocks(instances=instances):
@@ -290,6 +283,24 @@ class GroupEngine:
         case _:
           raise GroupError(f"Process {process} must not say {message}.")
     return bool(messages)
+
+  def _take_outputs(self, message: Outputs) -> None:
+    """Takes what a member's step gave; nothing of requests that were ended."""
+    columns = message.uids, message.token_ids, message.texts
+    for uid, token_id, text in zip(*columns, strict=True):
+      request = self._remote.get(uid)
+      if request is not None:
+        self._outputs.append(request.take_token(token_id, text))
+    for news in message.news:
+      request = self._remote.get(news.uid)
+      if request is None:
+        continue
+      output = request.take(news)
+      if output.is_finished:
+        self._forget(news.uid)
+        self._note_end(output)
+      else:
+        self._outputs.append(output)
 
   def _forget(self, uid: RequestUid) -> RemoteRequest:
     """Another process's request has ended; its name is free again."""

@@ -140,6 +140,12 @@ class LendingGroup:
     self.num_blocks_moved = 0
     self.num_unproved_moves = 0
 
+  def tick(self) -> None:
+    """Has managers do what is due, and report; to be called beside steps."""
+    for manager in (*self.managers, *self._gmanagers):
+      manager.tick()
+    self._talk()
+
   def talk(self) -> bool:
     """Lets managers talk, and tells them of a check that is over.
 
@@ -147,8 +153,6 @@ class LendingGroup:
       Whether rBlocks were proved, or are on their way between tiers; messages
       alone are no progress.
     """
-    for manager in (*self.managers, *self._gmanagers):
-      manager.tick()
     self._talk()
     has_gone_on = self._end_swaps()
     if self.has_answer:
@@ -178,10 +182,14 @@ class LendingGroup:
 
   def work(self) -> GroupWork:
     """What there is for the next turn, beside steps."""
+    slots = self._config.lending.spill_slots
     return GroupWork(
       exchange=self._moves.exchange,
       check=self._check is None
-      and any(manager.unverified() for manager in self.managers),
+      and any(
+        manager.num_free_slots < slots and manager.unverified()
+        for manager in self.managers
+      ),
     )
 
   def may_join(self, instance: InstanceId, turn: StepHeader) -> bool:

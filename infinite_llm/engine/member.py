@@ -20,7 +20,6 @@ from infinite_llm.distributed.group_messages import (
   FromLeader,
   GiveUp,
   Open,
-  Outputs,
   Submit,
   Turn,
 )
@@ -28,7 +27,7 @@ from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.distributed.runtime import ProcessGroup
 from infinite_llm.distributed.shared_order import MemberOrder
 from infinite_llm.engine.engine import Engine
-from infinite_llm.engine.news import news_of
+from infinite_llm.engine.news import outputs_of
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.errors import GroupError
 from infinite_llm.models.checkpoint import is_checkpoint, restore
@@ -40,7 +39,7 @@ PATIENCE_S = 120.0
 """How long the steps of a turn may take; longer is a fault."""
 
 _IDLE_S = 0.0005
-_REPORT_EVERY_S = 0.02
+_REPORT_EVERY_S = 0.05
 
 
 def say_open(
@@ -99,7 +98,7 @@ class Member:
     with self._telling():
       while self._hear():
         has_spoken = self._engine is not None and self._step(self._engine)
-        if not has_spoken:
+        if not (has_spoken or self._has_mail()):
           time.sleep(_IDLE_S)
 
   @contextlib.contextmanager
@@ -125,6 +124,10 @@ class Member:
           self._take(message)
     return True
 
+  def _has_mail(self) -> bool:
+    """Whether process 0, or another manager, has said something."""
+    return self._link.has_mail() or self._group.transport.has_mail()
+
   def _open(self, model: str, config: EngineConfig) -> None:
     self._engine = None  # Its pools go before the new ones come.
     self._outputs.clear()
@@ -146,7 +149,7 @@ class Member:
       case Turn():
         order.on_turn(message)
       case Submit():
-        engine.add_request(
+        engine.accept(
           message.prompt,
           message.sampling,
           request_id=message.request_id,
@@ -174,9 +177,8 @@ class Member:
   def _tell(self, engine: Engine) -> bool:
     """Tells process 0 what there is; nothing is ever in a hurry."""
     if self._outputs:
-      news = tuple(map(news_of, self._outputs))
+      self._link.send(outputs_of(self._outputs))
       self._outputs.clear()
-      self._link.send(Outputs(news=news))
     now_s = time.monotonic()
     if now_s - self._reported_s >= _REPORT_EVERY_S:
       self._reported_s = now_s

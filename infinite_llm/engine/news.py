@@ -11,6 +11,7 @@ from infinite_llm.distributed.group_messages import (
   InstanceBlocks,
   InstanceUse,
   OutputNews,
+  Outputs,
   TokenNews,
 )
 from infinite_llm.engine.lending_group import LendingGroup
@@ -25,6 +26,43 @@ from infinite_llm.errors import CapacityError, CoverageError, ModelError
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.types import InstanceId, RequestUid
+
+
+def outputs_of(outputs: Sequence[RequestOutput]) -> Outputs:
+  """What is new in outputs, as a message.
+
+  Args:
+    outputs: In the order in which they came; of a request there may be several.
+  """
+  news: dict[RequestUid, list[OutputNews]] = {}
+  uids, token_ids, texts = [], [], []
+  for output in outputs:
+    # What comes after news of the same request must not overtake them.
+    if output.uid not in news and _is_one_token(output):
+      seen = output.seen
+      uids.append(output.uid)
+      token_ids.append(output.record.token_ids[seen.num_tokens])
+      has_text = output.extent.num_pieces > seen.num_pieces
+      texts.append(output.record.pieces[seen.num_pieces] if has_text else "")
+    else:
+      news.setdefault(output.uid, []).append(news_of(output))
+  return Outputs(
+    uids=tuple(uids),
+    token_ids=tuple(token_ids),
+    texts=tuple(texts),
+    news=tuple(itertools.chain.from_iterable(news.values())),
+  )
+
+
+def _is_one_token(output: RequestOutput) -> bool:
+  """Whether a request got just a token, perhaps with a piece, and goes on."""
+  extent, seen = output.extent, output.seen
+  return (
+    extent.num_tokens == seen.num_tokens + 1
+    and extent.num_pieces <= seen.num_pieces + 1
+    and output.finish_reason is None
+    and output.record.logprobs is None
+  )
 
 
 def news_of(output: RequestOutput) -> OutputNews:
@@ -96,6 +134,20 @@ class RemoteRequest:
       )
     return self._output(news.finish_reason, _error(news.error), seen)
 
+  def take_token(self, token_id: int, text: str) -> RequestOutput:
+    """Adds a token and its text; gives what the caller sees now."""
+    record = self._record
+    seen = record.extent
+    record.token_ids.append(token_id)
+    if text:
+      record.pieces.append(text)
+    return self._output(None, None, seen)
+
+  @property
+  def has_token(self) -> bool:
+    """Whether any token has come, so that its prompt is computed."""
+    return bool(self._record.token_ids)
+
   def ended(self, reason: str) -> RequestOutput:
     """What the caller sees if it ends here."""
     return self._output(reason, None, self._record.extent)
@@ -151,7 +203,8 @@ def use_of(
     progress=tuple(
       (request.request_id, request.num_computed_tokens)
       for batcher in batchers
-      for request in (*batcher.running, *batcher.waiting)
+      for request in batcher.running
+      if 0 < request.num_computed_tokens < len(request.prompt_token_ids)
     ),
     num_blocks_moved=group.num_blocks_moved,
     running=tuple(

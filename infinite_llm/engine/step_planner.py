@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.step_header import (
+  NO_WORK,
   GroupOrder,
   GroupWork,
   StepHeader,
@@ -44,6 +45,7 @@ class StepPlanner:
       clock: Monotonic seconds.
     """
     self._buckets = (0, *config.lending.group_prefill_buckets)
+    self._spill_slots = config.lending.spill_slots
     self._layered_buckets = (0, *config.layered_buckets)
     self._group = group
     self._order = order
@@ -52,6 +54,7 @@ class StepPlanner:
       manager.instance: batcher
       for manager, batcher in zip(group.managers, batchers, strict=True)
     }
+    self._managers = {manager.instance: manager for manager in group.managers}
     self._clock = clock
     self._turn_began_s = clock()
 
@@ -101,6 +104,8 @@ class StepPlanner:
 
   def _work(self, instance: InstanceId) -> GroupWork:
     """What an instance has for the next turn's steps."""
+    if self._managers[instance].num_free_slots == self._spill_slots:
+      return NO_WORK  # Nearly always: nothing is elsewhere, or about to be.
     rows = self._batchers[instance].group_work(self._in_flight.rows(instance))
     return GroupWork(
       decode=rows.decode,
@@ -142,7 +147,11 @@ class StepPlanner:
         )
     elif self._order.next() is not None:
       return True
-    return self._order.has_call() or self._group.has_answer
+    return (
+      self._order.has_call()
+      or self._group.has_answer
+      or self._group.transport.has_mail()
+    )
 
 
 def _bucket(num_tokens: int, buckets: Sequence[int]) -> int:

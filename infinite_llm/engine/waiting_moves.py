@@ -31,6 +31,8 @@ class WaitingMoves:
     That is the smallest bucket that takes all those of each instance, or the
     largest bucket. Empty if there are none.
     """
+    if not any(self._moves):  # Nearly always, and it is asked in each step.
+      return ()
     most = collections.Counter[Shift]()
     for moves in self._moves:
       # Of two counts the larger one stays.

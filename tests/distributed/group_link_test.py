@@ -132,9 +132,16 @@ class TestTalk:
       finish_reason=None,
       error=None,
     )
-    first.send(Outputs(news=(news,)))
+    outputs = Outputs(
+      uids=(8,), token_ids=(5,), texts=("\u2603",), news=(news,)
+    )
+    first.send(outputs)
     until(leader.has_mail)
-    assert leader.receive() == [(1, Outputs(news=(news,)))]
+    assert leader.receive() == [(1, outputs)]
+
+  def test_columns_of_outputs_have_one_length(self):
+    with pytest.raises(ValueError, match="must be of one length; got 2, 1 and"):
+      Outputs(uids=(8, 9), token_ids=(5,), texts=("", ""))
 
 
 class TestRefusals:

@@ -127,6 +127,15 @@ def test_a_name_can_be_used_again_at_once(engine, link):
   assert not engine.has_unfinished()
 
 
+def test_tokens_told_by_columns_are_of_their_requests(engine, link):
+  uid = _add(engine, link)
+  columns = Outputs(uids=(uid + 1, uid), token_ids=(3, 8), texts=("", "x"))
+  link.heard = [(1, columns)]
+  (output,) = engine.step()  # The other one ended here meanwhile.
+  assert (output.uid, output.new_token_ids, output.new_text) == (uid, (8,), "x")
+  assert engine.progress("r") == (3, 3)  # The report of that is yet to come.
+
+
 class _EmptyTurns:
   """Others take turns all the time, in which this process only answers."""
 
@@ -146,6 +155,83 @@ class _EmptyTurns:
 
   def has_call(self):
     return False
+
+
+class _NoTurns(_EmptyTurns):
+  """Nobody wants one.
+
+  Attributes:
+    asked: What this process had for the next turn, each time.
+  """
+
+  def __init__(self):
+    self.asked = []
+
+  def ask(self, work):
+    self.asked.append(work)
+
+  def next(self):
+    return None
+
+
+def _alone(folder, order, **more) -> Engine:
+  """An engine of two instances that thinks that there are other processes."""
+  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
+  model = load_hf(
+    write_shallow_checkpoint(folder), make_mesh(2, 1), dtype="float32"
+  )
+  return Engine(model, config, order=order, **more)
+
+
+def test_a_manager_that_says_something_ends_a_wait(tmp_path):
+  looks = []
+
+  class Transport(InProcessTransport):
+    def has_mail(self):
+      looks.append(None)
+      return len(looks) == 3
+
+  engine = _alone(
+    tmp_path, _NoTurns(), transport=Transport(), is_ready=lambda _: False
+  )
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=1), request_id="r")
+  assert engine.step() == []
+  assert len(looks) == 3
+  assert engine._in_flight
+
+
+def test_managers_report_while_devices_compute(tmp_path, monkeypatch):
+  engine = _alone(tmp_path, _NoTurns())
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=3), request_id="r")
+  (manager, _), are_busy = engine.group.managers, []
+  tick = manager.tick
+
+  def spy():
+    are_busy.append(bool(engine._in_flight))
+    tick()
+
+  monkeypatch.setattr(manager, "tick", spy)
+  while engine.has_unfinished():
+    engine.step()
+  assert are_busy == [True] * 3
+  engine.settle()  # Without a step, leases must be renewed all the same.
+  assert are_busy == [True] * 3 + [False]
+
+
+def test_while_all_is_at_home_nobody_looks_for_group_work(
+  tmp_path, monkeypatch
+):
+  order = _NoTurns()
+  engine = _alone(tmp_path, order)
+  monkeypatch.setattr(
+    Batcher, "group_work", lambda *_: pytest.fail("Nothing was spilled.")
+  )
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=3), request_id="r")
+  while engine.has_unfinished():
+    outputs = engine.step()
+  assert len(outputs[-1].token_ids) == 3
+  assert len(order.asked) >= 3
+  assert not any(order.asked)
 
 
 def test_answers_to_others_are_no_progress_of_ones_own(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Outputs that another process generated are told piece by piece."""
 
-from infinite_llm.engine.news import RemoteRequest, news_of
+from infinite_llm.engine.news import RemoteRequest, news_of, outputs_of
 from infinite_llm.engine.outputs import (
   Extent,
   OutputRecord,
@@ -20,7 +20,8 @@ def _logprob(token: int) -> TokenLogprob:
 class _Here:
   """A request of this process: its record, and an output for each step."""
 
-  def __init__(self, *, has_logprobs: bool):
+  def __init__(self, *, has_logprobs: bool, uid: int = 1):
+    self.uid = uid
     self.record = OutputRecord(
       token_ids=[], pieces=[], logprobs=[] if has_logprobs else None
     )
@@ -37,7 +38,7 @@ class _Here:
     if self.record.logprobs is not None:
       self.record.logprobs.extend(map(_logprob, tokens))
     return RequestOutput(
-      uid=1,
+      uid=self.uid,
       request_id="r",
       prompt_token_ids=(1, 2),
       finish_reason=finish_reason,
@@ -65,6 +66,39 @@ def test_news_add_up_to_what_was_generated():
   assert (last.text, last.new_text) == ("<5><6><7>", "<7>")
   assert last.logprobs == (_logprob(5), _logprob(6), _logprob(7))
   assert (last.finish_reason, last.error, last.instance) == ("stop", None, 3)
+
+
+def test_requests_that_got_a_token_and_go_on_are_told_by_columns():
+  one, other = (_Here(has_logprobs=False, uid=uid) for uid in (1, 2))
+  asking = _Here(has_logprobs=True, uid=3)
+  rest = [asking.step(4), one.step(9, finish_reason="stop")]
+  message = outputs_of([other.step(5), other.step(6), *rest, other.step(7)])
+
+  assert (message.uids, message.token_ids) == ((2, 2, 2), (5, 6, 7))
+  assert message.texts == ("<5>", "<6>", "<7>")
+  assert message.news == tuple(map(news_of, rest))
+
+
+def test_no_token_overtakes_news_of_its_request():
+  here, there = _Here(has_logprobs=False), _there(logprobs=None)
+  outputs = [here.step(4), here.step(5, 6), here.step(7)]
+  message = outputs_of(outputs)
+
+  assert message.uids == (1,)
+  assert there.take_token(message.token_ids[0], message.texts[0]).text == "<4>"
+  seen = [there.take(news) for news in message.news]
+  assert [output.new_token_ids for output in seen] == [(5, 6), (7,)]
+  assert seen[-1].text == "<4><5><6><7>"
+
+
+def test_a_token_without_text_adds_none():
+  there = _there(logprobs=None)
+  assert not there.has_token
+  output = there.take_token(8, "")
+  assert there.has_token
+  assert (output.new_token_ids, output.text) == ((8,), "")
+  assert output.extent == Extent(1, 0)
+  assert there.take_token(9, "x").extent == Extent(2, 1)
 
 
 def test_logprobs_that_nobody_asked_for_are_none():

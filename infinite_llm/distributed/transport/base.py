@@ -23,6 +23,10 @@ class Transport(Protocol):
     """Takes a message to carry; it arrives later, or never."""
     ...
 
+  def has_mail(self) -> bool:
+    """Whether `deliver` has something to hand over."""
+    ...
+
   def deliver(self) -> int:
     """Hands over what has arrived, on the calling thread.
 

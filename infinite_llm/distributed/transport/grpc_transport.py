@@ -139,6 +139,10 @@ class GrpcTransport:
     )
     self._link(self._targets[receiver]).queue.put(frame)
 
+  def has_mail(self) -> bool:
+    """Whether any message has arrived that was not handed over."""
+    return bool(self._inbox)
+
   def deliver(self) -> int:
     """Hands over what has arrived, on this thread.
 

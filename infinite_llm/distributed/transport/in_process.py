@@ -49,6 +49,10 @@ class InProcessTransport:
     else:
       self._queue.extend(self._interceptor(envelope))
 
+  def has_mail(self) -> bool:
+    """Whether any message waits to be delivered."""
+    return bool(self._queue)
+
   def deliver(self) -> int:
     """Hands over all messages, also those sent meanwhile.
 
