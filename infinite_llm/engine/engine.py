@@ -122,7 +122,9 @@ class Engine:
     layered = None
     if config.cache.host_attention:
       tiers = self.group.host_tiers
-      layered = LayeredSteps(model, config, self.runner, tiers, attention)
+      layered = LayeredSteps(
+        model, config, self.runner, tiers, attention, self.group.renew
+      )
     self._launcher = StepLauncher(
       self.runner, self.group, self._samplers, clock, layered
     )

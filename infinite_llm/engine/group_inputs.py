@@ -1,6 +1,6 @@
 """What group programs read beside the batch, as numpy arrays to fill in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from infinite_llm.attention.dist_attention import (
 )
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.errors import InvariantError
+from infinite_llm.scheduler.account import SpillInfo
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedVersion
 from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, InstanceId, Shift
@@ -24,6 +25,29 @@ def empty_slots(num_instances: int, num_slots: int) -> SpillSlots:
     epoch=np.zeros(num_slots, np.uint32),
     versions=np.full((num_slots, num_instances), NO_VERSION, np.int32),
   )
+
+
+def fill_slots(
+  spills: Iterable[tuple[int, SpillInfo | None]],
+  num_instances: int,
+  num_slots: int,
+) -> SpillSlots:
+  """Names an owner's requests with rBlocks elsewhere.
+
+  Args:
+    spills: Row of the step, and how it is named; None has nothing elsewhere.
+    num_instances: I.
+    num_slots: S.
+  """
+  slots = empty_slots(num_instances, num_slots)
+  for row, spill in spills:
+    if spill is None:
+      continue
+    slots.rows[spill.slot] = row
+    slots.epoch[spill.slot] = spill.slot_epoch
+    for holder, version in spill.versions.items():
+      slots.versions[spill.slot, holder] = version
+  return slots
 
 
 def hosted_rows(

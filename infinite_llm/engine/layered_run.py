@@ -1,6 +1,6 @@
 """One row that attends HOST, on its way through the layers of an instance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,7 @@ class LayeredRun:
     tables: PackedRows[BlockTables],
     slabs: Sequence[HeldSlab],
     store: SlabStore,
+    meanwhile: Callable[[], None],
   ):
     """Embeds its tokens, and begins to bring the first slabs.
 
@@ -72,7 +73,9 @@ class LayeredRun:
       tables: What it reads in HBM.
       slabs: What it reads in HOST.
       store: Has them.
+      meanwhile: Called between slabs, which may take minutes.
     """
+    self._meanwhile = meanwhile
     self._runner = runner
     self._own = own
     self._programs = programs
@@ -117,6 +120,7 @@ class LayeredRun:
       state, covered = self._run("add", state, covered, q, *read, *staged)
       del staged  # Its room is that of the next one.
       self._stream.used(covered)
+      self._meanwhile()
     x, self._proved = self._run(
       "back",
       self._weights["layers"][index],

@@ -1,6 +1,7 @@
 """Launches steps that attend HOST: layer by layer, while slabs stream in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from infinite_llm.engine.layered_programs import (
 from infinite_llm.engine.layered_run import Attended, LayeredRun, Part
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import GroupInputs, StepOutput
+from infinite_llm.engine.repeating import at_most_every
 from infinite_llm.engine.step_batch import RowInput, build_batch
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.loaded_model import LoadedModel
@@ -47,6 +49,7 @@ class LayeredSteps:
     runner: ModelRunner,
     tiers: HostTiers,
     attention: str | None,
+    meanwhile: Callable[[], None] = lambda: None,
   ):
     """Compiles nothing.
 
@@ -56,6 +59,7 @@ class LayeredSteps:
       runner: The pools.
       tiers: What lies in host memory.
       attention: Name of the micro-attention; None picks.
+      meanwhile: Called once a heartbeat period while slabs come.
 
     Raises:
       ConfigError: If the model has sliding windows.
@@ -68,6 +72,9 @@ class LayeredSteps:
     self._config = config
     self._runner = runner
     self._tiers = tiers
+    self._meanwhile = at_most_every(
+      config.lending.heartbeat_every_s, time.monotonic, meanwhile
+    )
     self._num_layers = model.config.num_layers
     params = runner.row_params[0]
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
@@ -208,6 +215,7 @@ class LayeredSteps:
       *self._place(own, rows, bucket),
       slabs,
       self._tiers.slabs[own],
+      self._meanwhile,
     )
 
   def _launch_together(

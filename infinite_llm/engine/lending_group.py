@@ -18,7 +18,7 @@ from infinite_llm.distributed.step_header import (
   StepHeader,
 )
 from infinite_llm.distributed.transport.base import Transport
-from infinite_llm.engine.group_inputs import empty_slots, fill_payloads
+from infinite_llm.engine.group_inputs import fill_payloads, fill_slots
 from infinite_llm.engine.host_tier import HostTiers
 from infinite_llm.engine.in_flight import IsReady, is_computed
 from infinite_llm.engine.model_runner import ModelRunner
@@ -247,38 +247,37 @@ class LendingGroup:
   def _slots(
     self, manager: RManager, rows: Mapping[RequestUid, int]
   ) -> SpillSlots:
-    slots = empty_slots(
-      self._config.num_instances, self._config.lending.spill_slots
-    )
-    for uid, row in rows.items():
-      spill = manager.spill(uid)
-      if spill is None:
-        continue
-      slots.rows[spill.slot] = row
-      slots.epoch[spill.slot] = spill.slot_epoch
-      for holder, version in spill.versions.items():
-        slots.versions[spill.slot, holder] = version
-    return slots
+    spills = ((row, manager.spill(uid)) for uid, row in rows.items())
+    num_slots = self._config.lending.spill_slots
+    return fill_slots(spills, self._config.num_instances, num_slots)
 
   def _talk(self) -> None:
     """Carries messages and applies effects until nobody has any."""
     for _ in range(_MAX_ROUNDS):
-      has_spoken = self._carry_messages()
-      has_spoken |= self._apply_effects()
-      if not has_spoken:
+      self._send()
+      has_heard = self.transport.deliver() > 0
+      if not (self._apply_effects() or has_heard):
         return
     raise InvariantError(
       f"The managers talked for {_MAX_ROUNDS} rounds without an end."
     )
 
-  def _carry_messages(self) -> bool:
+  def renew(self) -> None:
+    """Has creditors know that their owners live, in the middle of a step.
+
+    What they say waits: nothing changes that a step goes by.
+    """
+    for manager in self.managers:
+      manager.renew()
+    self._send()
+
+  def _send(self) -> None:
     for sender in (*self.managers, *self._gmanagers):
       for envelope in sender.drain_messages():
         if self._order.is_shared:
           turn = self._order.next_number
           envelope = dataclasses.replace(envelope, turn=turn)
         self.transport.send(envelope)
-    return self.transport.deliver() > 0
 
   def _noting_turns(self, manager: RManager) -> Callable[[Envelope], None]:
     """What takes a manager's messages."""

@@ -67,8 +67,8 @@ class StepLauncher:
   ) -> list[Flight]:
     """Launches local programs of each instance, then group programs.
 
-    After its other ones an instance may have a step that attends HOST: that one
-    waits until its last slab may come. No other is waited for, and none that
+    At last an instance may have a step that attends HOST: that one waits until
+    its last slab may come. No other is waited for, and none that
     was launched before: every program takes the pools that it reads and writes
     donated from the one before, so each device runs them in the order of
     launching and sees what earlier ones wrote. That is also why an instance
@@ -101,15 +101,6 @@ class StepLauncher:
           )
           step = self._sample(instance, rows, kind, output, request_of)
           local.setdefault(instance, []).append(step)
-      if self._layered is not None:
-        for row in plan.layered:
-          output = self._layered.step(
-            instance, row.uid, self._input(instance, row, request_of)
-          )
-          step = self._sample(
-            instance, (row,), _LOCAL_PREFILL, output, request_of
-          )
-          local.setdefault(instance, []).append(step)
     group, proved = [], []
     for rows, kind in (
       ([plan.group_decode for plan in plans], _GROUP_DECODE),
@@ -127,6 +118,16 @@ class StepLauncher:
       )
       group += steps
       proved += answers
+    # Last of all, since they block the host: others wait in group programs.
+    for instance, plan in zip(self._runner.instances, plans, strict=True):
+      for row in plan.layered if self._layered is not None else ():
+        output = self._layered.step(
+          instance, row.uid, self._input(instance, row, request_of)
+        )
+        step = self._sample(
+          instance, (row,), _LOCAL_PREFILL, output, request_of
+        )
+        local.setdefault(instance, []).append(step)
     joined = {step.instance for step in group}
     flights = [
       Flight(steps=tuple(steps), is_group=False)

@@ -304,6 +304,8 @@ class Batcher:
       request, draft, is_group=is_group, is_layered=is_layered
     )
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
+    if is_group and is_layered:  # Its turn is asked for once there is room.
+      num_tokens = min(num_tokens, draft.ceiling.layered_tokens)
     if num_tokens > 0:
       row = Row(
         uid=uid,
@@ -327,14 +329,14 @@ class Batcher:
         return num_tokens
       if self._relocate(request, missing):
         return 0
-      some = min(self._rmanager.pool.num_free, missing)
-      some = self._rmanager.overflow.room(request.uid, some)
+      allowed = self._rmanager.overflow.room(request.uid, missing)
+      some = min(self._rmanager.pool.num_free, allowed)
       if some > 0:
         self._rmanager.allocate(request.uid, some)
       room = self._capacity(request) - start
       if room > 0:  # Also what a step that failed has left.
         return min(room, num_tokens)
-      if not self._preempt_younger_than(request):
+      if not (allowed and self._preempt_younger_than(request)):
         return 0
 
   def _relocate(self, request: Request, missing: int) -> bool:
@@ -370,9 +372,8 @@ class Batcher:
     if self._rmanager.is_borrowing():
       return True
     victim = self._rmanager.choose_victim(victims)
-    if victim is None:
-      return False
-    return self._rmanager.borrow(victim, self._chunks.borrow(missing, coming))
+    wanted = self._chunks.borrow(missing, coming)
+    return victim is not None and self._rmanager.borrow(victim, wanted)
 
   def _preempt_younger_than(self, request: Request) -> bool:
     uid = max(self._running.values(), key=lambda r: r.arrival).uid

@@ -54,8 +54,6 @@ class Chunks:
     uncomputed = request.num_uncomputed
     if is_layered:
       most = self._layered_tokens
-      if is_group:
-        most = min(most, draft.ceiling.layered_tokens)
     elif uncomputed > 1:
       most = self._prefill_room(request, draft, is_group)
     else:
@@ -82,7 +80,8 @@ class Chunks:
       under_way: Its row under way, which is taken for done.
     """
     overflow = self._rmanager.overflow
-    if not (self._rmanager.is_borrowing() or overflow.is_copying):
+    # A plan makes room for the one that attends HOST before its turn comes.
+    if request.uid != overflow.attended and not self._rmanager.is_borrowing():
       return False
     start = request.num_computed_tokens if under_way is None else under_way.end
     end = min(start + self.group_tokens(request), request.num_tokens)

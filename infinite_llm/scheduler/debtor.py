@@ -145,9 +145,8 @@ class Debtor:
     account = self.account(uid)
     del self._accounts[uid]
     account.is_closed = True
-    home = account.table.hosted_entries(self._pool.instance)
-    for logical_id, location in home:
-      if logical_id not in kept:
+    for n, location in account.table.hosted_entries(self._pool.instance):
+      if n not in kept:
         self._pool.free(location.block_id, uid)
     self._transfers.abandon(account)
     # Only its answer tells whether a reservation left something to give back.
@@ -253,7 +252,8 @@ class Debtor:
   ) -> bool:
     """Starts to move a request's newest rBlocks at a creditor home."""
     account = self.account(uid)
-    if account.phase is not Phase.IDLE or not self.is_readable(uid):
+    is_idle = account.phase is Phase.IDLE and self.is_readable(uid)
+    if not is_idle or account.overflows:  # That lent them to have no more here.
       return False
     num_there = len(account.table.hosted_entries(src))
     wanted = min(num_blocks, num_there, self._pool.num_free)

@@ -107,11 +107,6 @@ class Overflow:
     return self.uid if self._in_host else None
 
   @property
-  def is_copying(self) -> bool:
-    """Whether rBlocks are on their way to HOST."""
-    return bool(self._leaving)
-
-  @property
   def lacks_host(self) -> bool:
     """Whether HOST has no room for a slab, which others could make."""
     return self._rule is not None and (
@@ -128,11 +123,17 @@ class Overflow:
     )
 
   def needed_blocks(self, num_tokens: int) -> int:
-    """rBlocks of HBM that a request needs for so many tokens."""
+    """rBlocks of HBM, here and elsewhere, that a request needs for so many.
+
+    Two requests that counted on the same rBlocks elsewhere would wait for each
+    other.
+    """
     num_blocks = -(-num_tokens // self._block_size)
-    if self._rule is not None and self.is_beyond(num_tokens):
-      return min(num_blocks, self._rule.kept_blocks)
-    return num_blocks
+    if self._rule is None or not self.is_beyond(num_tokens):
+      return num_blocks
+    slab = self._rule.slab_blocks
+    in_host = self.most_blocks // slab * slab
+    return max(num_blocks - in_host, self._rule.kept_blocks)
 
   def may_enter(self, num_tokens: int) -> bool:
     """Whether a request of so many tokens need not wait for another one."""

@@ -373,6 +373,10 @@ class RManager:
       self._debtor.renew()
       self._tell()
 
+  def renew(self) -> None:
+    """Tells creditors that this owner lives, and does nothing else."""
+    self._debtor.renew()
+
   def drain_messages(self) -> list[Envelope]:
     """Takes the messages that are to be sent now."""
     return self._outbox.drain()

@@ -14,6 +14,7 @@ import pytest
 from infinite_llm.cache import slab_store
 from infinite_llm.errors import CapacityError
 from infinite_llm.scheduler.account import Phase
+from infinite_llm.scheduler.lease_messages import Renew
 from infinite_llm.types import Tier
 from tests.engine.layered_steps_test import (
   MAX_TOKENS,
@@ -196,6 +197,61 @@ def test_nobody_who_lends_is_needed(checkpoint, oracle):
   assert not engine.group.num_blocks_moved
   assert engine.runner.launches["layered_decode"] >= 7
   assert is_clean(engine)
+
+
+def test_two_that_need_all_others_lend_come_one_after_the_other(
+  lenders, oracle
+):
+  """Else each would wait for ever for what the other one has."""
+  asked = dict(add(lenders, 650 + n, 6, text=n, instance=n) for n in range(2))
+  preempted = []
+  for batcher in lenders.batchers:
+    batcher.preempt = lambda uid, own=batcher: (
+      preempted.append(uid),
+      type(own).preempt(own, uid),
+    )
+  finished = drain(lenders, max_steps=3000)
+  for batcher in lenders.batchers:
+    del batcher.preempt
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert len(preempted) <= 1
+
+
+def test_what_it_lent_is_not_recalled(lenders):
+  """It lent that to have no more than its share at home."""
+  name, _ = add(lenders, 400, 8, instance=0)
+  step_until(lenders, lambda: is_everywhere(lenders, name))
+  manager = lenders.group.managers[0]
+  assert not manager.recall_kvcache(request_of(lenders, name).uid, 1, 1)
+  lenders.abort(name)
+  drain(lenders)
+
+
+def test_creditors_hear_of_their_owner_while_slabs_come(
+  lenders, oracle, monkeypatch
+):
+  """A step may take longer than a lease; nobody else could say so."""
+  name, sampling = add(lenders, 400, 6, instance=0)
+  step_until(lenders, lambda: is_everywhere(lenders, name))
+  kind = "layered_group_decode"
+  before = lenders.runner.launches[kind]
+  sent, send = [], lenders.group.transport.send
+  with monkeypatch.context() as patch:
+    layered = lenders._launcher._layered
+    patch.setattr(layered, "_meanwhile", lenders.group.renew)
+    patch.setattr(
+      lenders.group.transport,
+      "send",
+      lambda envelope: (sent.append(envelope), send(envelope)),
+    )
+    finished = drain(lenders)
+  check(oracle, finished[name], sampling)
+  renewals = [each for each in sent if isinstance(each.body, Renew)]
+  assert {(each.sender, each.receiver) for each in renewals} == {(0, 1)}
+  num_steps = lenders.runner.launches[kind] - before
+  assert num_steps >= 5
+  assert len(renewals) >= num_steps * lenders._model.config.num_layers
 
 
 @pytest.mark.slow

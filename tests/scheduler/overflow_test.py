@@ -4,6 +4,8 @@ An instance has 8 rBlocks of 8 tokens in HBM and 12 in HOST. A request of more
 than 64 tokens keeps 4 in HBM, and two of them go to HOST together.
 """
 
+import dataclasses
+
 import pytest
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -11,13 +13,13 @@ from infinite_llm.cache.content_tag import content_tag
 from infinite_llm.cache.rblock import BlockState
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import InvariantError
-from infinite_llm.scheduler.account import Phase, Reconcile
+from infinite_llm.scheduler.account import Phase, Reconcile, SpillInfo
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import DropOverflow, OverflowBlocks, Swap
 from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.request import RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.scheduler.step_plan import Row, StepPlan
+from infinite_llm.scheduler.step_plan import NOTHING, Row, StepPlan
 from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.types import PoolCounts, Tier
 from tests.recount import check_books
@@ -356,3 +358,49 @@ def test_what_waits_in_host_is_dropped_where_it_needs_the_room():
   plans.steps()
   assert long.num_tokens == 94
   assert plans.requests[2].num_tokens == 53
+
+
+def test_nobody_is_preempted_where_only_its_share_is_too_small():
+  """HOST is full and nobody lends: it waits, and those after it go on."""
+  plans = _Plans(host_blocks=5)
+  plans.add(1, 80)
+  short = plans.add(2, 10, max_tokens=6)
+
+  def preempt(uid):
+    raise AssertionError(f"request {uid} is preempted")
+
+  plans.batcher.preempt = preempt
+  for _ in range(30):
+    plans.step()
+  assert short.status is RequestStatus.FINISHED_LENGTH
+  assert plans.manager.table(1).num_host == 4
+
+
+def test_what_neither_its_share_nor_host_takes_is_to_be_had_elsewhere():
+  overflow = _manager(host_blocks=6).overflow  # Two slabs; one is no slab.
+  assert [overflow.needed_blocks(8 * n) for n in (8, 9, 12)] == [8, 5, 8]
+
+
+def test_room_is_made_before_a_turn_is_asked_for():
+  """Else all processes would take turns in which there is nothing to do."""
+  plans = _Plans()
+  plans.add(1, 90)
+  manager = plans.manager
+  while manager.table(1).num_host == 0 if plans.batcher.running else True:
+    plans.step()
+  slot = SpillInfo(slot=0, slot_epoch=1, versions={1: 1})
+  manager.spill = lambda uid: slot
+  turns, asked = 0, []
+  while manager.table(1).num_host < 6:
+    for effect in manager.drain_effects():
+      manager.overflow.on_copied(effect)
+    rows = plans.batcher.group_work({})
+    asked.append(rows.layered_tokens)
+    ceiling = dataclasses.replace(NOTHING, layered_tokens=rows.layered_tokens)
+    plan = plans.batcher.plan(ceiling)
+    assert len(plan.group_layered) == bool(rows.layered_tokens)
+    for row in plan.rows:
+      turns += 1
+      plans.batcher.advance(row)
+  assert turns >= 2
+  assert 0 in asked
