@@ -49,7 +49,7 @@ class LayeredSteps:
     runner: ModelRunner,
     tiers: HostTiers,
     attention: str | None,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None],
   ):
     """Compiles nothing.
 

@@ -123,7 +123,7 @@ class Overflow:
     )
 
   def needed_blocks(self, num_tokens: int) -> int:
-    """rBlocks of HBM, here and elsewhere, that a request needs for so many.
+    """rBlocks of HBM, here and elsewhere, that so many tokens need.
 
     Two requests that counted on the same rBlocks elsewhere would wait for each
     other.

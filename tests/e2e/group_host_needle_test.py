@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from infinite_llm.cache.slab_store import HeldSlab
-from infinite_llm.config import engine_config
 from infinite_llm.engine.layered_steps import LayeredSteps
 from infinite_llm.engine.step_batch import RowInput
 from infinite_llm.types import Tier
@@ -26,10 +25,10 @@ from tests.e2e.needle_test import (
   Needle,
   ask,
   contexts,
-  load_needle,
+  new_rig_of_needles,
   step_until_answered,
 )
-from tests.e2e.rig import BLOCK_SIZE, Rig
+from tests.e2e.rig import BLOCK_SIZE, Rig, usable
 
 pytestmark = pytest.mark.slow
 
@@ -40,41 +39,23 @@ KEPT = 5
 @functools.cache
 def rig_of_needles() -> Rig:
   """Of 64 rBlocks, 5 are kept at home and 3 x 6 are lent at most."""
-  return Rig(
-    load_needle(),
-    engine_config(
-      num_instances=NUM_INSTANCES,
-      block_size=BLOCK_SIZE,
-      num_blocks=11,
-      dtype="float32",
-      max_num_seqs=2,
-      decode_buckets=(2,),
-      prefill_buckets=(64,),
-      headroom_blocks=0,
-      max_lent_blocks=MOST_LENT,
-      group_prefill_buckets=(64,),
-      prefill_rows=1,
-      spill_slots=1,
-      exchange_blocks=4,
-      resend_after_s=0.01,
-      heartbeat_every_s=0.005,
-      host_blocks=65,
-      host_attention=True,
-    ),
+  return new_rig_of_needles(
+    num_blocks=11,
+    prefill_buckets=(64,),
+    group_prefill_buckets=(64,),
+    max_lent_blocks=MOST_LENT,
+    exchange_blocks=4,
+    host_blocks=65,
+    host_attention=True,
   )
 
 
 @pytest.fixture
 def rig(monkeypatch):
-  if not rig_of_needles().clean():
-    rig_of_needles.cache_clear()
-  rig = rig_of_needles()
+  rig = usable(rig_of_needles)
   with rig.watch(monkeypatch):
     yield rig
   rig.finish()
-  for manager in rig.engine.group.managers:
-    counts = manager.counts(Tier.HOST)
-    assert counts.free == counts.total
 
 
 def place_of(where) -> str:

@@ -34,7 +34,7 @@ from infinite_llm.models.needle_tokenizer import (
 )
 from infinite_llm.rules import scales_as_tuples
 from infinite_llm.sampling_params import SamplingParams
-from tests.e2e.rig import BLOCK_SIZE, Rig
+from tests.e2e.rig import BLOCK_SIZE, Rig, usable
 
 NUM_BLOCKS = 64
 OWNER = 0
@@ -85,36 +85,38 @@ def load_needle() -> LoadedModel:
     return load_hf(path, make_mesh(NUM_INSTANCES, 1), dtype="float32")
 
 
-@functools.cache
-def rig_of_needles(**options: Any) -> Rig:
+def new_rig_of_needles(**options: Any) -> Rig:
   """Four instances, each with room for a good third of the context."""
   return Rig(
     load_needle(),
     engine_config(
-      num_instances=NUM_INSTANCES,
-      block_size=BLOCK_SIZE,
-      num_blocks=26,
-      dtype="float32",
-      max_num_seqs=2,
-      decode_buckets=(2,),
-      prefill_buckets=(128,),
-      headroom_blocks=0,
-      group_prefill_buckets=(128,),
-      prefill_rows=1,
-      spill_slots=1,
-      exchange_blocks=8,
-      resend_after_s=0.01,
-      heartbeat_every_s=0.005,
-      **options,
+      **{
+        "num_instances": NUM_INSTANCES,
+        "block_size": BLOCK_SIZE,
+        "num_blocks": 26,
+        "dtype": "float32",
+        "max_num_seqs": 2,
+        "decode_buckets": (2,),
+        "prefill_buckets": (128,),
+        "headroom_blocks": 0,
+        "group_prefill_buckets": (128,),
+        "prefill_rows": 1,
+        "spill_slots": 1,
+        "exchange_blocks": 8,
+        "resend_after_s": 0.01,
+        "heartbeat_every_s": 0.005,
+        **options,
+      }
     ),
   )
 
 
+rig_of_needles = functools.cache(new_rig_of_needles)
+
+
 @pytest.fixture
 def rig(monkeypatch):
-  if not rig_of_needles().clean():
-    rig_of_needles.cache_clear()
-  rig = rig_of_needles()
+  rig = usable(rig_of_needles)
   with rig.watch(monkeypatch):
     yield rig
 

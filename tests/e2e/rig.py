@@ -22,7 +22,7 @@ from infinite_llm.models.hf_loader import LoadedModel, load_hf
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.messages import GMANAGER, Address, Body, Envelope
 from infinite_llm.scheduler.request import Request
-from infinite_llm.types import InstanceId
+from infinite_llm.types import InstanceId, Tier
 from tests.recount import check_engine_books
 from tests.testing import GOLDEN, GreedyOracle, lockstep
 from tests.tolerances import tolerance
@@ -201,7 +201,7 @@ class Rig:
   def _is_all_returned(self) -> bool:
     slots = self.engine.config.lending.spill_slots
     return all(
-      counts.free == counts.total
+      all(c.free == c.total for c in (counts, manager.counts(Tier.HOST)))
       and not manager.lent()
       and not manager.borrowed()
       and manager.num_free_slots == slots
@@ -390,9 +390,14 @@ def new_rig(**options: Any) -> Rig:
 
 def clean_rig() -> Rig:
   """The small rig; a new one if a failed test left it in a bad state."""
-  if not small_rig().clean():
-    small_rig.cache_clear()
-  return small_rig()
+  return usable(small_rig)
+
+
+def usable(cached: Any) -> Rig:
+  """What a cached maker gives; anew if a failed test left it in a bad state."""
+  if not cached().clean():
+    cached.cache_clear()
+  return cached()
 
 
 @functools.cache

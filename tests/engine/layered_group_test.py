@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from infinite_llm.cache import slab_store
 from infinite_llm.errors import CapacityError
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.scheduler.lease_messages import Renew
@@ -26,6 +25,7 @@ from tests.engine.layered_steps_test import (
   is_clean,
   load,
   num_host,
+  num_steps,
   prompt_of,
   request_of,
   sampling_of,
@@ -271,23 +271,9 @@ def test_each_instance_has_one_and_they_lend_each_other(
   assert lenders.num_unproved_rows == 0
 
 
-def num_steps(engine) -> int:
-  add(engine, 290, 6, instance=0)
-  count = 0
-  while engine.has_unfinished():
-    engine.step()
-    count += 1
-  return count
-
-
 def test_it_may_be_aborted_after_any_step(lenders, oracle, monkeypatch):
-  def is_done(leaving) -> bool:
-    """Waits for the copy, so that there are as many steps every time."""
-    return bool(jax.block_until_ready(leaving.slab.layers))
-
-  monkeypatch.setattr(slab_store.LeavingSlab, "is_done", property(is_done))
   seen = set()
-  for step in range(num_steps(lenders)):
+  for step in range(num_steps(lenders, monkeypatch, 290, instance=0)):
     name, _ = add(lenders, 290, 6, instance=0)
     short = add(lenders, 20, 4, text=3, instance=1)
     finished = {}

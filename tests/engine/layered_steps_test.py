@@ -233,8 +233,21 @@ def test_preempted_requests_give_host_memory_up(checkpoint, oracle):
   assert is_clean(engine)
 
 
-def num_steps(engine) -> int:
-  add(engine, 200, 6)
+def num_steps(engine, monkeypatch, length, **options) -> int:
+  """Steps of a request; from now on as many every time, as copies are awaited.
+
+  Args:
+    engine: One that has nothing to do.
+    monkeypatch: Ends it.
+    length: Tokens of the prompt; six more are asked for.
+    **options: As of `add`.
+  """
+
+  def is_done(leaving) -> bool:
+    return bool(jax.block_until_ready(leaving.slab.layers))
+
+  monkeypatch.setattr(slab_store.LeavingSlab, "is_done", property(is_done))
+  add(engine, length, 6, **options)
   count = 0
   while engine.has_unfinished():
     engine.step()
@@ -243,13 +256,8 @@ def num_steps(engine) -> int:
 
 
 def test_it_may_be_aborted_after_any_step(engine, oracle, monkeypatch):
-  def is_done(leaving) -> bool:
-    """Waits for the copy, so that there are as many steps every time."""
-    return bool(jax.block_until_ready(leaving.slab.layers))
-
-  monkeypatch.setattr(slab_store.LeavingSlab, "is_done", property(is_done))
   seen = set()
-  for step in range(num_steps(engine)):
+  for step in range(num_steps(engine, monkeypatch, 200)):
     name, _ = add(engine, 200, 6)
     short = add(engine, 20, 4, text=3)
     for _ in range(step):
