@@ -169,7 +169,7 @@ class EngineConfig:
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets)
       steps += len(lending.exchange_buckets) + 2
-      row_counts |= {lending.spill_slots, 1}
+      row_counts.add(1)
     return steps + 3 * len(row_counts) + 2
 
   @property

@@ -92,6 +92,28 @@ class Ask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """Somebody has something for a turn: all are to get ready for it.
+
+  Attributes:
+    number: Its number.
+  """
+
+  number: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ready:
+  """A member can begin a turn that was called within a decode step.
+
+  Attributes:
+    number: Its number.
+  """
+
+  number: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
   """The header of the next turn.
 
@@ -330,13 +352,14 @@ type FromLeader = (
   | Welcome
   | Open
   | Close
+  | Call
   | Turn
   | Submit
   | Abort
   | GiveUp
   | BlocksRequest
 )
-type FromMember = Hello | Ask | Outputs | EngineUse | Blocks | Failed
+type FromMember = Hello | Ask | Ready | Outputs | EngineUse | Blocks | Failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,18 @@
 """Agrees on headers among several processes: process 0 decides, one turn ahead.
 
 A process says what it has for the turn after the one that it has just taken,
-while that one still runs. The leader's header has what anybody asked for, so
-it is there before the next turn can begin.
+while that one still runs. Then the leader *calls* the next turn, and agrees on
+it when all are ready: when none has a local step under way that takes longer
+than a decode step. Until then nobody waits for it: the others go on with local
+steps. The header has what anybody asked for, and if nobody is late it is there
+before the turn can begin.
 """
 
 import collections
 
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.group_link import LeaderLink, MemberLink
-from infinite_llm.distributed.group_messages import Ask, Turn
+from infinite_llm.distributed.group_messages import Ask, Call, Ready, Turn
 from infinite_llm.distributed.step_header import GroupWork, StepHeader
 from infinite_llm.errors import GroupError
 
@@ -19,18 +22,28 @@ class LeaderOrder:
 
   is_shared = True
 
-  def __init__(self, link: LeaderLink, patience_s: float, config: EngineConfig):
+  def __init__(
+    self,
+    link: LeaderLink,
+    patience_s: float,
+    config: EngineConfig,
+    num_processes: int,
+  ):
     """Begins with turn 1.
 
     Args:
       link: To the members.
       patience_s: How long a turn's steps may take; longer is a fault.
       config: Sizes of the whole group.
+      num_processes: This one and the members.
     """
     self.patience_s = patience_s
     self._config = config
     self._link = link
+    self._num_processes = num_processes
     self._asked: dict[int, GroupWork] = {}
+    self._called = 0
+    self._ready: set[int] = set()
     self._header: StepHeader | None = None
     self._newest = StepHeader(number=0, work=GroupWork(), is_shared=True)
     self.next_number = 1
@@ -47,6 +60,19 @@ class LeaderOrder:
     """
     _check_work(process, message.work, self._config)
     self._note(process, message.number, message.work)
+
+  @property
+  def is_called(self) -> bool:
+    """Whether the next turn waits for processes that are not ready."""
+    return self._called == self.next_number and self._header is None
+
+  def ready(self) -> None:
+    """Says that this process can begin the turn that is called."""
+    self._note_ready(0, self.next_number)
+
+  def on_ready(self, process: int, message: Ready) -> None:
+    """Takes that a member can begin a turn."""
+    self._note_ready(process, message.number)
 
   def next(self) -> StepHeader | None:
     """The next turn if it is agreed; the same one until it is taken."""
@@ -71,9 +97,22 @@ class LeaderOrder:
     else:
       self._asked[process] = work
     if self._asked and self._header is None:
-      self._agree()
+      self._call()
+
+  def _call(self) -> None:
+    if self._called < self.next_number:
+      self._called = self.next_number
+      self._ready.clear()
+      self._link.broadcast(Call(number=self.next_number))
+
+  def _note_ready(self, process: int, number: int) -> None:
+    if self.is_called and number == self._called:
+      self._ready.add(process)
+      if len(self._ready) == self._num_processes:
+        self._agree()
 
   def _agree(self) -> None:
+    """With what is asked for by now, if only with nothing any more."""
     work = GroupWork()
     for asked in self._asked.values():
       work |= asked
@@ -101,6 +140,8 @@ class MemberOrder:
     self._config = config
     self._link = link
     self._said: Ask | None = None
+    self._called = 0
+    self._ready = 0
     self._headers: collections.deque[StepHeader] = collections.deque()
     self.next_number = 1
 
@@ -112,6 +153,21 @@ class MemberOrder:
     if message != self._said:
       self._said = message
       self._link.send(message)
+
+  @property
+  def is_called(self) -> bool:
+    """Whether the next turn waits for processes that are not ready."""
+    return self._called == self.next_number and not self._headers
+
+  def ready(self) -> None:
+    """Says once that this process can begin the turn that is called."""
+    if self.is_called and self._ready < self._called:
+      self._ready = self._called
+      self._link.send(Ready(number=self._called))
+
+  def on_call(self, message: Call) -> None:
+    """Takes that a turn waits for all to be ready."""
+    self._called = message.number
 
   def on_turn(self, message: Turn) -> None:
     """Takes a header of the leader.

@@ -102,8 +102,21 @@ class GroupOrder(Protocol):
     """Number of the first turn that this process has not taken."""
     ...
 
+  @property
+  def is_called(self) -> bool:
+    """Whether the next turn is agreed once all processes are ready for it."""
+    ...
+
   def ask(self, work: GroupWork) -> None:
     """Says what this process has for the next turn, as far as it knows."""
+    ...
+
+  def ready(self) -> None:
+    """Says that this process can begin the turn that is called.
+
+    It has nothing under way that takes longer than a decode step, and launches
+    no such thing before it takes that turn.
+    """
     ...
 
   def next(self) -> StepHeader | None:
@@ -129,6 +142,7 @@ class OwnOrder:
       prefill_tokens: Largest bucket of a group prefill step.
     """
     self.is_shared = False
+    self.is_called = False
     self.patience_s = math.inf
     self.next_number = 1
     self._work = GroupWork(
@@ -138,6 +152,9 @@ class OwnOrder:
   def ask(self, work: GroupWork) -> None:
     """Needs to know only which exchanges its own moves need."""
     self._work = dataclasses.replace(self._work, exchange=work.exchange)
+
+  def ready(self) -> None:
+    """Nobody wants to know."""
 
   def next(self) -> StepHeader:
     """A turn with everything, of exchanges those that were asked for.

@@ -17,6 +17,7 @@ from infinite_llm.distributed.group_messages import (
   GiveUp,
   InstanceBlocks,
   Outputs,
+  Ready,
   Submit,
 )
 from infinite_llm.distributed.runtime import ProcessGroup
@@ -61,7 +62,9 @@ class GroupEngine:
       raise GroupError("Only process 0 takes requests.")
     self._group = group
     self._link = group.link
-    self._order = LeaderOrder(group.link, PATIENCE_S, config)
+    self._order = LeaderOrder(
+      group.link, PATIENCE_S, config, group.options.num_processes
+    )
     self._own = Engine(
       model, config, transport=group.transport, order=self._order
     )
@@ -272,6 +275,8 @@ class GroupEngine:
       match message:
         case Ask():
           self._order.on_ask(process, message)
+        case Ready():
+          self._order.on_ready(process, message)
         case Outputs():
           self._take_outputs(message)
         case EngineUse():

@@ -70,7 +70,11 @@ class Flight:
 
 
 class InFlight:
-  """The flights under way: each instance is in one at most."""
+  """The flights under way.
+
+  Each instance is in one at most, or in that of a group program and in one of
+  what it launched behind it.
+  """
 
   def __init__(self, is_ready: IsReady = is_computed):
     """Starts with none.
@@ -93,6 +97,15 @@ class InFlight:
   def has_group(self) -> bool:
     """Whether a group program is under way."""
     return any(flight.is_group for flight in self._flights)
+
+  @property
+  def has_long(self) -> bool:
+    """Whether a local step is under way that may be no short one."""
+    return any(
+      step.kind.is_prefill and not step.kind.is_group
+      for flight in self._flights
+      for step in flight.steps
+    )
 
   def holds(self, instance: InstanceId) -> bool:
     """Whether a step of an instance is under way."""

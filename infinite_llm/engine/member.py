@@ -14,6 +14,7 @@ from infinite_llm.distributed.group_messages import (
   Abort,
   Blocks,
   BlocksRequest,
+  Call,
   Close,
   EngineUse,
   Failed,
@@ -146,6 +147,8 @@ class Member:
     if engine is None or order is None:
       raise GroupError(f"There is no engine yet for {message}.")
     match message:
+      case Call():
+        order.on_call(message)
       case Turn():
         order.on_turn(message)
       case Submit():

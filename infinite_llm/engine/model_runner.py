@@ -169,7 +169,8 @@ class ModelRunner:
       slots: Spill slots of each instance, as numpy arrays.
       is_prefill: Whether rows may have more than one token.
       bucket: Query tokens of a prefill program; None picks the smallest that
-        fits. A decode step has one row per spill slot.
+        fits. A decode step has as many rows as the largest local one, so that
+        rows with all rBlocks at home may be in it.
 
     Returns:
       Output of each instance, still being computed.
@@ -180,7 +181,7 @@ class ModelRunner:
       )
       num_rows = 1
     else:
-      bucket = num_rows = self._config.lending.spill_slots
+      bucket = num_rows = self._config.scheduler.decode_buckets[-1]
     batches = [
       self._batch(instance, mine, bucket, num_rows)
       for instance, mine in zip(self.instances, rows, strict=True)

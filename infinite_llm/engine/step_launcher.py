@@ -65,10 +65,11 @@ class StepLauncher:
     turn: StepHeader | None,
     request_of: RequestOf,
   ) -> list[Flight]:
-    """Launches local programs of each instance, then group programs.
+    """Launches local decode steps, then group programs, then the other steps.
 
-    At last an instance may have a step that attends HOST: that one waits until
-    its last slab may come. No other is waited for, and none that
+    So others wait for no prompt of this process in a group program. At last an
+    instance may have a step that attends HOST: that one waits until its last
+    slab may come. No other is waited for, and none that
     was launched before: every program takes the pools that it reads and writes
     donated from the one before, so each device runs them in the order of
     launching and sees what earlier ones wrote. That is also why an instance
@@ -87,20 +88,13 @@ class StepLauncher:
     # Before local programs too: tables of leases that ended name rBlocks that
     # own requests may have by now, and there is no room for both.
     self._group.install_tables()
-    local: dict[InstanceId, list[LaunchedStep]] = {}
-    for instance, plan in zip(self._runner.instances, plans, strict=True):
-      for rows, kind in (
-        (plan.local_decode, _LOCAL_DECODE),
-        (plan.local_prefill, _LOCAL_PREFILL),
-      ):
-        if rows:
-          output = self._runner.local_step(
-            instance,
-            [self._input(instance, row, request_of) for row in rows],
-            is_prefill=kind.is_prefill,
-          )
-          step = self._sample(instance, rows, kind, output, request_of)
-          local.setdefault(instance, []).append(step)
+    short = [
+      step
+      for instance, plan in zip(self._runner.instances, plans, strict=True)
+      for step in self._launch_local(
+        instance, plan.local_decode, _LOCAL_DECODE, request_of
+      )
+    ]
     group, proved = [], []
     for rows, kind in (
       ([plan.group_decode for plan in plans], _GROUP_DECODE),
@@ -118,6 +112,13 @@ class StepLauncher:
       )
       group += steps
       proved += answers
+    long = [
+      step
+      for instance, plan in zip(self._runner.instances, plans, strict=True)
+      for step in self._launch_local(
+        instance, plan.local_prefill, _LOCAL_PREFILL, request_of
+      )
+    ]
     # Last of all, since they block the host: others wait in group programs.
     for instance, plan in zip(self._runner.instances, plans, strict=True):
       for row in plan.layered if self._layered is not None else ():
@@ -127,16 +128,19 @@ class StepLauncher:
         step = self._sample(
           instance, (row,), _LOCAL_PREFILL, output, request_of
         )
-        local.setdefault(instance, []).append(step)
+        long.append(step)
     joined = {step.instance for step in group}
+    group += [step for step in short if step.instance in joined]
+    local: dict[InstanceId, list[LaunchedStep]] = {}
+    for step in short:
+      if step.instance not in joined:
+        local.setdefault(step.instance, []).append(step)
+    for step in long:
+      local.setdefault(step.instance, []).append(step)
     flights = [
-      Flight(steps=tuple(steps), is_group=False)
-      for instance, steps in local.items()
-      if instance not in joined
+      Flight(steps=tuple(steps), is_group=False) for steps in local.values()
     ]
     if proved:
-      for instance in sorted(joined):
-        group += local.get(instance, ())
       flights.append(
         Flight(
           steps=tuple(group),
@@ -145,6 +149,23 @@ class StepLauncher:
         )
       )
     return flights
+
+  def _launch_local(
+    self,
+    instance: InstanceId,
+    rows: Sequence[Row],
+    kind: StepKind,
+    request_of: RequestOf,
+  ) -> list[LaunchedStep]:
+    """Launches rows that are all at home; nothing if there are none."""
+    if not rows:
+      return []
+    output = self._runner.local_step(
+      instance,
+      [self._input(instance, row, request_of) for row in rows],
+      is_prefill=kind.is_prefill,
+    )
+    return [self._sample(instance, rows, kind, output, request_of)]
 
   def _launch_group(
     self,

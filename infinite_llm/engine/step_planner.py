@@ -14,8 +14,9 @@ from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.errors import GroupError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.step_plan import (
-  EVERYTHING,
+  ANY,
   NOTHING,
+  Ceiling,
   GroupRows,
   StepPlan,
 )
@@ -66,9 +67,11 @@ class StepPlanner:
       for instance in self._batchers:
         work |= self._work(instance)
     self._order.ask(work)
-    # Whoever only answers others would otherwise have its devices wait in the
-    # next turn's programs, and its own steps behind them.
-    if self._order.is_shared and self._in_flight.has_group:
+    if self._order.is_called and not self._in_flight.has_long:
+      self._order.ready()
+    # All rows of this process can be in what is agreed then; and if it only
+    # answers others, its own steps do not stand behind what waits for them.
+    if self._order.is_shared and self._in_flight:
       return None
     turn = self._order.next()
     if turn is not None:
@@ -85,12 +88,16 @@ class StepPlanner:
       Plans in the order of the instances; no rows for one whose step is under
       way, or that is better off with the next turn.
     """
-    return [
+    plans = [
       batcher.plan(self._ceiling(instance, turn))
       if self._may_launch(instance, turn)
       else StepPlan()
       for instance, batcher in self._batchers.items()
     ]
+    is_awaited = turn is not None and turn.is_shared and turn.work.decode
+    if is_awaited or any(plan.group_decode for plan in plans):
+      return [plan.joined() for plan in plans]
+    return plans
 
   def interruption(self) -> Callable[[], bool] | None:
     """What may come before a flight is over.
@@ -113,24 +120,27 @@ class StepPlanner:
       layered_tokens=_bucket(rows.layered_tokens, self._layered_buckets),
     )
 
-  def _ceiling(
-    self, instance: InstanceId, turn: StepHeader | None
-  ) -> GroupRows:
-    if turn is None or not self._group.may_join(instance, turn):
-      return NOTHING
+  def _ceiling(self, instance: InstanceId, turn: StepHeader | None) -> Ceiling:
+    if turn is None:  # Whoever said that it is ready stays so.
+      return Ceiling(group=NOTHING, long=not self._order.is_called)
+    if not self._group.may_join(instance, turn):
+      return Ceiling(group=NOTHING)
     if not turn.is_shared:
-      return EVERYTHING
-    return GroupRows(
-      decode=turn.work.decode,
-      prefill_tokens=turn.work.prefill_tokens,
-      layered_tokens=turn.work.layered_tokens,
+      return ANY
+    return Ceiling(
+      group=GroupRows(
+        decode=turn.work.decode,
+        prefill_tokens=turn.work.prefill_tokens,
+        layered_tokens=turn.work.layered_tokens,
+      )
     )
 
   def _may_launch(self, instance: InstanceId, turn: StepHeader | None) -> bool:
     if self._in_flight.holds(instance):
       return False
-    if turn is not None and turn.is_shared:
-      return True
+    if self._order.is_shared:
+      # What is agreed begins when all rows of this process can be in it.
+      return turn is not None or self._order.next() is None
     # On every device one group program runs after the other. Rows that need
     # one are better off together in the next than in one of their own behind
     # the one under way, and beside the instance's other rows.
@@ -145,8 +155,6 @@ class StepPlanner:
           f"Turn {self._order.next_number - 1} must end within"
           f" {self._order.patience_s:g} s; some process does not take it."
         )
-    elif self._order.next() is not None:
-      return True
     return (
       self._order.has_call()
       or self._group.has_answer

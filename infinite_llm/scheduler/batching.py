@@ -11,7 +11,8 @@ from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.retries import failed, recomputed
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
 from infinite_llm.scheduler.step_plan import (
-  EVERYTHING,
+  ANY,
+  Ceiling,
   Draft,
   GroupRows,
   Row,
@@ -136,11 +137,11 @@ class Batcher:
     layered, most = self._rmanager.overflow.attended, self._chunks.group_tokens
     return next_group_rows(spilled, layered, under_way, most)
 
-  def plan(self, ceiling: GroupRows = EVERYTHING) -> StepPlan:
+  def plan(self, ceiling: Ceiling = ANY) -> StepPlan:
     """Chooses the rows of the next step and allocates what they write to.
 
     Args:
-      ceiling: Which rows of group steps there may be.
+      ceiling: Which rows there may be.
     """
     self._recompute_lost()
     self._admit()
@@ -299,19 +300,18 @@ class Batcher:
       return
     is_group = self._rmanager.spill(uid) is not None
     is_layered = self._rmanager.table(uid).num_host > 0
-    uncomputed = request.num_uncomputed
     wanted = self._chunks.wanted(
       request, draft, is_group=is_group, is_layered=is_layered
     )
     num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
     if is_group and is_layered:  # Its turn is asked for once there is room.
-      num_tokens = min(num_tokens, draft.ceiling.layered_tokens)
+      num_tokens = min(num_tokens, draft.ceiling.group.layered_tokens)
     if num_tokens > 0:
       row = Row(
         uid=uid,
         start=request.num_computed_tokens,
         num_tokens=num_tokens,
-        samples=num_tokens == uncomputed,
+        samples=num_tokens == request.num_uncomputed,
       )
       draft.add(row, is_group=is_group, is_layered=is_layered)
 

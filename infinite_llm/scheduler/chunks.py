@@ -53,11 +53,12 @@ class Chunks:
     """
     uncomputed = request.num_uncomputed
     if is_layered:
-      most = self._layered_tokens
+      may_run = is_group or draft.ceiling.long
+      most = self._layered_tokens if may_run else 0
     elif uncomputed > 1:
       most = self._prefill_room(request, draft, is_group)
     else:
-      most = 0 if is_group and not draft.ceiling.decode else 1
+      most = 0 if is_group and not draft.ceiling.group.decode else 1
     return min(most, uncomputed)
 
   def _prefill_room(
@@ -68,7 +69,7 @@ class Chunks:
       return draft.prefill_room(self._scheduler, self._local_tokens())
     if draft.group_prefill:
       return 0
-    return min(self.group_tokens(request), draft.ceiling.prefill_tokens)
+    return min(self.group_tokens(request), draft.ceiling.group.prefill_tokens)
 
   def awaits_room(self, request: Request, under_way: Row | None) -> bool:
     """Whether a request has no next group row before moves have ended.

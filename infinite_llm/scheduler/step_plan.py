@@ -39,7 +39,8 @@ class StepPlan:
   Attributes:
     local_decode: One token each, all rBlocks at home.
     local_prefill: Many tokens each, all rBlocks at home.
-    group_decode: One token each, rBlocks elsewhere too.
+    group_decode: One token each, rBlocks elsewhere too; and, where such a step
+      runs anyway, those of `local_decode`.
     group_prefill: At most one row with rBlocks elsewhere.
     layered: At most one row, of any length, with rBlocks in HOST.
     group_layered: At most one with rBlocks in HOST and elsewhere.
@@ -51,6 +52,16 @@ class StepPlan:
   group_prefill: tuple[Row, ...] = ()
   layered: tuple[Row, ...] = ()
   group_layered: tuple[Row, ...] = ()
+
+  def joined(self) -> "StepPlan":
+    """The same with one decode step, that of the group.
+
+    It goes through the model once, so a row more costs next to nothing there,
+    and a step of its own as much as all of it.
+    """
+    return dataclasses.replace(
+      self, local_decode=(), group_decode=self.group_decode + self.local_decode
+    )
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -86,6 +97,23 @@ EVERYTHING = GroupRows(
 )
 
 
+@value_type
+class Ceiling:
+  """Which rows a plan may have.
+
+  Attributes:
+    group: Of group steps.
+    long: Whether any of a local step that takes longer than a decode step: of
+      a prompt, or with rBlocks in HOST.
+  """
+
+  group: GroupRows = EVERYTHING
+  long: bool = True
+
+
+ANY = Ceiling()
+
+
 def _no_rows() -> list[Row]:  # `list[Row]()` takes ten times as long.
   return []
 
@@ -101,10 +129,10 @@ class Draft:
     group_prefill: Rows.
     layered: Rows.
     group_layered: Rows.
-    ceiling: Which rows of group steps there may be.
+    ceiling: Which rows there may be.
   """
 
-  ceiling: GroupRows = EVERYTHING
+  ceiling: Ceiling = ANY
   local_decode: list[Row] = dataclasses.field(default_factory=_no_rows)
   local_prefill: list[Row] = dataclasses.field(default_factory=_no_rows)
   group_decode: list[Row] = dataclasses.field(default_factory=_no_rows)
@@ -136,7 +164,8 @@ class Draft:
       scheduler: How many rows it may have.
       chunk_tokens: How many tokens.
     """
-    if len(self.local_prefill) == scheduler.prefill_rows:
+    is_full = len(self.local_prefill) == scheduler.prefill_rows
+    if is_full or not self.ceiling.long:
       return 0
     used = sum(row.num_tokens for row in self.local_prefill)
     return chunk_tokens - used

@@ -19,7 +19,7 @@ from infinite_llm.scheduler.message_schema import (
   make_schema,
 )
 
-VERSION = 5
+VERSION = 6
 """Of the frame and of the meaning of messages; others are refused."""
 
 MAX_BYTES = 16 * 2**20

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from infinite_llm.config import engine_config
-from infinite_llm.distributed.group_messages import Ask, Turn
+from infinite_llm.distributed.group_messages import Ask, Call, Ready, Turn
 from infinite_llm.distributed.shared_order import LeaderOrder, MemberOrder
 from infinite_llm.distributed.step_header import GroupWork, OwnOrder, StepHeader
 from infinite_llm.errors import GroupError
@@ -44,6 +44,17 @@ class LeaderEnd:
     return False
 
 
+def leader(link=None, config=CONFIG, num_processes=1):
+  """By default one whose members are always ready: only it can be late."""
+  return LeaderOrder(link or LeaderEnd(), 1.0, config, num_processes)
+
+
+def agreed(order):
+  """The next header once all are ready."""
+  order.ready()
+  return order.next()
+
+
 class MemberEnd:
   def __init__(self):
     self.said = collections.deque()
@@ -79,109 +90,151 @@ class TestGroupWork:
 class TestLeader:
   def test_nothing_is_agreed_while_nobody_asks(self):
     link = LeaderEnd()
-    order = LeaderOrder(link, 1.0, CONFIG)
+    order = leader(link)
     order.ask(NOTHING)
     order.on_ask(1, Ask(number=1, work=NOTHING))
-    assert order.next() is None
+    assert agreed(order) is None
     assert link.said == []
 
   def test_what_anybody_asks_for_is_in_the_header(self):
     link = LeaderEnd()
-    order = LeaderOrder(link, 1.0, CONFIG)
+    order = leader(link)
     order.on_ask(2, Ask(number=1, work=DECODE))
-    assert order.next() == header(1, DECODE)
+    assert agreed(order) == header(1, DECODE)
     # What comes now waits for turn 2, and is joined there.
     order.on_ask(1, Ask(number=1, work=PREFILL))
     order.ask(CHECK)
-    assert order.next() == header(1, DECODE)
-    order.take(order.next())
-    assert order.next() is None
+    assert agreed(order) == header(1, DECODE)
+    order.take(agreed(order))
+    assert agreed(order) is None
     order.ask(CHECK)
-    assert order.next() == header(2, CHECK | PREFILL)
+    assert agreed(order) == header(2, CHECK | PREFILL)
     assert link.said == [
+      Call(number=1),
       Turn(number=1, work=DECODE),
+      Call(number=2),
       Turn(number=2, work=CHECK | PREFILL),
     ]
 
   def test_what_the_agreed_turn_brings_is_not_asked_for_again(self):
-    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order = leader()
     order.ask(DECODE)
+    assert agreed(order) == header(1, DECODE)
     order.on_ask(1, Ask(number=1, work=DECODE))
-    order.take(order.next())
+    order.take(agreed(order))
     order.ask(NOTHING)
-    assert order.next() is None
+    assert agreed(order) is None
 
   def test_a_shift_that_the_agreed_turn_lacks_is_in_the_next(self):
-    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order = leader()
     order.ask(NEAR | FAR)
+    assert agreed(order) == header(1, NEAR | FAR)
     order.on_ask(1, Ask(number=1, work=FAR))
     more = GroupWork(exchange=((3, 1), (4, 1)))
     order.on_ask(2, Ask(number=1, work=more))
-    order.take(order.next())
+    order.take(agreed(order))
     order.ask(NOTHING)
-    assert order.next() == header(2, more)
+    assert agreed(order) == header(2, more)
 
   def test_a_larger_quota_than_the_agreed_one_is_in_the_next(self):
-    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order = leader()
     order.ask(FAR)
+    assert agreed(order) == header(1, FAR)
     larger, smaller = (
       GroupWork(exchange=((s, q),)) for s, q in ((2, 8), (3, 1))
     )
     order.on_ask(1, Ask(number=1, work=larger))
     order.on_ask(2, Ask(number=1, work=smaller))
-    assert order.next() == header(1, FAR)
-    order.take(order.next())
+    assert agreed(order) == header(1, FAR)
+    order.take(agreed(order))
     order.ask(NOTHING)
-    assert order.next() == header(2, larger)
+    assert agreed(order) == header(2, larger)
 
   def test_of_several_quotas_for_a_shift_the_larger_one_is_agreed_on(self):
     link = LeaderEnd()
-    order = LeaderOrder(link, 1.0, CONFIG)
+    order = leader(link)
     order.ask(DECODE)
+    assert agreed(order) == header(1, DECODE)
     order.on_ask(1, Ask(number=1, work=GroupWork(exchange=((2, 8), (4, 1)))))
     order.on_ask(2, Ask(number=1, work=GroupWork(exchange=((2, 1), (4, 8)))))
-    order.take(order.next())
+    order.take(agreed(order))
     order.ask(FAR)
-    agreed = GroupWork(exchange=((2, 8), (3, 8), (4, 8)))
-    assert order.next() == header(2, agreed)
-    assert link.said[1:] == [Turn(number=2, work=agreed)]
+    both = GroupWork(exchange=((2, 8), (3, 8), (4, 8)))
+    assert agreed(order) == header(2, both)
+    assert link.said[2:] == [Call(number=2), Turn(number=2, work=both)]
 
   @pytest.mark.parametrize("exchange", STRANGE)
   def test_exchanges_that_nobody_has_compiled_are_refused(self, exchange):
     link = LeaderEnd()
-    order = LeaderOrder(link, 1.0, CONFIG)
+    order = leader(link)
     with pytest.raises(GroupError, match=said_of(3, exchange)):
       order.on_ask(3, Ask(number=1, work=GroupWork(exchange=exchange)))
     order.ask(NOTHING)
-    assert order.next() is None
+    assert agreed(order) is None
     assert link.said == []
 
   def test_that_holds_for_a_turn_that_the_leader_has_taken(self):
-    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order = leader()
     order.ask(DECODE)
-    order.take(order.next())
+    order.take(agreed(order))
     order.ask(NOTHING)
     order.on_ask(1, Ask(number=1, work=DECODE))
-    assert order.next() is None
+    assert agreed(order) is None
     order.on_ask(1, Ask(number=2, work=DECODE))
-    assert order.next() == header(2, DECODE)
+    assert agreed(order) == header(2, DECODE)
 
   def test_a_member_may_want_nothing_any_more(self):
-    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order = leader()
     order.ask(DECODE)
+    assert agreed(order) == header(1, DECODE)
     order.on_ask(1, Ask(number=1, work=PREFILL))
     order.on_ask(1, Ask(number=1, work=NOTHING))
-    order.take(order.next())
+    order.take(agreed(order))
     order.ask(NOTHING)
-    assert order.next() is None
+    assert agreed(order) is None
 
   def test_the_next_header_is_there_while_a_turn_runs(self):
-    order = LeaderOrder(LeaderEnd(), 1.0, CONFIG)
+    order = leader()
     order.ask(DECODE)
-    order.take(order.next())
+    order.take(agreed(order))
     order.ask(DECODE)
-    assert order.next() == header(2, DECODE)
+    assert agreed(order) == header(2, DECODE)
     assert order.next_number == 2
+
+  def test_a_turn_begins_when_all_are_ready(self):
+    link = LeaderEnd()
+    order = leader(link, num_processes=3)
+    order.on_ready(1, Ready(number=1))  # Of a call that never was.
+    assert not order.is_called
+    order.on_ask(1, Ask(number=1, work=DECODE))
+    assert order.is_called
+    assert link.said == [Call(number=1)]
+    order.ready()
+    order.on_ready(1, Ready(number=1))
+    order.on_ready(1, Ready(number=1))
+    assert order.next() is None
+    order.ask(CHECK)  # Whoever asks by now is in it.
+    order.on_ready(2, Ready(number=1))
+    assert order.next() == header(1, DECODE | CHECK)
+    assert not order.is_called
+
+    order.on_ask(2, Ask(number=2, work=PREFILL))
+    order.take(order.next())
+    order.ask(NOTHING)
+    assert order.is_called
+    order.on_ready(1, Ready(number=1))  # Too late to count for the next one.
+    order.on_ready(2, Ready(number=2))
+    order.ready()
+    assert order.next() is None
+    order.on_ready(1, Ready(number=2))
+    assert order.next() == header(2, PREFILL)
+
+  def test_a_called_turn_that_nobody_needs_any_more_is_empty(self):
+    order = leader(num_processes=2)
+    order.on_ask(1, Ask(number=1, work=DECODE))
+    order.on_ask(1, Ask(number=1, work=NOTHING))
+    order.on_ready(1, Ready(number=1))
+    assert agreed(order) == header(1, NOTHING)
 
 
 class TestMember:
@@ -204,6 +257,24 @@ class TestMember:
       Ask(number=2, work=DECODE),
       Ask(number=3, work=DECODE),
     ]
+
+  def test_it_says_once_that_it_is_ready(self):
+    link = MemberEnd()
+    order = MemberOrder(link, 1.0, CONFIG)
+    order.ready()
+    assert not order.is_called
+    order.on_call(Call(number=1))
+    assert order.is_called
+    order.ready()
+    order.ready()
+    order.on_turn(Turn(number=1, work=DECODE))
+    order.on_call(Call(number=2))  # Before it has taken turn 1.
+    order.ready()
+    assert not order.is_called
+    order.take(order.next())
+    assert order.is_called
+    order.ready()
+    assert list(link.said) == [Ready(number=1), Ready(number=2)]
 
   def test_turns_are_taken_in_order(self):
     order = MemberOrder(MemberEnd(), 1.0, CONFIG)
@@ -248,7 +319,7 @@ class TestLayeredSteps:
   )
   def test_what_is_not_compiled_is_refused(self, config, tokens, said):
     message = Ask(number=1, work=GroupWork(layered_tokens=tokens))
-    order = LeaderOrder(LeaderEnd(), 1.0, config or CONFIG)
+    order = leader(config=config or CONFIG)
     with pytest.raises(
       GroupError, match=f"Process 3 sent .* layered_tokens must be .*{said}"
     ):

@@ -140,10 +140,14 @@ class _EmptyTurns:
   """Others take turns all the time, in which this process only answers."""
 
   is_shared = True
+  is_called = False
   patience_s = 60.0
   next_number = 1
 
   def ask(self, work):
+    pass
+
+  def ready(self):
     pass
 
   def next(self):
@@ -172,6 +176,23 @@ class _NoTurns(_EmptyTurns):
 
   def next(self):
     return None
+
+
+class _Called(_NoTurns):
+  """Somebody wants one, for which others are not ready.
+
+  Attributes:
+    num_ready: How often this process said that it is.
+  """
+
+  is_called = True
+
+  def __init__(self):
+    super().__init__()
+    self.num_ready = 0
+
+  def ready(self):
+    self.num_ready += 1
 
 
 def _alone(folder, order, **more) -> Engine:
@@ -249,6 +270,84 @@ def test_answers_to_others_are_no_progress_of_ones_own(tmp_path, monkeypatch):
     engine.step()
   assert engine.runner.launches["group_decode"] > 0
   assert engine.use().stalled_rounds >= 4
+
+
+def test_no_prompt_is_begun_before_a_turn_that_is_called(tmp_path):
+  order = _Called()
+  engine = _alone(tmp_path, order)
+  launches = engine.runner.launches
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=4), request_id="r")
+  assert engine.step() == []
+  assert not engine._in_flight
+  assert order.num_ready == 1
+
+  order.is_called = False
+  (output,) = engine.step()
+  assert output.new_token_ids
+  assert dict(launches) == {"local_prefill": 1}
+
+  order.is_called = True  # Decode steps go on.
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=1), request_id="s")
+  for _ in range(3):
+    (output,) = engine.step()
+    assert output.request_id == "r"
+  assert dict(launches) == {"local_prefill": 1, "local_decode": 3}
+
+
+def test_a_process_with_a_prompt_under_way_is_not_ready(tmp_path):
+  order, is_over = _Called(), False
+  engine = _alone(tmp_path, order, is_ready=lambda _: is_over)
+  order.has_call = lambda: True  # Nothing is waited for.
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=2), request_id="r")
+  order.is_called = False
+  engine.step()
+  order.is_called = True
+  before = order.num_ready
+  engine.step()
+  assert order.num_ready == before
+  is_over = True
+  engine.step()
+  is_over = False
+  engine.step()  # A decode step is under way.
+  assert engine._in_flight
+  engine.step()
+  assert order.num_ready > before
+
+
+def test_rows_at_home_take_part_in_a_decode_step_of_the_group(tmp_path):
+  def tokens(order):
+    engine = _alone(tmp_path, order)
+    engine.add_request(_PROMPT, SamplingParams(max_tokens=9), instance=0)
+    engine.add_request(_PROMPT[:2], SamplingParams(max_tokens=9), instance=0)
+    engine.add_request(_PROMPT[1:], SamplingParams(max_tokens=9), instance=1)
+    ended = {}
+    while engine.has_unfinished():
+      for output in engine.step():
+        ended[output.request_id] = output.token_ids
+    return ended, engine.runner.launches
+
+  alone, _ = tokens(_NoTurns())
+  together, launches = tokens(_EmptyTurns())
+  assert together == alone
+  assert launches["local_decode"] == 0
+  assert launches["group_decode"] >= 9
+
+
+def test_a_turn_waits_for_a_step_under_way(tmp_path):
+  order, is_over = _NoTurns(), False
+  engine = _alone(tmp_path, order, is_ready=lambda _: is_over)
+  order.has_call = lambda: True  # Nothing is waited for.
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=3), instance=0)
+  engine.step()
+  header = StepHeader(number=1, work=GroupWork(decode=True), is_shared=True)
+  order.next = lambda: header
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=3), instance=1)
+  engine.step()
+  assert dict(engine.runner.launches) == {"local_prefill": 1}
+  is_over = True
+  engine.step()
+  engine.step()
+  assert dict(engine.runner.launches) == {"local_prefill": 2, "group_decode": 1}
 
 
 def test_what_came_while_nobody_called_is_not_kept_waiting(engine, link):

@@ -3,7 +3,7 @@ import pytest
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.errors import CoverageError, InvariantError
 from infinite_llm.scheduler.request import RequestStatus
-from infinite_llm.scheduler.step_plan import NOTHING, Row, StepPlan
+from infinite_llm.scheduler.step_plan import NOTHING, Ceiling, Row, StepPlan
 from tests.scheduler.fake_cluster import FakeCluster, until
 from tests.scheduler.fake_engine import FakeEngine, make_request
 
@@ -336,13 +336,13 @@ class TestShortage:
     assert asked.prefill_tokens > 0
 
     # The step is taken, but there is no room: it begins to borrow.
-    assert batcher.plan(asked) == StepPlan()
+    assert batcher.plan(Ceiling(group=asked)) == StepPlan()
     assert manager.is_borrowing()
     assert batcher.group_work({}) == NOTHING
     engine.cluster.settle()
     asked = batcher.group_work({})
     assert asked.prefill_tokens > 0
-    assert len(batcher.plan(asked).group_prefill) == 1
+    assert len(batcher.plan(Ceiling(group=asked)).group_prefill) == 1
 
   def test_prompts_go_in_short_chunks_where_others_wait_for_them(self):
     engine = _engine(2, scheduler={"prefill_buckets": (64,)})

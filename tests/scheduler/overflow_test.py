@@ -19,7 +19,7 @@ from infinite_llm.scheduler.effects import DropOverflow, OverflowBlocks, Swap
 from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.request import RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.scheduler.step_plan import NOTHING, Row, StepPlan
+from infinite_llm.scheduler.step_plan import NOTHING, Ceiling, Row, StepPlan
 from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.types import PoolCounts, Tier
 from tests.recount import check_books
@@ -396,8 +396,8 @@ def test_room_is_made_before_a_turn_is_asked_for():
       manager.overflow.on_copied(effect)
     rows = plans.batcher.group_work({})
     asked.append(rows.layered_tokens)
-    ceiling = dataclasses.replace(NOTHING, layered_tokens=rows.layered_tokens)
-    plan = plans.batcher.plan(ceiling)
+    group = dataclasses.replace(NOTHING, layered_tokens=rows.layered_tokens)
+    plan = plans.batcher.plan(Ceiling(group=group, long=False))
     assert len(plan.group_layered) == bool(rows.layered_tokens)
     for row in plan.rows:
       turns += 1
