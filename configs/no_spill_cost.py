@@ -47,12 +47,12 @@ def get_config() -> ConfigDict:
   config.lending.policy = "borrow"
   config.lending.spill_slots = 4
   config.lending.headroom_blocks = 64
-  config.lending.group_prefill_buckets = (256, 1024)
-  config.lending.group_chunk_s = 0.05  # Others wait as long for one token.
+  # Small, since others wait for a chunk of the long prompt.
+  config.lending.group_prefill_buckets = (256,)
   config.scheduler = ConfigDict()
   config.scheduler.max_num_seqs = 64
   config.scheduler.decode_buckets = (4, 64)
-  # Prompts go in small chunks beside rBlocks that are lent.
+  # While rBlocks are lent, prompts go in chunks of the smaller size.
   config.scheduler.prefill_buckets = (1024, 8192)
   config.scheduler.prefill_rows = 8
 

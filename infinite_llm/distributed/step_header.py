@@ -49,6 +49,11 @@ class GroupWork:
   def __bool__(self) -> bool:
     return self != NO_WORK
 
+  @property
+  def has_steps(self) -> bool:
+    """Whether any of it is a step."""
+    return self.decode or self.prefill_tokens > 0 or self.layered_tokens > 0
+
   def __or__(self, other: "GroupWork") -> "GroupWork":
     """The smallest ceiling above both: of two quotas the larger one."""
     if not other:
@@ -133,7 +138,11 @@ class GroupOrder(Protocol):
 
 
 class OwnOrder:
-  """The order of a process that is alone: whatever it likes, at once."""
+  """The order of a process that is alone.
+
+  It calls a turn with steps for its own instances, and is ready when it says
+  so; what else there is can be had at once.
+  """
 
   def __init__(self, prefill_tokens: int):
     """Begins with turn 1.
@@ -142,30 +151,41 @@ class OwnOrder:
       prefill_tokens: Largest bucket of a group prefill step.
     """
     self.is_shared = False
-    self.is_called = False
     self.patience_s = math.inf
     self.next_number = 1
     self._work = GroupWork(
       check=True, decode=True, prefill_tokens=prefill_tokens
     )
+    self._has_steps = False
+    self._is_ready = False
 
   def ask(self, work: GroupWork) -> None:
-    """Needs to know only which exchanges its own moves need."""
+    """Needs to know which exchanges there are, and whether there are steps."""
     self._work = dataclasses.replace(self._work, exchange=work.exchange)
+    self._has_steps = work.has_steps
+
+  @property
+  def is_called(self) -> bool:
+    """Whether some instance has a group step, and others are not ready."""
+    return self._has_steps and not self._is_ready
 
   def ready(self) -> None:
-    """Nobody wants to know."""
+    """Says that its instances can begin the turn that is called."""
+    self._is_ready = True
 
-  def next(self) -> StepHeader:
+  def next(self) -> StepHeader | None:
     """A turn with everything, of exchanges those that were asked for.
 
-    What nobody has anything for is left out.
+    What nobody has anything for is left out. None if one is called.
     """
+    if self.is_called:
+      return None
     return StepHeader(number=self.next_number, work=self._work, is_shared=False)
 
   def take(self, turn: StepHeader) -> None:
     """Goes on to the next."""
     self.next_number = turn.number + 1
+    self._is_ready = False
 
   def has_call(self) -> bool:
     """Nobody else is there."""

@@ -62,20 +62,18 @@ class StepPlanner:
   def next_turn(self) -> StepHeader | None:
     """The turn to take now; None if it is not agreed, or not yet time."""
     work = self._group.work()
-    if self._order.is_shared:
-      # Alone, nobody wants to know, and finding it out takes time in each step.
-      for instance in self._batchers:
-        work |= self._work(instance)
+    for instance in self._batchers:
+      work |= self._work(instance)
     self._order.ask(work)
     if self._order.is_called and not self._in_flight.has_long:
       self._order.ready()
-    # All rows of this process can be in what is agreed then; and if it only
-    # answers others, its own steps do not stand behind what waits for them.
-    if self._order.is_shared and self._in_flight:
+    if (turn := self._order.next()) is None:
       return None
-    turn = self._order.next()
-    if turn is not None:
-      self._turn_began_s = self._clock()
+    # Then all rows of this process can be in its steps; and if it only answers
+    # others, its own steps do not stand behind what waits for them.
+    if self._in_flight and (turn.is_shared or work.has_steps):
+      return None
+    self._turn_began_s = self._clock()
     return turn
 
   def plans(self, turn: StepHeader | None) -> list[StepPlan]:
@@ -136,16 +134,9 @@ class StepPlanner:
     )
 
   def _may_launch(self, instance: InstanceId, turn: StepHeader | None) -> bool:
-    if self._in_flight.holds(instance):
-      return False
-    if self._order.is_shared:
-      # What is agreed begins when all rows of this process can be in it.
-      return turn is not None or self._order.next() is None
-    # On every device one group program runs after the other. Rows that need
-    # one are better off together in the next than in one of their own behind
-    # the one under way, and beside the instance's other rows.
-    is_barred = turn is None or self._in_flight.has_group
-    return not (is_barred and self._work(instance))
+    # What is agreed begins when all rows of this process can be in it.
+    is_awaited = turn is None and self._order.next() is not None
+    return not (is_awaited or self._in_flight.holds(instance))
 
   def _has_call(self) -> bool:
     if self._in_flight.has_group:

@@ -14,7 +14,9 @@ class Chunks:
   """Sizes of rows, by the program that computes them.
 
   Attributes:
-    joined_tokens: Of a local program behind which others may wait.
+    joined_tokens: Of a local program for which others may wait: no more than
+      the smallest one that takes as many as a group step. It takes as long
+      with fewer.
   """
 
   def __init__(
@@ -36,8 +38,13 @@ class Chunks:
     self._rmanager = rmanager
     self._scheduler = scheduler
     self._lending = lending
-    self.joined_tokens = min(
-      lending.group_prefill_buckets[-1], scheduler.chunk_tokens
+    self.joined_tokens = next(
+      (
+        size
+        for size in scheduler.prefill_buckets
+        if size >= lending.group_prefill_buckets[-1]
+      ),
+      scheduler.chunk_tokens,
     )
 
   def wanted(

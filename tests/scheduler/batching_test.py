@@ -344,8 +344,15 @@ class TestShortage:
     assert asked.prefill_tokens > 0
     assert len(batcher.plan(Ceiling(group=asked)).group_prefill) == 1
 
-  def test_prompts_go_in_short_chunks_where_others_wait_for_them(self):
-    engine = _engine(2, scheduler={"prefill_buckets": (64,)})
+  @pytest.mark.parametrize(
+    ("buckets", "num_tokens"),
+    # Group chunks have 32. A program of 64 takes as long with 32 as with 60.
+    [((8, 32, 64), 32), ((8, 48, 64), 48), ((8, 64), 60)],
+  )
+  def test_prompts_go_in_short_chunks_where_others_wait_for_them(
+    self, buckets, num_tokens
+  ):
+    engine = _engine(2, scheduler={"prefill_buckets": buckets})
     engine.add(0, make_request(1, 80))
     engine.step()
     engine.add(1, make_request(2, 60))
@@ -354,8 +361,10 @@ class TestShortage:
     assert engine.cluster.managers[0].borrow(1, 2)
     engine.cluster.settle()
 
-    # Instance 1 hosts for 0 now: group chunks of 32 tokens are the most.
-    assert engine.batchers[1].plan().rows == (_row(2, 0, 32, False),)
+    # Instance 1 hosts for 0 now.
+    assert engine.batchers[1].plan().rows == (
+      _row(2, 0, num_tokens, num_tokens == 60),
+    )
 
   @pytest.mark.parametrize(
     ("token_s", "num_tokens"),

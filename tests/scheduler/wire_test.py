@@ -106,7 +106,7 @@ def _replaced(document, place, value):
 class TestFrames:
   def test_a_message_travels_as_these_bytes(self):
     assert _CODEC.encode(_ask()) == (
-      b'ILLM\0\5\0{"sender":1,"receiver":"gmanager","incarnation":2,"seq":3,'
+      b'ILLM\0\6\0{"sender":1,"receiver":"gmanager","incarnation":2,"seq":3,'
       b'"body":{"CandidatesRequest":{"num_blocks":4}},"settled":1,'
       b'"meant_for":0,"responder":0,"leader_epoch":0,"turn":0}'
     )
