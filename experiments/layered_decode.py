@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infinite_llm.attention.dist_attention import Window, local_attention
 from infinite_llm.attention.host_attention import staged_attention
 from infinite_llm.cache.device_memory import free_bytes
+from infinite_llm.cache.global_arrays import place
 from infinite_llm.cache.host_slabs import TABLE_SPECS, HostSlabs
 from infinite_llm.cache.kv_pool import POOL_SPECS
 from infinite_llm.errors import ConfigError
@@ -42,6 +43,8 @@ Entry = tuple[int, int]
 
 class LayeredDecode:
   """One request over the pools and the host memory of all instances.
+
+  The mesh may span several processes; all of them then call the same.
 
   Attributes:
     kv: `[I * N, L, 2, K, P, D]` pools of all instances.
@@ -190,7 +193,7 @@ class LayeredDecode:
       starts=np.zeros(len(self.in_hbm), np.int32),
       counts=np.asarray([len(mine) for mine in self.in_hbm], np.int32),
     )
-    return jax.device_put(tables, NamedSharding(self._mesh, _PER_INSTANCE))
+    return place(tables, NamedSharding(self._mesh, _PER_INSTANCE))
 
   def _append_block(self, logical_id: int) -> jax.Array:
     """`[I]` the rBlock that takes the token; the null block of the others."""
@@ -198,7 +201,7 @@ class LayeredDecode:
       mine[-1][0] if mine and mine[-1][1] == logical_id else 0
       for mine in self.in_hbm
     ]
-    return jax.device_put(
+    return place(
       np.asarray(blocks, np.int32), NamedSharding(self._mesh, _PER_INSTANCE)
     )
 

@@ -11,6 +11,7 @@ command or its input cannot work, 75 if another process of its group is gone.
 `python -m experiments.launch.local` starts it in several processes.
 """
 
+import dataclasses
 import datetime
 import difflib
 import importlib
@@ -24,6 +25,7 @@ import resource
 import runpy
 import shlex
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +34,11 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from infinite_llm.distributed.group_end import BROKEN_GROUP, end_with_group
+from infinite_llm.distributed.group_end import (
+  BROKEN_GROUP,
+  await_close,
+  end_with_group,
+)
 from infinite_llm.distributed.runtime import GroupOptions, ProcessGroup
 from infinite_llm.engine.member import Member
 from infinite_llm.errors import (
@@ -47,7 +53,22 @@ _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 _HELP = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
 _PACKAGES = ("infinite-llm", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 
+_PATIENCE_S = 600.0
+"""How long process 0 may take to write down what all have computed."""
+
+_SILENCE_S = 60.0
+"""What `take_part` does may keep a process's other threads from answering, as
+pinning host memory. One that is killed is noticed at once all the same."""
+
 Experiment = Callable[[ml_collections.ConfigDict, pathlib.Path], Mapping]
+"""`run(config, workdir)` of `experiments/<name>.py`; gives what `result.json`
+is to hold.
+
+In several processes only process 0 calls it, and the others run the instances
+of its engine (`Member`). An experiment without an engine may have all processes
+compute the same instead: then its module has `take_part(config)` too, which the
+others call beside `run`. It writes nothing.
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,11 +86,11 @@ def main(argv: Sequence[str]) -> int:
       print(_help(argv))
       return 0
     config, workdir = parse(argv)
-    run = _find_experiment(config.experiment)
+    module = _find_experiment(config.experiment)
     options = GroupOptions.from_environment()
     if options is not None:
-      return _run_in_group(options, run, config, workdir, argv)
-    result = _run(run, config, workdir, argv)
+      return _run_in_group(options, module, config, workdir, argv)
+    result = _run(module.run, config, workdir, argv)
   except GroupError as error:
     print(f"error: {error}", file=sys.stderr)
     return BROKEN_GROUP
@@ -84,17 +105,20 @@ def main(argv: Sequence[str]) -> int:
 
 def _run_in_group(
   options: GroupOptions,
-  run: Experiment,
+  module: types.ModuleType,
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   argv: Sequence[str],
 ) -> int:
-  """Runs this process's part: process 0 the experiment, others instances.
+  """Runs this process's part: process 0 the experiment, others what it needs.
 
   Returns:
     The exit status; `BROKEN_GROUP` if another process is missing or gone.
   """
   check_cluster(config)
+  take_part = getattr(module, "take_part", None)
+  if take_part is not None:
+    options = dataclasses.replace(options, silence_s=_SILENCE_S)
   try:
     group = ProcessGroup(
       options,
@@ -104,10 +128,13 @@ def _run_in_group(
       tensor_parallel=config.cluster.tensor_parallel,
     )
     with end_with_group(group):
+      result = {}
       if group.is_leader:
-        result = _run(run, config, workdir, argv)
+        result = _run(module.run, config, workdir, argv)
+      elif take_part is not None:
+        take_part(config)
+        await_close(group.link, _PATIENCE_S)
       else:
-        result = {}
         Member(group).run()
   except GroupError as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -288,8 +315,8 @@ def config_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return fields
 
 
-def _find_experiment(name: str) -> Experiment:
-  """Returns the function `run` of `experiments/<name>.py`."""
+def _find_experiment(name: str) -> types.ModuleType:
+  """Returns `experiments/<name>.py`, which has the function `run`."""
   try:
     module = importlib.import_module(f"experiments.{name}")
   except ModuleNotFoundError as error:
@@ -302,7 +329,7 @@ def _find_experiment(name: str) -> Experiment:
     raise ConfigError(f"There is no experiment {name!r}{hint}") from error
   if not hasattr(module, "run"):
     raise ConfigError(f"experiments/{name}.py is no experiment: it has no run.")
-  return module.run
+  return module
 
 
 def _help(argv: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infinite_llm.cache.global_arrays import place, transfer
 from infinite_llm.cache.kv_pool import POOL_SPECS
 from infinite_llm.cache.tier_moves import pack_by_layer
 from infinite_llm.errors import InvariantError
@@ -45,7 +46,11 @@ TABLE_SPECS = BlockTables(*[_PER_INSTANCE] * len(BlockTables._fields))
 
 
 class HostSlabs:
-  """Keeps the slabs of one request on all instances of a mesh."""
+  """Keeps the slabs of one request on all instances of a mesh.
+
+  The mesh may span several processes; all of them then call the same, and each
+  has the host memory of its own instances.
+  """
 
   def __init__(self, mesh: Mesh, slab_blocks: int):
     """Makes it empty.
@@ -81,7 +86,7 @@ class HostSlabs:
       block_ids: rBlocks of each instance, at most S.
       logical_ids: Their numbers in the request.
     """
-    ids = jax.device_put(
+    ids = place(
       self._pad(block_ids, NULL_BLOCK_ID).reshape(-1),
       NamedSharding(self._mesh, _PER_INSTANCE),
     )
@@ -97,7 +102,7 @@ class HostSlabs:
         null block on each instance.
       logical_ids: Numbers in the request, at most S for each instance.
     """
-    host = jax.device_put(list(layers), self._host, may_alias=False)
+    host = transfer(list(layers), self._host, may_alias=False)
     size = 1 + self._slab_blocks
     tables = BlockTables(
       block_ids=np.tile(np.arange(size, dtype=np.int32), len(logical_ids)),
@@ -109,7 +114,7 @@ class HostSlabs:
     self._slabs.append(
       Slab(
         layers=tuple(jax.block_until_ready(host)),
-        tables=jax.device_put(tables, sharding),
+        tables=place(tables, sharding),
       )
     )
 
@@ -208,7 +213,7 @@ class SlabStream:
       part = next(self._parts, None)
       if part is None:
         return
-      self._staged.append(jax.device_put(part, self._hbm))
+      self._staged.append(transfer(part, self._hbm))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from infinite_llm.distributed.group_link import LeaderLink, MemberLink
+from infinite_llm.distributed.group_messages import Close
 from infinite_llm.distributed.runtime import ProcessGroup
 from infinite_llm.errors import GroupError
 
@@ -66,6 +67,25 @@ def end_with_group(group: ProcessGroup) -> Iterator[None]:
     _leave(f"error: {text or type(error).__name__}", status)
   over.set()
   group.close()
+
+
+def await_close(link: LeaderLink | MemberLink, timeout_s: float) -> None:
+  """Waits in a member until process 0 has ended its part too.
+
+  Process 0 takes a stream that ends before for a lost process.
+
+  Args:
+    link: That of this process.
+    timeout_s: How long process 0 may take.
+
+  Raises:
+    GroupError: If it takes longer, says anything else or is gone.
+  """
+  if not isinstance(link, MemberLink):
+    raise GroupError("Process 0 is no member.")
+  message = link.next(timeout_s)
+  if not isinstance(message, Close):
+    raise GroupError(f"Process 0 must say nothing but Close; got {message}.")
 
 
 def _is_lost(link: LeaderLink | MemberLink, error: BaseException) -> bool:

@@ -3,37 +3,20 @@ import json
 import numpy as np
 import pytest
 
-from configs.longest_context import get_config
 from experiments import longest_context
 from infinite_llm.errors import ConfigError
+from tests.experiments.small_longest_context import small_config
 
 pytestmark = pytest.mark.bench
 
 
 @pytest.fixture(name="config")
 def _config():
-  config = get_config()
-  config.platform = "cpu"
-  config.num_instances = 2
-  config.tensor_parallel = 2
-  config.lengths = (32, 64, 160)
-  config.steps = 1
-  config.model.vocab_size = 64
-  config.model.model_dim = 32
-  config.model.mlp_dim = 64
-  config.model.num_layers = 2
-  config.model.num_q_heads = 4
-  config.model.num_kv_heads = 2
-  config.model.head_dim = 16
-  config.model.dtype = "float32"
-  config.cache.block_size = 8
-  config.cache.num_blocks = 5
-  config.cache.slab_blocks = 4
-  return config
+  return small_config()
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn"])
-def test_what_hbm_cannot_hold_is_streamed(config, tmp_path, kv_dtype):
+def test_what_hbm_cannot_hold_is_streamed(config, tmp_path, kv_dtype, capsys):
   config.cache.kv_dtype = kv_dtype
 
   result = longest_context.run(config, tmp_path)
@@ -46,6 +29,20 @@ def test_what_hbm_cannot_hold_is_streamed(config, tmp_path, kv_dtype):
   assert [row["link_gb_per_s"] > 0 for row in rows] == [False, False, True]
   assert json.loads((tmp_path / "rows.json").read_text()) == rows
   assert (tmp_path / "curve.png").stat().st_size > 0
+  output = capsys.readouterr().out
+  for text in ("Weights drawn in ", "160 tokens: slab 2 of 2 in host memory"):
+    assert text in output
+
+
+def test_only_a_run_that_writes_results_says_anything(
+  config, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.chdir(tmp_path)
+
+  longest_context.take_part(config)
+
+  assert list(tmp_path.iterdir()) == []
+  assert capsys.readouterr().out == ""
 
 
 def test_every_rblock_of_a_context_lies_somewhere(
@@ -76,7 +73,7 @@ def test_every_rblock_of_a_context_lies_somewhere(
     ("lengths", (64, 32), r"lengths must be rising; got \(64, 32\)"),
     ("lengths", (2**50,), "must fit in the host memory that is available"),
     ("cache.slab_blocks", 5, r"slab_blocks must be in .* = 5\); got 5"),
-    ("platform", "gpu", "platform must be what JAX runs on, cpu; got 'gpu'"),
+    ("cluster.platform", "gpu", "platform must be what JAX runs on, cpu; got"),
   ],
 )
 def test_what_cannot_work_is_refused(config, tmp_path, field, value, message):
