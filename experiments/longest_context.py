@@ -56,8 +56,12 @@ def run(
   Returns:
     One row for each length, and whether all logits were finite (`correct`).
   """
+  cluster = config.cluster
+  if current_group() is None:  # A group has started JAX already.
+    choose_platform(cluster.platform)
+    check_platform(cluster.platform)
   about = {
-    **run_facts(config.cluster.num_instances * config.cluster.tensor_parallel),
+    **run_facts(cluster.num_instances * cluster.tensor_parallel),
     "num_processes": jax.process_count(),
   }
   rows = []
@@ -86,9 +90,6 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
   """Gives a row for each length."""
   cluster = config.cluster
-  if current_group() is None:
-    choose_platform(cluster.platform)
-    check_platform(cluster.platform)
   mesh = make_mesh(cluster.num_instances, cluster.tensor_parallel)
   _check(config, len(own_instances(mesh)))
   started = time.perf_counter()

@@ -66,6 +66,19 @@ def test_every_rblock_of_a_context_lies_somewhere(
   assert seen == [True] * 5
 
 
+def test_jax_looks_for_devices_once_the_platform_is_chosen(
+  config, monkeypatch, tmp_path
+):
+  def look(*_):
+    raise AssertionError("JAX has started.")
+
+  monkeypatch.setattr(longest_context, "run_facts", look)
+  monkeypatch.setattr(longest_context.jax, "process_count", look)
+  config.cluster.platform = "tpu"
+  with pytest.raises(ConfigError, match="platform must be one of cpu, gpu"):
+    longest_context.run(config, tmp_path)
+
+
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
