@@ -47,8 +47,8 @@ class Engine:
 
   Each instance is planned on its own and has one step under way at most: local
   programs for requests whose rBlocks are all at home, and its part of a group
-  program for the others. Instances do not wait for each other unless a group
-  program joins them. Rows that were proved are committed, and only those.
+  program for the others, with those that just decode. Instances do not wait for
+  each other unless such a program joins them. Only proved rows are committed.
 
   With more processes than this one, each has an engine of its own; what they
   launch together they agree on by turns (`distributed/step_header.py`).

@@ -31,13 +31,14 @@ def _call(workdir, *args) -> int:
 
 @pytest.fixture(scope="module", name="finished")
 def _finished_run(tmp_path_factory):
-  """The folder of a run, and which instances' rows its group steps had."""
+  """The folder of a run, and whose rows its group steps of a prompt had."""
   workdir = tmp_path_factory.mktemp("quickstart")
   owners = set()
   group_step = ModelRunner.group_step
 
   def noted(self, rows, slots, **options):
-    owners.update(instance for instance, mine in enumerate(rows) if mine)
+    if options["is_prefill"]:
+      owners.update(instance for instance, mine in enumerate(rows) if mine)
     return group_step(self, rows, slots, **options)
 
   with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +66,7 @@ def test_the_answer_is_right_and_needs_several_creditors(result):
   assert result["context_tokens"] > 2 * result["capacity_tokens_per_instance"]
 
 
-def test_short_requests_are_right_and_in_no_group_step(finished, result):
+def test_short_requests_are_right_and_prefilled_at_home(finished, result):
   assert result["short_requests_correct"]
   assert result["num_short_requests"] >= 6
   assert result["program_launches"]["group_decode"] > 0
