@@ -63,12 +63,12 @@ def get_config() -> ConfigDict:
   config.prefill.max_tokens = 1
   config.prefill.warm_steps = 2
   config.prefill.steps = 20
-  # Batches are full after a few prefill steps, which must be over by then. All
-  # steps of the window must lie within `max_tokens`.
+  # All steps of the window must lie within `max_tokens`, and what the first
+  # ones get before the batch is full.
   config.decode = ConfigDict()
   config.decode.num_in_flight = 64
   config.decode.prompt_tokens = 1024
-  config.decode.max_tokens = 512
+  config.decode.max_tokens = 640
   config.decode.warm_steps = 40
   config.decode.steps = 320
 
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
   config.long = ConfigDict()
   config.long.instance = 0
   config.long.prompt_tokens = 262144
-  config.long.max_tokens = 1024
+  config.long.max_tokens = 512
 
   # What the experiment tells the processes that it starts; not for others.
   config.child = ConfigDict()

@@ -27,7 +27,8 @@ class LoadShape:
     num_in_flight: Requests at once; one that ends makes room for another.
     prompt_tokens: Of each.
     max_tokens: Of the answer of each.
-    warm_steps: Steps that gave tokens before the window begins.
+    warm_steps: Steps that gave tokens before the window begins, once as many
+      requests as are in flight have begun to.
     steps: Those within the window.
   """
 
@@ -113,6 +114,7 @@ class SteadyLoad:
     self._seed = seed
     self._vocab_size = vocab_size
     self._num_added = 0
+    self._num_begun = 0
     self._is_wanted = True
     self._last_s: dict[str, float | None] = {}
     self._marks: list[_Mark] = []
@@ -165,6 +167,7 @@ class SteadyLoad:
       if new:
         last_s = self._last_s[name]
         if last_s is None:
+          self._num_begun += 1
           prompt_tokens += len(output.prompt_token_ids)
         else:
           gaps_s.append(now_s - last_s)
@@ -172,7 +175,7 @@ class SteadyLoad:
         output_tokens += new
       if output.is_finished:
         self._end(output)
-    if output_tokens:
+    if output_tokens and self._num_begun >= self._shape.num_in_flight:
       self._marks.append(
         _Mark(
           time_s=now_s,

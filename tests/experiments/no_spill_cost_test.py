@@ -156,8 +156,10 @@ def test_a_window_counts_the_steps_behind_the_warm_ones():
   load.take([_output("x-0", 2), _output("x-1", 1)], 12.0)
   assert not load.is_over
   load.take([_output("x-0", 3)], 13.0)
-  assert not load.is_over  # Warm steps, the one that begins it, and steps.
-  load.take([_output("x-0", 4, "length"), _output("x-1", 2)], 16.0)
+  load.take([_output("x-1", 2)], 14.0)
+  # Both have begun, a warm step, the one that begins it, and steps.
+  assert not load.is_over
+  load.take([_output("x-0", 4, "length"), _output("x-1", 3)], 17.0)
   assert load.is_over
 
   seen = load.seen()
@@ -170,7 +172,7 @@ def test_a_window_counts_the_steps_behind_the_warm_ones():
   assert load.num_answered == 1
   load.fill()
   assert engine.added == ["x-0", "x-1", "x-2"]
-  load.take([_output("x-1", 3, "stop")], 17.0)
+  load.take([_output("x-1", 3, "stop")], 18.0)
   assert load.wrong == ["x-1: stop after 3 tokens, None"]
 
 
