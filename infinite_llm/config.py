@@ -22,7 +22,7 @@ LOAD_FORMATS = ("auto", "dummy")
 """Where weights come from: a checkpoint, or nowhere."""
 
 MAX_GROUP_ROWS = 512
-"""Rows of a group decode step, over all instances."""
+"""Rows with rBlocks elsewhere of a group step, over all instances."""
 
 MAX_PROGRAM_KINDS = 28
 """Compiled programs of whole models that differ in more than the instance; more
@@ -40,7 +40,7 @@ class SchedulerConfig:
   Attributes:
     max_num_seqs: Most requests that one instance runs at once.
     decode_buckets: Row counts that decode programs are compiled for, rising;
-      the last one is at least `max_num_seqs`.
+      the last one is at least `max_num_seqs`, and what a group step has.
     prefill_buckets: Token counts that prefill programs are compiled for,
       rising; the last one is the chunk size.
     prefill_rows: Most requests in one prefill program.
@@ -106,7 +106,7 @@ class EngineConfig:
     require(
       self.num_instances * self.lending.spill_slots <= MAX_GROUP_ROWS,
       "num_instances x spill_slots",
-      f"at most {MAX_GROUP_ROWS}, the rows of a group step",
+      f"at most {MAX_GROUP_ROWS}, the rows with rBlocks elsewhere",
       self.num_instances * self.lending.spill_slots,
     )
     if self.has_group and self.cache.num_blocks is not None:

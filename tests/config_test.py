@@ -72,10 +72,8 @@ class TestProgramKinds:
   def test_a_group_adds_its_own(self):
     # Decode, two prefill, two exchanges, check and epochs.
     for num_instances in (2, 4):
-      config = engine_config(num_instances=num_instances)
+      config = engine_config(num_instances=num_instances, spill_slots=3)
       assert config.num_program_kinds == 5 + 9 + 2 + 7
-    config = engine_config(num_instances=2, spill_slots=3)
-    assert config.num_program_kinds == 5 + 9 + 2 + 7 + 3
     config = engine_config(num_instances=2, exchange_blocks=1)
     assert config.num_program_kinds == 5 + 9 + 2 + 6
 

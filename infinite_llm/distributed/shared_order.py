@@ -9,6 +9,8 @@ before the turn can begin.
 """
 
 import collections
+import time
+from collections.abc import Callable
 
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.group_link import LeaderLink, MemberLink
@@ -28,21 +30,26 @@ class LeaderOrder:
     patience_s: float,
     config: EngineConfig,
     num_processes: int,
+    clock: Callable[[], float] = time.monotonic,
   ):
     """Begins with turn 1.
 
     Args:
       link: To the members.
-      patience_s: How long a turn's steps may take; longer is a fault.
+      patience_s: How long a turn's steps may take, and what some process must
+        end before it begins one; longer is a fault.
       config: Sizes of the whole group.
       num_processes: This one and the members.
+      clock: Monotonic seconds.
     """
     self.patience_s = patience_s
     self._config = config
     self._link = link
     self._num_processes = num_processes
     self._asked: dict[int, GroupWork] = {}
+    self._clock = clock
     self._called = 0
+    self._called_s = 0.0
     self._ready: set[int] = set()
     self._header: StepHeader | None = None
     self._newest = StepHeader(number=0, work=GroupWork(), is_shared=True)
@@ -75,7 +82,18 @@ class LeaderOrder:
     self._note_ready(process, message.number)
 
   def next(self) -> StepHeader | None:
-    """The next turn if it is agreed; the same one until it is taken."""
+    """The next turn if it is agreed; the same one until it is taken.
+
+    Raises:
+      GroupError: If some process has not been ready for too long.
+    """
+    if self.is_called and self._clock() - self._called_s > self.patience_s:
+      late = sorted({*range(self._num_processes)} - self._ready)
+      raise GroupError(
+        f"All processes must be ready for a turn within {self.patience_s:g} s;"
+        f" process(es) {', '.join(map(str, late))} are not ready for turn"
+        f" {self._called}."
+      )
     return self._header
 
   def take(self, turn: StepHeader) -> None:
@@ -102,6 +120,7 @@ class LeaderOrder:
   def _call(self) -> None:
     if self._called < self.next_number:
       self._called = self.next_number
+      self._called_s = self._clock()
       self._ready.clear()
       self._link.broadcast(Call(number=self.next_number))
 

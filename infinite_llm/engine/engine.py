@@ -45,7 +45,7 @@ from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 class Engine:
   """Serves one model on this process's instances of one lending group.
 
-  Each instance is planned on its own and has one step under way at most: local
+  Each instance is planned on its own, when nothing of it is under way: local
   programs for requests whose rBlocks are all at home, and its part of a group
   program for the others, with those that just decode. Instances do not wait for
   each other unless such a program joins them. Only proved rows are committed.
@@ -295,8 +295,8 @@ class Engine:
     turn = self._planner.next_turn()
     has_moved |= self._move(turn)
     self._launch(turn)
-    # Now it costs devices no time, nor do the threads that send what is said.
-    self.group.tick()
+    self._planner.launched(turn)
+    self.group.tick()  # Now it costs devices no time, nor do gRPC's threads.
     # A plan may give a request up and let another take its place at once.
     self._take_ended()
     is_hurried = meanwhile is not None and meanwhile()
@@ -349,11 +349,12 @@ class Engine:
     """Has a request of a stalled group give its rBlocks up.
 
     Args:
-      uid: The request; one that ended meanwhile is left alone.
+      uid: The request; nothing happens if it ended or any row is under way.
       is_alone: Whether nobody else has any, so that it cannot go on.
     """
-    self._stall.give_up(uid, is_alone=is_alone)
-    self._take_ended()
+    if not self._in_flight.has_rows:
+      self._stall.give_up(uid, is_alone=is_alone)
+      self._take_ended()
 
   def blocks(self) -> tuple[InstanceBlocks, ...]:
     """What lies in every rBlock."""

@@ -102,8 +102,9 @@ class InFlight:
   def has_long(self) -> bool:
     """Whether a local step is under way that may be no short one."""
     return any(
-      step.kind.is_prefill and not step.kind.is_group
+      step.kind.is_prefill
       for flight in self._flights
+      if not flight.is_group
       for step in flight.steps
     )
 

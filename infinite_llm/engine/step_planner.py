@@ -14,7 +14,7 @@ from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.errors import GroupError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.step_plan import (
-  ANY,
+  EVERYTHING,
   NOTHING,
   Ceiling,
   GroupRows,
@@ -58,15 +58,11 @@ class StepPlanner:
     self._managers = {manager.instance: manager for manager in group.managers}
     self._clock = clock
     self._turn_began_s = clock()
+    self._has_steps = False
 
   def next_turn(self) -> StepHeader | None:
     """The turn to take now; None if it is not agreed, or not yet time."""
-    work = self._group.work()
-    for instance in self._batchers:
-      work |= self._work(instance)
-    self._order.ask(work)
-    if self._order.is_called and not self._in_flight.has_long:
-      self._order.ready()
+    work = self._foresee()
     if (turn := self._order.next()) is None:
       return None
     # Then all rows of this process can be in its steps; and if it only answers
@@ -74,7 +70,31 @@ class StepPlanner:
     if self._in_flight and (turn.is_shared or work.has_steps):
       return None
     self._turn_began_s = self._clock()
+    self._has_steps = (turn.work if turn.is_shared else work).has_steps
     return turn
+
+  def launched(self, turn: StepHeader | None) -> None:
+    """Sees to it that the turn behind this one is agreed by the end of it.
+
+    Args:
+      turn: That was taken; None if none was.
+    """
+    if turn is not None and turn.is_shared:
+      self._foresee()
+
+  def _foresee(self) -> GroupWork:
+    """Says what there is for the next turn, and whether this process is ready.
+
+    Returns:
+      What there is; rows under way are taken for done.
+    """
+    work = self._group.work()
+    for instance in self._batchers:
+      work |= self._work(instance)
+    self._order.ask(work)
+    if self._order.is_called and not self._in_flight.has_long:
+      self._order.ready()
+    return work
 
   def plans(self, turn: StepHeader | None) -> list[StepPlan]:
     """Plans a step for each instance.
@@ -84,7 +104,7 @@ class StepPlanner:
 
     Returns:
       Plans in the order of the instances; no rows for one whose step is under
-      way, or that is better off with the next turn.
+      way, or while a turn that is agreed waits for such a step.
     """
     plans = [
       batcher.plan(self._ceiling(instance, turn))
@@ -122,16 +142,16 @@ class StepPlanner:
     if turn is None:  # Whoever said that it is ready stays so.
       return Ceiling(group=NOTHING, long=not self._order.is_called)
     if not self._group.may_join(instance, turn):
-      return Ceiling(group=NOTHING)
-    if not turn.is_shared:
-      return ANY
-    return Ceiling(
-      group=GroupRows(
+      group = NOTHING
+    elif turn.is_shared:
+      group = GroupRows(
         decode=turn.work.decode,
         prefill_tokens=turn.work.prefill_tokens,
         layered_tokens=turn.work.layered_tokens,
       )
-    )
+    else:
+      group = EVERYTHING
+    return Ceiling(group=group, is_joined=self._has_steps)
 
   def _may_launch(self, instance: InstanceId, turn: StepHeader | None) -> bool:
     # What is agreed begins when all rows of this process can be in it.

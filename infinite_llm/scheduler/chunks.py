@@ -73,7 +73,8 @@ class Chunks:
   ) -> int:
     """Prompt tokens that a request may have beside those in a draft."""
     if not is_group:
-      return draft.prefill_room(self._scheduler, self._local_tokens())
+      most = self._local_tokens(draft.ceiling.is_joined)
+      return draft.prefill_room(self._scheduler, most)
     if draft.group_prefill:
       return 0
     return min(self.group_tokens(request), draft.ceiling.group.prefill_tokens)
@@ -105,8 +106,10 @@ class Chunks:
       missing: rBlocks that are needed now.
       coming: Those that will be, for prompts.
     """
-    most = _BORROW_CHUNKS * self._num_blocks(self._scheduler.chunk_tokens)
-    least = _BORROW_CHUNKS * self._num_blocks(self.joined_tokens)
+    chunk_tokens = self._scheduler.chunk_tokens
+    group_tokens = self._lending.group_prefill_buckets[-1]
+    most = _BORROW_CHUNKS * self._num_blocks(chunk_tokens)
+    least = _BORROW_CHUNKS * self._num_blocks(min(group_tokens, chunk_tokens))
     return max(least, min(coming, most), missing)
 
   def group_tokens(self, request: Request) -> int:
@@ -131,9 +134,9 @@ class Chunks:
   def _num_blocks(self, num_tokens: int) -> int:
     return -(-num_tokens // self._block_size)
 
-  def _local_tokens(self) -> int:
+  def _local_tokens(self, is_joined: bool) -> int:
     """Prompt tokens of a local program: fewer where others may wait for it."""
     is_owing = self._rmanager.num_free_slots < self._lending.spill_slots
-    if is_owing or self._rmanager.pool.num_lent:
+    if is_joined or is_owing or self._rmanager.pool.num_lent:
       return self.joined_tokens
     return self._scheduler.chunk_tokens

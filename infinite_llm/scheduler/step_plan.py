@@ -105,10 +105,12 @@ class Ceiling:
     group: Of group steps.
     long: Whether any of a local step that takes longer than a decode step: of
       a prompt, or with rBlocks in HOST.
+    is_joined: Whether others may wait for such a step, for the next turn.
   """
 
   group: GroupRows = EVERYTHING
   long: bool = True
+  is_joined: bool = False
 
 
 ANY = Ceiling()

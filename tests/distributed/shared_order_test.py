@@ -44,9 +44,9 @@ class LeaderEnd:
     return False
 
 
-def leader(link=None, config=CONFIG, num_processes=1):
+def leader(link=None, config=CONFIG, num_processes=1, clock=lambda: 0.0):
   """By default one whose members are always ready: only it can be late."""
-  return LeaderOrder(link or LeaderEnd(), 1.0, config, num_processes)
+  return LeaderOrder(link or LeaderEnd(), 1.0, config, num_processes, clock)
 
 
 def agreed(order):
@@ -228,6 +228,21 @@ class TestLeader:
     assert order.next() is None
     order.on_ready(1, Ready(number=2))
     assert order.next() == header(2, PREFILL)
+
+  def test_a_process_that_is_never_ready_ends_the_group(self):
+    now_s = 0.0
+    order = leader(num_processes=4, clock=lambda: now_s)
+    now_s = 5.0
+    order.on_ask(1, Ask(number=1, work=DECODE))
+    order.on_ready(2, Ready(number=1))
+    now_s = 6.0
+    assert order.next() is None
+    now_s = 6.1
+    with pytest.raises(
+      GroupError,
+      match=r"within 1 s; process\(es\) 0, 1, 3 are not ready for turn 1\.",
+    ):
+      order.next()
 
   def test_a_called_turn_that_nobody_needs_any_more_is_empty(self):
     order = leader(num_processes=2)

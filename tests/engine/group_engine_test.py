@@ -20,6 +20,7 @@ from infinite_llm.distributed.step_header import GroupWork, StepHeader
 from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.group_engine import GroupEngine
+from infinite_llm.engine.in_flight import is_computed
 from infinite_llm.errors import RequestError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
@@ -195,13 +196,19 @@ class _Called(_NoTurns):
     self.num_ready += 1
 
 
-def _alone(folder, order, **more) -> Engine:
+def _alone(folder, order, transport=None, is_ready=None, **sizes) -> Engine:
   """An engine of two instances that thinks that there are other processes."""
-  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2}))
+  config = engine_config(**(SMALL_ENGINE | {"num_instances": 2} | sizes))
   model = load_hf(
     write_shallow_checkpoint(folder), make_mesh(2, 1), dtype="float32"
   )
-  return Engine(model, config, order=order, **more)
+  return Engine(
+    model,
+    config,
+    order=order,
+    transport=transport,
+    is_ready=is_ready or is_computed,
+  )
 
 
 def test_a_manager_that_says_something_ends_a_wait(tmp_path):
@@ -348,6 +355,45 @@ def test_a_turn_waits_for_a_step_under_way(tmp_path):
   engine.step()
   engine.step()
   assert dict(engine.runner.launches) == {"local_prefill": 2, "group_decode": 1}
+
+
+def test_the_next_turn_is_asked_for_before_this_one_is_waited_for(tmp_path):
+  asked, order = [], _EmptyTurns()
+  order.ask = lambda work: asked.append(order.next_number)
+  engine = _alone(tmp_path, order, is_ready=lambda _: False)
+  order.has_call = lambda: True  # Nothing is waited for.
+  engine.step()
+  assert engine._in_flight.has_group
+  assert asked == [1, 2]
+
+
+def test_prompts_in_a_turn_go_in_short_chunks(tmp_path):
+  # Others may wait for them with the next turn.
+  sizes = {"prefill_buckets": (16, 64), "group_prefill_buckets": (16,)}
+  prompt = [5] * 60
+  for order, num_tokens in ((_NoTurns(), 60), (_EmptyTurns(), 16)):
+    engine = _alone(tmp_path, order, is_ready=lambda _: False, **sizes)
+    order.has_call = lambda: True  # Nothing is waited for.
+    engine.add_request(prompt, SamplingParams(max_tokens=1), instance=0)
+    engine.step()
+    (row,) = engine._in_flight.rows(0).values()
+    assert row.num_tokens == num_tokens
+
+
+def test_a_request_with_a_row_under_way_gives_nothing_up(tmp_path):
+  engine = _alone(tmp_path, _NoTurns())
+  engine.add_request(
+    _PROMPT, SamplingParams(max_tokens=2), request_id="r", instance=0, uid=7
+  )
+  engine._in_flight._is_ready = lambda _: False
+  engine._order.has_call = lambda: True  # Nothing is waited for.
+  engine.step()
+  assert engine._in_flight.has_rows
+  for is_alone in (False, True):
+    engine.give_up(7, is_alone=is_alone)
+  engine._in_flight._is_ready = lambda _: True
+  (output,) = engine.step()
+  assert output.new_token_ids
 
 
 def test_what_came_while_nobody_called_is_not_kept_waiting(engine, link):

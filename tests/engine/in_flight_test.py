@@ -121,7 +121,9 @@ def check(oracle, output, count: int, **way) -> None:
   assert list(output.token_ids) == expected
 
 
-def flight(*instances: int, is_group: bool = False) -> Flight:
+def flight(
+  *instances: int, is_group: bool = False, is_prefill: bool = False
+) -> Flight:
   def step(instance):
     sampled = Sampled(*[np.int32(instance)] * len(Sampled._fields))
     pending = PendingSample(sampled, np.bool(True))
@@ -129,7 +131,7 @@ def flight(*instances: int, is_group: bool = False) -> Flight:
       instance=instance,
       rows=(),
       pending=pending,
-      kind=StepKind(is_group=is_group, is_prefill=False),
+      kind=StepKind(is_group=is_group, is_prefill=is_prefill),
       launched_s=0.0,
     )
 
@@ -181,6 +183,14 @@ class TestInFlight:
     for each in in_flight.wait():
       in_flight.remove(each)
     assert [in_flight.holds(n) for n in range(3)] == [True, False, False]
+
+  @pytest.mark.parametrize("is_group", [False, True])
+  def test_long_is_what_no_group_program_is_in(self, is_group):
+    in_flight = InFlight(lambda _: False)
+    in_flight.add([flight(0), flight(1, is_group=True)])
+    assert not in_flight.has_long
+    in_flight.add([flight(2, is_group=is_group, is_prefill=True)])
+    assert in_flight.has_long is not is_group
 
   def test_a_group_flight_is_over_when_all_of_it_is(self):
     over = {1, 2}

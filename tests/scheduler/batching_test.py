@@ -392,6 +392,14 @@ class TestShortage:
     row = _row(1, 128, num_tokens, False)
     assert batcher.plan() == StepPlan(group_prefill=(row,))
 
+  def test_a_large_local_program_makes_no_large_borrow(self):
+    engine = _engine(2, scheduler={"prefill_buckets": (128,)})
+    engine.add(0, make_request(1, 120, max_tokens=20))
+    manager = engine.cluster.managers[0]
+    for _ in until(lambda: manager.borrowed()):
+      engine.step()
+    assert manager.borrowed() == {1: 8}  # Two group chunks of 32 tokens.
+
   def test_the_longest_request_makes_room_for_the_others(self):
     engine = _engine(2)
     engine.add(0, make_request(1, 96, max_tokens=30))
