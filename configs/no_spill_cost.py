@@ -1,7 +1,8 @@
 """What lending costs those who do not borrow, and what a spill costs the rest.
 
-As it stands: an 8B Llama-3 shape in bfloat16 on four GPUs of 80 GB or more, one
-for each instance. Instance 0 prefills prompts of 8K tokens all the time, the
+As it stands: an 8B Llama-3 shape in bfloat16 on four GPUs, one for each
+instance, of 100 GB or more: separate and sharing engines take turns on them,
+with 40 GB each. Instance 0 prefills prompts of 8K tokens all the time, the
 others decode full batches.
 
     python -m experiments.run --config=configs/no_spill_cost.py

@@ -13,6 +13,7 @@ import ml_collections
 
 from configs.no_spill_cost import get_config
 from experiments.case_log import CaseLog, print_progress
+from experiments.case_turns import SEPARATE, SHARING
 from experiments.child_processes import ChildProcesses, ending_on_sigterm
 from experiments.launch.local import process_gpus
 from experiments.model_shape import hf_config
@@ -22,7 +23,10 @@ PART_FILE = "part.json"
 """What a process of a part writes of it, as far as it is."""
 
 _CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "no_spill_cost.py"
-_SHARING = {"sharing", "spilling"}
+_SHARING = {SHARING, "spilling"}
+
+_TOGETHER = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""Two processes have a GPU together, and take no more of it than they need."""
 
 
 def run_in_processes(
@@ -72,43 +76,42 @@ class _Parts:
   def run(self) -> CaseLog:
     """Runs what the config names."""
     cases = set(self._config.cases)
-    if "separate" in cases:
-      self._run_separate()
-    if cases & _SHARING:
-      self._run_sharing()
+    with ChildProcesses() as children:
+      if SEPARATE in cases:
+        self._start_separate(children)
+      if cases & _SHARING:
+        self._start_sharing(children)
+      children.wait(lambda: self._look(self._names))
     return self._joined()
 
-  def _run_separate(self) -> None:
+  def _start_separate(self, children: ChildProcesses) -> None:
     cluster = self._config.cluster
     gpus = [""] * cluster.num_instances
     if cluster.platform == "gpu":
       gpus = process_gpus(cluster.num_instances, cluster.tensor_parallel)
-    names = [f"separate-{i}" for i in range(cluster.num_instances)]
-    with ChildProcesses() as children:
-      for instance, name in enumerate(names):
-        children.start(
-          name,
-          ["-m", "experiments.run", *self._flags(name, "separate", instance)],
-          self._folder / f"{name}.log",
-          {"CUDA_VISIBLE_DEVICES": gpus[instance]} if gpus[instance] else None,
-        )
-      children.wait(lambda: self._look(names))
-
-  def _run_sharing(self) -> None:
-    name = "sharing"
-    with ChildProcesses() as children:
+    for instance, gpu in enumerate(gpus):
+      name = f"{SEPARATE}-{instance}"
       children.start(
         name,
-        [
-          "-m",
-          "experiments.launch.local",
-          f"--num_processes={self._config.cluster.num_processes}",
-          "--",
-          *self._flags(name, "sharing"),
-        ],
+        ["-m", "experiments.run", *self._flags(name, SEPARATE, instance)],
         self._folder / f"{name}.log",
+        _TOGETHER | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
       )
-      children.wait(lambda: self._look([name]))
+
+  def _start_sharing(self, children: ChildProcesses) -> None:
+    name = SHARING
+    children.start(
+      name,
+      [
+        "-m",
+        "experiments.launch.local",
+        f"--num_processes={self._config.cluster.num_processes}",
+        "--",
+        *self._flags(name, SHARING),
+      ],
+      self._folder / f"{name}.log",
+      _TOGETHER,
+    )
 
   def _flags(self, name: str, part: str, instance: int = 0) -> list[str]:
     """What tells a process of `experiments.run` which part is its own."""

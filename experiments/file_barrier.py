@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from collections.abc import Callable
 
 from infinite_llm.errors import GroupError
 
@@ -56,15 +57,24 @@ class FileBarrier:
       )
     return not missing
 
-  def meet(self, name: str) -> None:
+  def meet(
+    self, name: str, meanwhile: Callable[[], object] | None = None
+  ) -> None:
     """Blocks until all are there.
+
+    Args:
+      name: Of the meeting.
+      meanwhile: Called again and again; None pauses.
 
     Raises:
       GroupError: If that takes too long, naming who lacks.
     """
     self.arrive(name)
     while not self.is_complete(name):
-      time.sleep(_POLL_S)
+      if meanwhile is not None:
+        meanwhile()
+      else:
+        time.sleep(_POLL_S)
 
   def _file(self, name: str, number: int) -> pathlib.Path:
     return self._folder / f"{name}.{number}"

@@ -11,9 +11,9 @@ That is measured in up to four cases:
   it is prefilled and once while it decodes.
 
 With `cluster.num_processes` 1 all instances of a case lie in this process. With
-as many as instances, this one starts a process for each of them, first the
-separate ones, then the group, and computes nothing itself; there is no case
-"alone" then.
+as many as instances, this one starts a process for each separate engine and
+each member of the group, which take turns by repeats, and computes nothing
+itself; there is no case "alone" then.
 
 Requests that still decode when the windows of all instances are over are
 aborted, since waiting for their answers would take as long again. Answers to
@@ -49,6 +49,7 @@ from infinite_llm.models.dummy_weights import draw_model
 
 _CASES = ("alone", "separate", "sharing", "spilling")
 _PARTS = ("", "separate", "sharing")
+_UNTIMELY = {"separate", "spilling"}
 
 _Row = dict[str, Any]
 
@@ -243,6 +244,12 @@ def _check_cluster(config: ml_collections.ConfigDict) -> None:
       tuple(config.cases),
       not several or cases != {"alone"},
       "more than alone, which is of one process",
+    ),
+    (
+      "cases",
+      tuple(config.cases),
+      not several or cases & {"separate", "spilling", "sharing"} != _UNTIMELY,
+      "with sharing too, if with separate and spilling: they take turns",
     ),
     (
       "child.part",

@@ -6,6 +6,7 @@ import pathlib
 import jax
 
 from experiments.case_runner import CaseRunner, Loads
+from experiments.case_turns import SEPARATE, CaseTurns
 from experiments.cluster import build_llm
 from experiments.file_barrier import FileBarrier
 from experiments.steady_load import drive, drive_each
@@ -58,7 +59,7 @@ def run_here(runner: CaseRunner, model: LoadedModel) -> None:
 def run_process(runner: CaseRunner, instance: InstanceId) -> None:
   """Runs one instance's engine beside those of other processes.
 
-  All are loaded whenever one is measured.
+  All of them are busy whenever one is measured, and the sharing engine is not.
 
   Args:
     runner: Runs the case "separate"; its config has the folder to meet in.
@@ -80,24 +81,23 @@ def run_process(runner: CaseRunner, instance: InstanceId) -> None:
       show_progress=False,
     ).engine
     runner.log.device = jax.devices()[0].device_kind
-  barrier.meet("loaded")
+  turns = CaseTurns(config, SEPARATE, instance)
 
   def serve_loads(repeat: int) -> Loads:
     load = runner.load(engine, instance, "separate", repeat)
-    barrier.meet(f"begin {repeat}")
 
     def is_over() -> bool:
       if not load.is_over:
         return False
-      barrier.arrive(f"over {repeat}")
-      return barrier.is_complete(f"over {repeat}")
+      barrier.arrive(f"windows {repeat}")
+      return barrier.is_complete(f"windows {repeat}")
 
-    drive(engine, [load], is_over)
+    with turns.turn(repeat):
+      drive(engine, [load], is_over)
     return {instance: load}
 
   runner.measure("separate", [engine], serve_loads)
   runner.check_empty(engine, f"the engine of instance {instance}")
-  barrier.meet("ended")
 
 
 def _row_of(model: LoadedModel, instance: InstanceId) -> LoadedModel:

@@ -1,6 +1,7 @@
 """Cases in which one lending group has all instances."""
 
 import collections
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import jax
 
 from experiments.case_runner import CaseRunner, Loads
+from experiments.case_turns import SHARING, CaseTurns
 from experiments.cluster import build_llm
 from experiments.spilling_request import SpillingRequest
 from experiments.steady_load import AnyEngine, drive, serve
@@ -48,14 +50,21 @@ def run_process(runner: CaseRunner) -> None:
       show_progress=False,
     ).engine
     runner.log.device = jax.local_devices()[0].device_kind
-  _run(runner, engine)
+  # Members and managers want to hear of this process all the time.
+  _run(runner, engine, CaseTurns(config, SHARING, meanwhile=engine.settle))
 
 
-def _run(runner: CaseRunner, engine: AnyEngine) -> None:
+def _run(
+  runner: CaseRunner, engine: AnyEngine, turns: CaseTurns | None = None
+) -> None:
   """Without a spill and with one."""
   config, log = runner.config, runner.log
 
   def together(repeat: int) -> Loads:
+    with turns.turn(repeat) if turns else contextlib.nullcontext():
+      return serve_all(repeat)
+
+  def serve_all(repeat: int) -> Loads:
     loads = {
       instance: runner.load(engine, instance, "sharing", repeat)
       for instance in range(config.cluster.num_instances)

@@ -113,6 +113,13 @@ def test_what_cannot_work_is_refused(config, tmp_path, field, value, message):
     no_spill_cost.run(config, tmp_path)
 
 
+def test_processes_that_take_turns_need_somebody_to_take_them(config, tmp_path):
+  config.cluster.num_processes = 2
+  config.cases = ("separate", "spilling")
+  with pytest.raises(ConfigError, match="cases must be with sharing too, if"):
+    no_spill_cost.run(config, tmp_path)
+
+
 class _Nobody:
   """Takes requests, and never answers."""
 
