@@ -340,6 +340,40 @@ def test_rows_at_home_take_part_in_a_decode_step_of_the_group(tmp_path):
   assert launches["group_decode"] >= 9
 
 
+def test_a_prompt_behind_the_groups_step_ends_by_itself(tmp_path):
+  way = {"temperature": 0.8, "repetition_penalty": 1.4, "seed": 5}
+
+  def serve(order):
+    engine = _alone(tmp_path, order)
+
+    def add(name, prompt):
+      sampling = SamplingParams(max_tokens=12, **way)
+      engine.add_request(prompt, sampling, request_id=name, instance=0)
+
+    add("first", _PROMPT)
+    add("doomed", _PROMPT)
+    for _ in range(3):
+      engine.step()
+    add("late", _PROMPT[:2])
+    engine._in_flight._is_ready = lambda _: False
+    engine._order.has_call = lambda: True  # Nothing is waited for.
+    engine.step()
+    num_flights = len(engine._in_flight._flights)
+    engine.abort("doomed")  # In the middle of it.
+    engine._in_flight._is_ready = is_computed
+    outputs = {}
+    while engine.has_unfinished():
+      outputs |= {output.request_id: output for output in engine.step()}
+    return num_flights, {
+      name: outputs[name].token_ids for name in ("first", "late")
+    }
+
+  num_alone, alone = serve(_NoTurns())
+  num_together, together = serve(_EmptyTurns())
+  assert (num_alone, num_together) == (1, 2)
+  assert together == alone
+
+
 def test_a_turn_waits_for_a_step_under_way(tmp_path):
   order, is_over = _NoTurns(), False
   engine = _alone(tmp_path, order, is_ready=lambda _: is_over)
