@@ -267,10 +267,12 @@ def test_each_process_has_gpus_and_a_part_of_its_own(
   )
 
   assert [*commands] == ["separate-0", "separate-1", "sharing"]
+  # Separate and sharing engines have the GPUs together.
+  together = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   gpus = [commands[f"separate-{n}"][1] for n in (0, 1)]
   assert gpus == [
-    {"CUDA_VISIBLE_DEVICES": "7,5"},
-    {"CUDA_VISIBLE_DEVICES": "3,1"},
+    together | {"CUDA_VISIBLE_DEVICES": "7,5"},
+    together | {"CUDA_VISIBLE_DEVICES": "3,1"},
   ]
   module, *args = commands["separate-1"][0][1:]
   assert module == "experiments.run"
@@ -281,4 +283,4 @@ def test_each_process_has_gpus_and_a_part_of_its_own(
   args, environment = commands["sharing"]
   assert args[1:4] == ["experiments.launch.local", "--num_processes=2", "--"]
   # The launcher shares out the GPUs that it sees.
-  assert environment is None
+  assert environment == together
