@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
   # While rBlocks are lent, prompts go in chunks of the smaller size.
   config.scheduler.prefill_buckets = (1024, 8192)
   config.scheduler.prefill_rows = 8
+  config.scheduler.async_scheduling = True
 
   # Steps are those that give tokens: of instance 0, one for each prompt.
   config.prefill = ConfigDict()

@@ -14,6 +14,7 @@ from infinite_llm.rules import (
   require,
   require_buckets,
   require_choice,
+  require_flags,
   require_integer,
   require_positive,
 )
@@ -44,6 +45,9 @@ class SchedulerConfig:
     prefill_buckets: Token counts that prefill programs are compiled for,
       rising; the last one is the chunk size.
     prefill_rows: Most requests in one prefill program.
+    async_scheduling: Whether a step is planned and launched while the one
+      before still runs, with the tokens that it will give: then devices do not
+      wait for the host. A request that ends unforeseen has had a row too much.
     max_row_attempts: Times a row may fail its coverage, and times a request
       may be computed anew for that within a few tokens, before it fails.
   """
@@ -52,11 +56,13 @@ class SchedulerConfig:
   decode_buckets: tuple[int, ...] = (1, 4, 16)
   prefill_buckets: tuple[int, ...] = (128, 1024)
   prefill_rows: int = 4
+  async_scheduling: bool = True
   max_row_attempts: int = 6
 
   def __post_init__(self):
     require_buckets(self, "decode_buckets", "prefill_buckets")
     require_positive(self, "max_num_seqs", "prefill_rows", "max_row_attempts")
+    require_flags(self, "async_scheduling")
     require(
       self.decode_buckets[-1] >= self.max_num_seqs,
       "decode_buckets[-1]",

@@ -19,7 +19,7 @@ from infinite_llm.engine.admission import (
   new_request,
   reachable_tokens,
 )
-from infinite_llm.engine.in_flight import InFlight, IsReady, is_computed
+from infinite_llm.engine.in_flight import Flight, InFlight, IsReady, is_computed
 from infinite_llm.engine.layered_steps import LayeredSteps
 from infinite_llm.engine.lending_group import LendingGroup
 from infinite_llm.engine.model_runner import ModelRunner
@@ -38,7 +38,7 @@ from infinite_llm.errors import RequestError
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
-from infinite_llm.scheduler.request import Request
+from infinite_llm.scheduler.step_plan import StepPlan
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
 
@@ -47,8 +47,9 @@ class Engine:
 
   Each instance is planned on its own, when nothing of it is under way: local
   programs for requests whose rBlocks are all at home, and its part of a group
-  program for the others, with those that just decode. Instances do not wait for
-  each other unless such a program joins them. Only proved rows are committed.
+  program for the others, with those that just decode. While all are at home a
+  local step is also planned behind the one under way. Instances do not wait for
+  each other unless a group program joins them. Only proved rows are committed.
 
   With more processes than this one, each has an engine of its own; what they
   launch together they agree on by turns (`distributed/step_header.py`).
@@ -265,11 +266,13 @@ class Engine:
     return bool(self._book) or bool(self._finished)
 
   def settle(self) -> bool:
-    """Lets the managers go on with what they are about, without a step.
+    """Lets the managers go on with what they are about; launches no step.
 
     Returns:
       Whether rBlocks were moved or proved.
     """
+    # A turn may have to wait for them; the next step returns their tokens.
+    self._commit(self._in_flight.wait(at_once=True))
     self.group.tick()
     has_moved = self.group.talk()
     turn = None if self._order.is_shared else self._planner.next_turn()
@@ -278,7 +281,7 @@ class Engine:
   def step(
     self, meanwhile: Callable[[], bool] | None = None
   ) -> list[RequestOutput]:
-    """Launches a step of every idle instance and waits for any to be over.
+    """Launches steps of all instances and waits for any to be over.
 
     After an exception from a launch or a commit, and after a
     `KeyboardInterrupt` while it waits, it can be called again: what was not
@@ -294,8 +297,9 @@ class Engine:
     has_moved = self.group.talk()
     turn = self._planner.next_turn()
     has_moved |= self._move(turn)
-    self._launch(turn)
+    self._launch(self._planner.plans(turn), turn)
     self._planner.launched(turn)
+    self._launch(self._planner.plans_behind(), None)
     self.group.tick()  # Now it costs devices no time, nor do gRPC's threads.
     # A plan may give a request up and let another take its place at once.
     self._take_ended()
@@ -303,9 +307,7 @@ class Engine:
     flights = self._in_flight.wait(
       self._planner.interruption(), at_once=is_hurried
     )
-    for flight in flights:
-      self._finished += self._committer.commit(flight)
-    self._take_ended()
+    self._commit(flights)
     has_rows = self._in_flight.has_rows or any(each.steps for each in flights)
     if has_moved or has_rows or not self._book or self.group.is_checking:
       self._stall.progress()
@@ -325,11 +327,7 @@ class Engine:
     Returns:
       `(computed, total)` prompt tokens; all of them once it is finished.
     """
-    entry = self._book.find(request_id)
-    if entry is None:
-      return 1, 1
-    total = len(entry.request.prompt_token_ids)
-    return min(entry.request.num_computed_tokens, total), total
+    return self._book.progress(request_id)
 
   def pool_counts(self) -> list[PoolCounts]:
     """How the rBlocks of each instance are used."""
@@ -360,28 +358,32 @@ class Engine:
     """What lies in every rBlock."""
     return blocks_of(self.group, self.batchers)
 
-  def _request(self, uid: RequestUid) -> Request:
-    return self._book[uid].request
-
   def _move(self, turn: StepHeader | None) -> bool:
     """Launches the part of a turn that is no step."""
     if turn is None:
       return False
     self._order.take(turn)
-    return self.group.move(turn, self._proved_tokens)
+    return self.group.move(turn, self._book.proved_tokens)
 
-  def _launch(self, turn: StepHeader | None) -> None:
-    """Launches what the idle instances can do now."""
-    plans = self._planner.plans(turn)
+  def _launch(self, plans: Sequence[StepPlan], turn: StepHeader | None) -> None:
+    """Launches a step of each instance that has rows in its plan."""
     try:
-      self._in_flight.add(self._launcher.launch(plans, turn, self._request))
+      flights = self._launcher.launch(plans, turn, self._book.request)
+      self._in_flight.add(flights)
     except BaseException:
       # Rows launched so far are planned again. They write the same KV, but the
       # samplers must not take their tokens for seen.
       for plan, sampler in zip(plans, self._samplers, strict=True):
         for row in plan.rows:
           sampler.forget(row.uid)
+      self._planner.hold()
       raise
+
+  def _commit(self, flights: Sequence[Flight]) -> None:
+    """Commits flights that are over."""
+    for flight in flights:
+      self._finished += self._committer.commit(flight)
+    self._take_ended()
 
   def _take_ended(self) -> None:
     """Reports requests that ended, and forgets them."""
@@ -395,6 +397,3 @@ class Engine:
 
   def _batcher(self, instance: InstanceId) -> Batcher:
     return self.batchers[self.instances.index(instance)]
-
-  def _proved_tokens(self, uid: RequestUid) -> int:
-    return self._book[uid].request.num_computed_tokens

@@ -15,7 +15,29 @@ from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.account import SpillInfo
 from infinite_llm.scheduler.effects import Move
 from infinite_llm.scheduler.hosted_tables import HostedVersion
-from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, InstanceId, Shift
+from infinite_llm.types import (
+  NO_EPOCH,
+  NULL_BLOCK_ID,
+  Epoch,
+  InstanceId,
+  Shift,
+)
+
+
+def fill_granted(
+  granted: Sequence[tuple[int, Epoch]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """rBlocks and the epochs under which they may be received.
+
+  Args:
+    granted: At most `size`.
+    size: Of both arrays; the null block pads.
+  """
+  block_ids = np.full(size, NULL_BLOCK_ID, np.int32)
+  epochs = np.zeros(size, np.uint32)
+  block_ids[: len(granted)] = [block_id for block_id, _ in granted]
+  epochs[: len(granted)] = [epoch for _, epoch in granted]
+  return block_ids, epochs
 
 
 def empty_slots(num_instances: int, num_slots: int) -> SpillSlots:

@@ -72,8 +72,8 @@ class Flight:
 class InFlight:
   """The flights under way.
 
-  Each instance is in one at most, or in that of a group program and in one of
-  what it launched behind it.
+  Each instance is in two at most: in that of a group program, or a local one,
+  and in one of what it launched behind it.
   """
 
   def __init__(self, is_ready: IsReady = is_computed):
@@ -112,6 +112,11 @@ class InFlight:
     """Whether a step of an instance is under way."""
     return any(instance in flight.instances for flight in self._flights)
 
+  def may_follow(self, instance: InstanceId) -> bool:
+    """Whether a local step of an instance is under way, and nothing else."""
+    own = [each for each in self._flights if instance in each.instances]
+    return len(own) == 1 and not own[0].is_group
+
   def rows(self, instance: InstanceId) -> dict[RequestUid, Row]:
     """Rows of an instance that are under way."""
     return {
@@ -141,14 +146,15 @@ class InFlight:
 
     Returns:
       Those that are over, in the order of launching; they stay in here until
-      `remove`. One that is alone comes at once if nothing else can come:
-      fetching its tokens waits.
+      `remove`. Where only one can be the next, it comes at once if nothing else
+      can come: fetching its tokens waits.
     """
     is_sure = interrupted is None and not at_once
-    if not self._flights or (is_sure and len(self._flights) == 1):
-      return list(self._flights)
+    first = self._first()
+    if not first or (is_sure and len(first) == 1):
+      return first
     while True:
-      over = [flight for flight in self._flights if self._is_over(flight)]
+      over = [flight for flight in first if self._is_over(flight)]
       if over or at_once or (interrupted is not None and interrupted()):
         return over
       time.sleep(_POLL_S)
@@ -156,6 +162,16 @@ class InFlight:
   def remove(self, flight: Flight) -> None:
     """Drops a flight whose tokens were fetched."""
     self._flights.remove(flight)
+
+  def _first(self) -> list[Flight]:
+    """Those that stand behind no other of the same instance."""
+    first: list[Flight] = []
+    held: set[InstanceId] = set()
+    for flight in self._flights:
+      if held.isdisjoint(flight.instances):
+        first.append(flight)
+      held |= flight.instances
+    return first
 
   def _is_over(self, flight: Flight) -> bool:
     # A program's outputs are all there at once.

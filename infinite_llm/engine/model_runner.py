@@ -6,14 +6,14 @@ pools, and brings the tables on the devices up to date.
 
 import collections
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.attention.dist_attention import HostedRows, SpillSlots
-from infinite_llm.cache.kv_pool import KVPool
+from infinite_llm.cache.kv_pool import KVPool, PoolArrays
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.cache.packed_rows import place_rows
 from infinite_llm.cache.rows import join_rows, split_rows
@@ -21,7 +21,7 @@ from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import own_instances, row_mesh
 from infinite_llm.engine import programs
-from infinite_llm.engine.group_inputs import shifts_of_slots
+from infinite_llm.engine.group_inputs import fill_granted, shifts_of_slots
 from infinite_llm.engine.instance_tables import InstanceTables
 from infinite_llm.engine.kv_scales import place_kv_scales
 from infinite_llm.engine.program_cache import ProgramCache
@@ -39,7 +39,7 @@ from infinite_llm.engine.step_batch import (
 from infinite_llm.models.hf_loader import LoadedModel
 from infinite_llm.models.transformer import pool_kv_heads
 from infinite_llm.scheduler.hosted_tables import HostedVersion
-from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Epoch, Shift
+from infinite_llm.types import INSTANCE_AXIS, Epoch, Shift
 
 _GRANT_BUCKET = 64
 _WRITE_BUCKET = 4096
@@ -109,6 +109,11 @@ class ModelRunner:
       self._place(instance, tables.hosted_rows())
       for instance, tables in zip(self.instances, self._tables, strict=True)
     ]
+    tokens = np.zeros(config.scheduler.max_num_seqs, np.int32)
+    self._no_tokens = [
+      jax.device_put(tokens, NamedSharding(row, PartitionSpec()))
+      for row in self.row_meshes
+    ]
     self.programs = ProgramCache()
     self.launches: collections.Counter[str] = collections.Counter()
 
@@ -119,13 +124,15 @@ class ModelRunner:
     *,
     is_prefill: bool,
     bucket: int | None = None,
+    newest: jax.Array | None = None,
   ) -> StepOutput:
     """Computes rows of one instance whose rBlocks are all at home.
 
     Args:
       instance: Which instance.
       rows: At most as many as the largest bucket takes.
-      is_prefill: Whether rows may have more than one token.
+      is_prefill: Whether rows may have more than one token, all known.
+      newest: `[max_num_seqs]` int32 of the sampler; None if all are known.
       bucket: Query tokens of the program; None picks the smallest that fits.
 
     Returns:
@@ -139,19 +146,17 @@ class ModelRunner:
     num_rows = scheduler.prefill_rows if is_prefill else bucket
     batch = self._batch(instance, rows, bucket, num_rows)
     own = self._own(instance)
+    newest = self._no_tokens[own] if newest is None else newest
     kind = StepKind(is_group=False, is_prefill=is_prefill)
-    name = "local_prefill" if is_prefill else "local_decode"
+    args = self.row_params[own], self.pool.row(own)
+    args += (self._place(instance, batch),)
     pool, output = self.programs.run(
-      (name, instance, bucket),
+      (kind.name, instance, bucket),
       lambda: self._build(kind, self.row_meshes[own], bucket),
-      (
-        self.row_params[own],
-        self.pool.row(own),
-        self._place(instance, batch),
-      ),
+      args if is_prefill else (*args, newest),
     )
     self.pool.set_row(own, pool)
-    self.launches[name] += 1
+    self.launches[kind.name] += 1
     return output
 
   def group_step(
@@ -188,9 +193,8 @@ class ModelRunner:
     ]
     group = self.answering(slots)
     kind = StepKind(is_group=True, is_prefill=is_prefill)
-    name = "group_prefill" if is_prefill else "group_decode"
     pool, output = self.programs.run(
-      (name, bucket),
+      (kind.name, bucket),
       lambda: self._build(kind, self._mesh, bucket),
       (
         self.params,
@@ -200,7 +204,7 @@ class ModelRunner:
       ),
     )
     self.pool.set_group(pool)
-    self.launches[name] += 1
+    self.launches[kind.name] += 1
     split = (
       split_rows(leaf, self.row_meshes, _PER_INSTANCE) for leaf in output
     )
@@ -268,19 +272,9 @@ class ModelRunner:
       instance: The creditor.
       epochs: Epoch of each rBlock; `NO_EPOCH` refuses payloads.
     """
-    own = self._own(instance)
     for part in itertools.batched(epochs.items(), _GRANT_BUCKET):
-      block_ids = np.full(_GRANT_BUCKET, NULL_BLOCK_ID, np.int32)
-      values = np.zeros(_GRANT_BUCKET, np.uint32)
-      block_ids[: len(part)] = [block_id for block_id, _ in part]
-      values[: len(part)] = [epoch for _, epoch in part]
-      pool = self.programs.run(
-        ("grant_epochs", instance),
-        lambda: programs.build_grant(self.row_meshes[own]),
-        (self.pool.row(own), self._place(instance, (block_ids, values))),
-      )
-      self.pool.set_row(own, pool)
-      self.launches["grant_epochs"] += 1
+      granted = fill_granted(part, _GRANT_BUCKET)
+      self._write("grant_epochs", instance, programs.build_grant, granted)
 
   def write_entries(self, instance: int) -> None:
     """Writes the table entries that an instance's devices lack.
@@ -291,20 +285,11 @@ class ModelRunner:
     Args:
       instance: Whose devices.
     """
-    own = self._own(instance)
-    writes = self._tables[own].take_writes()
+    writes = self._tables[self._own(instance)].take_writes()
     for begin in range(0, max(len(writes.at), 1), _WRITE_BUCKET):
       part = EntryWrites(*(x[begin : begin + _WRITE_BUCKET] for x in writes))
-      pool = self.programs.run(
-        ("write_entries", instance),
-        lambda: programs.build_write_entries(self.row_meshes[own]),
-        (
-          self.pool.row(own),
-          self._place(instance, pad_writes(part, _WRITE_BUCKET)),
-        ),
-      )
-      self.pool.set_row(own, pool)
-      self.launches["write_entries"] += 1
+      part = pad_writes(part, _WRITE_BUCKET)
+      self._write("write_entries", instance, programs.build_write_entries, part)
 
   def set_hosted(
     self, instance: int, versions: tuple[HostedVersion, ...]
@@ -351,6 +336,22 @@ class ModelRunner:
         self.row_meshes,
       ),
     )
+
+  def _write(
+    self,
+    name: str,
+    instance: int,
+    build: Callable[[Mesh], Callable[..., PoolArrays]],
+    tree: tuple[np.ndarray, ...],
+  ) -> None:
+    own = self._own(instance)
+    pool = self.programs.run(
+      (name, instance),
+      lambda: build(self.row_meshes[own]),
+      (self.pool.row(own), self._place(instance, tree)),
+    )
+    self.pool.set_row(own, pool)
+    self.launches[name] += 1
 
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(

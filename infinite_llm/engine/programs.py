@@ -87,6 +87,12 @@ class StepKind:
   is_group: bool
   is_prefill: bool
 
+  @property
+  def name(self) -> str:
+    """What the program is called where launches are counted."""
+    scope = "group" if self.is_group else "local"
+    return f"{scope}_{'prefill' if self.is_prefill else 'decode'}"
+
 
 def build_step(
   kind: StepKind,
@@ -110,7 +116,9 @@ def build_step(
     attention: Name of the micro-attention; None picks.
 
   Returns:
-    Jitted `(params, pool, batch[, group]) -> (pool, output)`. Donates `pool`.
+    Jitted `(params, pool, batch[, more]) -> (pool, output)`. Donates `pool`. A
+    group program takes `GroupInputs` more, a local decode program the `[S]`
+    int32 newest tokens of a sampler's slots; only there tokens may come of it.
   """
   window = functools.partial(
     Window,
@@ -119,11 +127,17 @@ def build_step(
     implementation=attention,
   )
 
-  def body(params, pool, batch, group=None):
+  takes_newest = not (kind.is_group or kind.is_prefill)
+
+  def body(params, pool, batch, more=None):
     batch = batch.own()
+    tokens = batch.tokens
     if kind.is_group:
-      hosted = group.hosted.own()
-      slots, shifts = group.slots.own()
+      hosted = more.hosted.own()
+      slots, shifts = more.slots.own()
+    elif takes_newest:
+      newest = more[jnp.maximum(batch.token_slots, 0)]
+      tokens = jnp.where(batch.token_slots < 0, tokens, newest)
     # Entries and tags first: coverage is then of what attention will read.
     pool = write_entries(pool, batch.writes)
     tables = pool.tables(batch.starts, batch.counts)
@@ -198,7 +212,7 @@ def build_step(
       return state.out.astype(q.dtype), kv
 
     model = nnx.merge(graphdef, params.weights)
-    hidden, kv = model(batch.tokens, batch.positions, pool.kv, attend)
+    hidden, kv = model(tokens, batch.positions, pool.kv, attend)
     last = jnp.maximum(batch.cu_seqlens[1:] - 1, 0)
     logits = model.logits(hidden[last])
     proved = covered == batch.demand
@@ -207,6 +221,8 @@ def build_step(
   in_specs = (param_specs, POOL_SPECS, _PER_INSTANCE)
   if kind.is_group:
     in_specs += (_PER_INSTANCE,)
+  elif takes_newest:
+    in_specs += (PartitionSpec(),)
   return jax.jit(
     jax.shard_map(
       body,

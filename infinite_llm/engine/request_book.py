@@ -49,10 +49,26 @@ class RequestBook:
     """All of them, by arrival."""
     return iter(self._entries.values())
 
+  def request(self, uid: RequestUid) -> Request:
+    """The request of a number."""
+    return self._entries[uid].request
+
+  def proved_tokens(self, uid: RequestUid) -> int:
+    """How many tokens of a request are computed and proved."""
+    return self._entries[uid].request.num_computed_tokens
+
   def find(self, request_id: str) -> Entry | None:
     """The request of a name; None if there is none, or it has ended."""
     uid = self._uid_of.get(request_id)
     return None if uid is None else self._entries[uid]
+
+  def progress(self, request_id: str) -> tuple[int, int]:
+    """Prompt tokens of a request, those computed first; 1 of 1 if it ended."""
+    entry = self.find(request_id)
+    if entry is None:
+      return 1, 1
+    total = len(entry.request.prompt_token_ids)
+    return min(entry.request.num_computed_tokens, total), total
 
   def running(self) -> list[Entry]:
     """Those with rBlocks, by arrival."""

@@ -30,10 +30,12 @@ class SampleRow(NamedTuple):
   Attributes:
     row: Its number in the step.
     request: Its request; its sampling has a seed.
+    position: Of the token to be chosen.
   """
 
   row: int
   request: Request
+  position: int
 
 
 class PendingSample(NamedTuple):
@@ -51,9 +53,14 @@ class PendingSample(NamedTuple):
 class Sampler:
   """Chooses next tokens for one instance.
 
-  Which tokens a request has seen, for repetition penalties, is state on the
-  device: a row per running request that asks for it. It takes a new token in
-  the program that chose it, and only if the row was proved.
+  Each request that it samples has a slot of state on the device: its newest
+  token, which a step may take before the host knows it, and, where there are
+  repetition penalties, which tokens it has seen. Both take a new token in the
+  program that chose it, the latter only if the row was proved.
+
+  Attributes:
+    newest: `[max_num_seqs]` int32 newest token of each slot, as of the last
+      program that was launched.
   """
 
   def __init__(
@@ -73,7 +80,7 @@ class Sampler:
       row_mesh: The instance's own devices.
       programs: Where compiled programs are kept.
       vocab_size: V.
-      max_num_seqs: Most requests with repetition penalties at once.
+      max_num_seqs: Most requests that run at once.
       max_logprobs: Most likely tokens reported with each token.
     """
     self._instance = instance
@@ -84,13 +91,21 @@ class Sampler:
     self._seen = jax.device_put(
       np.zeros((max_num_seqs, vocab_size), bool), self._replicated
     )
-    self._free_rows = list(range(max_num_seqs))
-    self._row_of: dict[RequestUid, int] = {}
+    self.newest = jax.device_put(
+      np.zeros(max_num_seqs, np.int32), self._replicated
+    )
+    self._free_slots = list(range(max_num_seqs))
+    # By the time of their newest token.
+    self._slot_of: dict[RequestUid, int] = {}
 
   @property
   def state_bytes(self) -> int:
     """Bytes of the state on every device of the instance."""
-    return self._seen.nbytes
+    return self._seen.nbytes + self.newest.nbytes
+
+  def slot(self, uid: RequestUid) -> int:
+    """Slot of a request whose newest token was sampled here."""
+    return self._slot_of[uid]
 
   def sample(
     self, output: StepOutput, rows: Sequence[SampleRow]
@@ -99,7 +114,8 @@ class Sampler:
 
     Args:
       output: What the step gave; `[B]` rows.
-      rows: Rows to sample; the others' tokens mean nothing.
+      rows: Rows to sample, of requests that run; the others' tokens mean
+        nothing.
 
     Returns:
       Tokens of all `B` rows, already on their way to the host.
@@ -108,14 +124,13 @@ class Sampler:
     kind = SamplingKind.for_rows(row.request.sampling for row in rows)
     given: list[tuple[SamplingParams, int, int]]
     given = [(SamplingParams(), 0, 0)] * bucket
-    seen_rows = np.full(bucket, len(self._seen), np.int32)
-    for b, request in rows:
+    slots = self._no_slots(bucket)
+    for b, request, position in rows:
       sampling = request.sampling
-      given[b] = (sampling, sampling.seed or 0, request.num_tokens)
-      if sampling.repetition_penalty != 1:
-        seen_rows[b] = self._seen_row(request)
+      given[b] = (sampling, sampling.seed or 0, position)
+      slots[b] = self._take_slot(request)
     arrays = sampling_arrays(given, bucket)
-    pending = self._launch(kind, output, arrays, seen_rows)
+    pending = self._launch(kind, output, arrays, slots)
     # Behind the step on the devices, rather than when the host finds it over.
     for leaf in jax.tree.leaves(pending):
       leaf.copy_to_host_async()
@@ -126,42 +141,54 @@ class Sampler:
     kind: SamplingKind,
     output: StepOutput,
     arrays: SamplingArrays,
-    seen_rows: np.ndarray,
+    slots: np.ndarray,
   ) -> PendingSample:
-    given = place_rows([(arrays, seen_rows)], self._row_mesh, [self._row_mesh])
-    sampled, self._seen = self._programs.run(
-      (kind.value, self._instance, len(seen_rows)),
+    given = place_rows([(arrays, slots)], self._row_mesh, [self._row_mesh])
+    sampled, self._seen, self.newest = self._programs.run(
+      (kind.value, self._instance, len(slots)),
       lambda: build_sample(kind, self._max_logprobs),
-      (*output, given, self._seen),
+      (*output, given, self._seen, self.newest),
     )
     return PendingSample(sampled, output.proved)
 
   def forget(self, uid: RequestUid) -> None:
     """Drops the state of a request that stopped running, if it has any."""
-    row = self._row_of.pop(uid, None)
-    if row is not None:
-      self._free_rows.append(row)
+    slot = self._slot_of.pop(uid, None)
+    if slot is not None:
+      self._free_slots.append(slot)
 
   def warm_up(self, output: StepOutput) -> None:
     """Compiles all kinds of sampling a step of this shape."""
     bucket = output.logits.shape[0]
-    nobody = np.full(bucket, len(self._seen), np.int32)
+    nobody = sampling_arrays([], bucket)
     for kind in SamplingKind:
-      self._launch(kind, output, sampling_arrays([], bucket), nobody)
+      self._launch(kind, output, nobody, self._no_slots(bucket))
     self._mark(0, np.zeros(self._seen.shape[1], bool))
 
-  def _seen_row(self, request: Request) -> int:
-    """The request's row of the state; a new one has its tokens so far."""
-    if request.uid not in self._row_of:
-      self._row_of[request.uid] = self._free_rows.pop()
-      seen = np.zeros(self._seen.shape[1], bool)
-      seen[np.asarray(request.token_ids)] = True
-      self._mark(self._row_of[request.uid], seen)
-    return self._row_of[request.uid]
+  def _no_slots(self, bucket: int) -> np.ndarray:
+    return np.full(bucket, len(self._seen), np.int32)
 
-  def _mark(self, row: int, seen: np.ndarray) -> None:
-    """Overwrites a row of the state."""
-    placed = jax.device_put((np.int32(row), seen), self._replicated)
+  def _take_slot(self, request: Request) -> int:
+    """The request's slot; a new one has seen its tokens so far.
+
+    One that waits again keeps its own until another needs it: with as many
+    slots as requests run, that of none under way was used for longest.
+    """
+    slot = self._slot_of.pop(request.uid, None)
+    if slot is None:
+      if not self._free_slots:
+        self.forget(next(iter(self._slot_of)))
+      slot = self._free_slots.pop()
+      if request.sampling.repetition_penalty != 1:
+        seen = np.zeros(self._seen.shape[1], bool)
+        seen[np.asarray(request.token_ids)] = True
+        self._mark(slot, seen)
+    self._slot_of[request.uid] = slot
+    return slot
+
+  def _mark(self, slot: int, seen: np.ndarray) -> None:
+    """Overwrites what a slot has seen."""
+    placed = jax.device_put((np.int32(slot), seen), self._replicated)
     self._seen = self._programs.run(
       ("mark_seen", self._instance),
       lambda: jax.jit(_mark_seen, donate_argnums=(0,)),
@@ -179,13 +206,15 @@ def fetch(pending: PendingSample) -> Mapping[str, np.ndarray]:
   return {**sampled._asdict(), "proved": proved}
 
 
-def _mark_seen(seen: jax.Array, row: jax.Array, tokens: jax.Array) -> jax.Array:
-  return seen.at[row].set(tokens)
+def _mark_seen(
+  seen: jax.Array, slot: jax.Array, tokens: jax.Array
+) -> jax.Array:
+  return seen.at[slot].set(tokens)
 
 
 def build_sample(
   kind: SamplingKind, max_logprobs: int
-) -> Callable[..., tuple[Sampled, jax.Array]]:
+) -> Callable[..., tuple[Sampled, jax.Array, jax.Array]]:
   """Builds a sampling program: of one instance alone, without a conditional.
 
   Args:
@@ -193,9 +222,9 @@ def build_sample(
     max_logprobs: Most likely tokens reported with each token.
 
   Returns:
-    Jitted `(logits [B, V], proved [B], given, seen) -> (sampled, seen)`, where
-    `given` are the `SamplingArrays` of the rows and `[B]` their rows of `seen`.
-    Donates `seen`.
+    Jitted `(logits [B, V], proved [B], given, seen [S, V], newest [S]) ->
+    (sampled, seen, newest)`, where `given` are the `SamplingArrays` of the rows
+    and `[B]` their slots, S for none. Donates `seen` and `newest`.
   """
   choose = functools.partial(
     sample,
@@ -208,13 +237,17 @@ def build_sample(
     proved: jax.Array,
     given: PackedRows[tuple[SamplingArrays, jax.Array]],
     seen: jax.Array,
-  ) -> tuple[Sampled, jax.Array]:
-    arrays, seen_rows = given.own()
-    # Rows without a penalty point past the state: they read no token as seen,
-    # and what they would write is dropped.
-    mine = seen.at[seen_rows].get(mode="fill", fill_value=False)
+    newest: jax.Array,
+  ) -> tuple[Sampled, jax.Array, jax.Array]:
+    arrays, slots = given.own()
+    nowhere = seen.shape[0]
+    # Rows without a penalty point past what was seen: they read no token as
+    # seen, and what they would write is dropped.
+    seen_at = jnp.where(arrays.repetition_penalty != 1, slots, nowhere)
+    mine = seen.at[seen_at].get(mode="fill", fill_value=False)
     sampled = choose(logits, arrays, mine)
-    target = jnp.where(proved, seen_rows, seen.shape[0])
-    return sampled, seen.at[target, sampled.token].set(True, mode="drop")
+    target = jnp.where(proved, seen_at, nowhere)
+    seen = seen.at[target, sampled.token].set(True, mode="drop")
+    return sampled, seen, newest.at[slots].set(sampled.token, mode="drop")
 
-  return jax.jit(run, donate_argnums=(3,))
+  return jax.jit(run, donate_argnums=(3, 4))

@@ -22,6 +22,8 @@ class StepBatch(NamedTuple):
 
   Attributes:
     tokens: `[T]` int32 token ids.
+    token_slots: `[T]` int32 slot of the sampler whose newest token it is
+      instead; -1 for those that are in `tokens`.
     positions: `[T]` int32 their positions; -1 pads.
     cu_seqlens: `[B + 1]` int32 where each row's tokens start.
     append_block: `[T]` int32 own rBlock that takes each token's KV.
@@ -35,6 +37,7 @@ class StepBatch(NamedTuple):
   """
 
   tokens: np.ndarray
+  token_slots: np.ndarray
   positions: np.ndarray
   cu_seqlens: np.ndarray
   append_block: np.ndarray
@@ -54,11 +57,15 @@ class RowInput(NamedTuple):
     token_ids: The tokens to compute, at least one.
     start: Position of the first.
     table: Where the request's rBlocks lie; covers the new tokens.
+    token_slot: Slot of the sampler with the newest token of its request, which
+      is the row's only one, and in `token_ids` any number; None if those are
+      known.
   """
 
   token_ids: Sequence[int]
   start: int
   table: BlockTable
+  token_slot: int | None = None
 
   @property
   def end(self) -> int:
@@ -115,13 +122,15 @@ def build_batch(
   batch = _empty_batch(writes, num_tokens, num_rows, block_size)
   token = tag = 0
   for b, row in enumerate(rows):
-    (token_ids, start, table), end = row, row.end
+    (token_ids, start, table, token_slot), end = row, row.end
     span = slice(token, token + len(token_ids))
     positions = np.arange(start, end)
     first = start // block_size
     touched = range(first, -(-end // block_size))
     blocks = np.asarray([table.location(i).block_id for i in touched])
     batch.tokens[span] = token_ids
+    if token_slot is not None:
+      batch.token_slots[token] = token_slot
     batch.positions[span] = positions
     batch.append_block[span] = blocks[positions // block_size - first]
     batch.append_offset[span] = positions % block_size
@@ -237,6 +246,7 @@ def _empty_batch(
   most = max_writes(num_tokens, num_rows, block_size)
   return StepBatch(
     tokens=np.zeros(num_tokens, np.int32),
+    token_slots=np.full(num_tokens, -1, np.int32),
     positions=np.full(num_tokens, -1, np.int32),
     cu_seqlens=np.zeros(num_rows + 1, np.int32),
     append_block=np.full(num_tokens, NULL_BLOCK_ID, np.int32),

@@ -89,16 +89,21 @@ class StepCommitter:
       # or of one that was aborted.
       if row.uid not in self._book:
         continue
+      request = self._book[row.uid].request
+      if row.start != request.num_computed_tokens:
+        # The row before it was not proved, or lost; it stood on nothing.
+        sampler.forget(row.uid)
+        continue
       if step.kind == GROUP_PREFILL:
         # What it waited for on the devices counts: others wait for that too.
         duration_s = now_s - step.launched_s
-        self._book[row.uid].request.group_token_s = duration_s / row.num_tokens
+        request.group_token_s = duration_s / row.num_tokens
       if not result["proved"][b]:
         self.num_unproved_rows += 1
         logging.warning(
           "Request %s: what its step read is not what it demanded; trying"
           " again.",
-          self._book[row.uid].request.request_id,
+          request.request_id,
         )
         sampler.forget(row.uid)
         batcher.row_failed(row)

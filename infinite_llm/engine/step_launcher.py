@@ -160,10 +160,12 @@ class StepLauncher:
     """Launches rows that are all at home; nothing if there are none."""
     if not rows:
       return []
+    own = self._runner.instances.index(instance)
     output = self._runner.local_step(
       instance,
       [self._input(instance, row, request_of) for row in rows],
       is_prefill=kind.is_prefill,
+      newest=self._samplers[own].newest,
     )
     return [self._sample(instance, rows, kind, output, request_of)]
 
@@ -227,10 +229,13 @@ class StepLauncher:
     self, instance: InstanceId, row: Row, request_of: RequestOf
   ) -> RowInput:
     own = self._runner.instances.index(instance)
+    request = request_of(row.uid)
+    is_known = row.start < request.num_tokens
     return RowInput(
-      token_ids=request_of(row.uid).tokens(row.start, row.end),
+      token_ids=request.tokens(row.start, row.end) if is_known else (0,),
       start=row.start,
       table=self._group.managers[own].table(row.uid),
+      token_slot=None if is_known else self._samplers[own].slot(row.uid),
     )
 
   def _sample(
@@ -242,7 +247,7 @@ class StepLauncher:
     request_of: RequestOf,
   ) -> LaunchedStep:
     wanted = [
-      SampleRow(row=b, request=request_of(row.uid))
+      SampleRow(row=b, request=request_of(row.uid), position=row.end)
       for b, row in enumerate(rows)
       if row.samples
     ]

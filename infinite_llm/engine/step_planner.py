@@ -22,6 +22,9 @@ from infinite_llm.scheduler.step_plan import (
 )
 from infinite_llm.types import InstanceId
 
+_RECENT_S = 1.0
+"""Age of a turn with steps after which no other is expected."""
+
 
 class StepPlanner:
   """Decides when this process takes a turn, and who launches what in it."""
@@ -45,6 +48,7 @@ class StepPlanner:
       batchers: Continuous batching of each instance of this process.
       clock: Monotonic seconds.
     """
+    self._is_async = config.scheduler.async_scheduling
     self._buckets = (0, *config.lending.group_prefill_buckets)
     self._spill_slots = config.lending.spill_slots
     self._layered_buckets = (0, *config.layered_buckets)
@@ -59,10 +63,12 @@ class StepPlanner:
     self._clock = clock
     self._turn_began_s = clock()
     self._has_steps = False
+    self._wants_steps = False
 
   def next_turn(self) -> StepHeader | None:
     """The turn to take now; None if it is not agreed, or not yet time."""
     work = self._foresee()
+    self._wants_steps = work.has_steps
     if (turn := self._order.next()) is None:
       return None
     # Then all rows of this process can be in its steps; and if it only answers
@@ -116,6 +122,42 @@ class StepPlanner:
     if is_awaited or any(plan.group_decode for plan in plans):
       return [plan.joined() for plan in plans]
     return plans
+
+  def plans_behind(self) -> list[StepPlan]:
+    """Plans a local step behind that of each instance that has one under way.
+
+    Returns:
+      Plans in the order of the instances; no rows for one with rBlocks
+      elsewhere, nor for any if a turn with steps is to come: that begins when
+      nothing is under way.
+    """
+    # While turns go on, others would wait for two prompts.
+    has_turns = self._clock() - self._turn_began_s < _RECENT_S
+    ceiling = Ceiling(
+      group=NOTHING,
+      long=not (has_turns and self._has_steps and self._in_flight.has_long),
+      is_behind=True,
+    )
+    return [
+      batcher.plan(ceiling) if self._may_follow(instance) else StepPlan()
+      for instance, batcher in self._batchers.items()
+    ]
+
+  def hold(self) -> None:
+    """Has each instance planned next when nothing of it is under way."""
+    for batcher in self._batchers.values():
+      batcher.hold()
+
+  def _may_follow(self, instance: InstanceId) -> bool:
+    is_agreed = self._order.is_shared and self._order.next() is not None
+    is_turn_wanted = self._wants_steps or self._order.is_called or is_agreed
+    return (
+      self._is_async
+      and not is_turn_wanted
+      and self._managers[instance].num_free_slots == self._spill_slots
+      and self._in_flight.may_follow(instance)
+      and not self._batchers[instance].is_held
+    )
 
   def interruption(self) -> Callable[[], bool] | None:
     """What may come before a flight is over.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from infinite_llm.config import LendingConfig, SchedulerConfig
 from infinite_llm.errors import InvariantError
 from infinite_llm.scheduler.chunks import Chunks
-from infinite_llm.scheduler.condition import Demand
+from infinite_llm.scheduler.needs import Needs
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.retries import failed, recomputed
 from infinite_llm.scheduler.rmanager import Reconcile, RManager
@@ -25,12 +25,13 @@ from infinite_llm.types import PoolCounts, RequestUid
 class Batcher:
   """Runs the requests of one instance, first come first served.
 
-  A step is planned anew each time from how far each request is; nothing is
-  promised from one step to the next. When rBlocks run short, the policy's
-  victim lends its own out; if that is impossible, the youngest request that is
-  younger than the one in need is preempted, so the oldest always gets through.
-  A preempted request waits in HOST if there is room and copies are faster;
-  otherwise its KV is computed anew.
+  A step is planned anew each time from how far each request is, or will be once
+  the step under way is over; nothing is promised from one to the next. When
+  rBlocks run short, the policy's victim lends its own out; if that is
+  impossible, the youngest request that is younger than the one in need is
+  preempted, so the oldest always gets through. A preempted request waits in
+  HOST if there is room and copies are faster; otherwise its KV is computed
+  anew.
   """
 
   def __init__(
@@ -52,10 +53,12 @@ class Batcher:
     self._scheduler = scheduler
     self._most_attempts = scheduler.max_row_attempts
     self._block_size = block_size
+    self._needs = Needs(rmanager, block_size)
     self._chunks = Chunks(rmanager, scheduler, lending, block_size)
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
     self._ended: collections.deque[Request] = collections.deque()
+    self._is_held = False
 
   @property
   def waiting(self) -> tuple[Request, ...]:
@@ -73,9 +76,13 @@ class Batcher:
     return bool(self._waiting or self._running)
 
   @property
-  def has_spilled(self) -> bool:
-    """Whether any running request has rBlocks elsewhere."""
-    return any(self._rmanager.spill(uid) is not None for uid in self._running)
+  def is_held(self) -> bool:
+    """Whether the next plan must wait until nothing is under way."""
+    return self._is_held
+
+  def hold(self) -> None:
+    """Has the next plan wait: rows under way may not give what is foreseen."""
+    self._is_held = True
 
   def pool_counts(self) -> PoolCounts:
     """How the instance's rBlocks are used."""
@@ -118,8 +125,9 @@ class Batcher:
       self.preempt(uid)
 
   def _await_admission(self, uid: RequestUid) -> None:
+    self.hold()
     request = self._running.pop(uid)
-    request.num_computed_tokens = 0
+    request.begin_at(0)
     request.status = RequestStatus.WAITING
     ahead = sum(other.arrival < request.arrival for other in self._waiting)
     self._waiting.insert(ahead, request)
@@ -141,18 +149,31 @@ class Batcher:
     """Chooses the rows of the next step and allocates what they write to.
 
     Args:
-      ceiling: Which rows there may be.
+      ceiling: Which rows there may be. Behind a step under way, its rows are
+        taken for done, and a plan ends before the first request that needs more
+        than free rBlocks of its own instance: then `is_held`.
     """
-    self._recompute_lost()
-    self._admit()
+    if not ceiling.is_behind:
+      self._is_held = False
+      for request in self._running.values():
+        request.begin_at(request.num_computed_tokens)
+      self._recompute_lost()
+    self._admit(is_behind=ceiling.is_behind)
     draft = Draft(ceiling=ceiling)
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
     for request in self.running:
-      if request.uid in self._running:
+      if ceiling.is_behind and self._is_held:
+        break
+      # One that ends with its token under way needs no row more.
+      is_last = request.num_coming_tokens == request.max_total_tokens
+      if request.uid in self._running and not (ceiling.is_behind and is_last):
         self._add_row(request, draft)
     self._note_demand()
-    return draft.plan()
+    plan = draft.plan()
+    for row in plan.rows:
+      self._running[row.uid].num_launched_tokens = row.end
+    return plan
 
   def advance(self, row: Row) -> None:
     """Commits a row whose step was proved; its sampled token comes after."""
@@ -165,6 +186,7 @@ class Batcher:
 
   def row_failed(self, row: Row) -> None:
     """Reacts to a row whose step was not proved: it did not happen."""
+    self.hold()
     request = self._running[row.uid]
     error = failed(request, self._rmanager.instance, self._most_attempts)
     if (
@@ -218,16 +240,21 @@ class Batcher:
     if not self._is_given_up(request, error):
       self.preempt(request.uid)
 
-  def _admit(self) -> None:
+  def _admit(self, *, is_behind: bool = False) -> None:
     """Lets requests in from the head of the queue while they fit."""
     if not self._waiting or self._rmanager.is_frozen:
       return
-    room = self._rmanager.pool.num_free - self._promised()
+    room = self._rmanager.pool.num_free - self._needs.promised(
+      self._running.values()
+    )
     overflow = self._rmanager.overflow
     while len(self._running) < self._scheduler.max_num_seqs:
       # Only those that wait for another one's place in HOST are overtaken.
       ready = (r for r in self._waiting if overflow.may_enter(r.num_tokens))
       if (request := next(ready, None)) is None:
+        return
+      if is_behind and overflow.is_beyond(request.num_tokens):
+        self.hold()
         return
       needed = overflow.needed_blocks(request.num_tokens)
       is_allotted = self._rmanager.allotted_to == request.arrival
@@ -238,26 +265,6 @@ class Batcher:
       self._waiting.remove(request)
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
-
-  def _promised(self) -> int:
-    """rBlocks that running requests are still to get for their prompts."""
-    return sum(
-      self._rmanager.overflow.room(
-        request.uid, self._missing_blocks(request, request.num_tokens)
-      )
-      for request in self._running.values()
-      if request.num_uncomputed > 1
-    )
-
-  def _local_blocks(self) -> int:
-    """rBlocks of running requests that are at home to the end."""
-    manager, capacity = self._rmanager, self._rmanager.counts().total
-    return sum(
-      manager.table(uid).num_blocks
-      for uid, request in self._running.items()
-      if manager.spill(uid) is None
-      and self._num_blocks(request.num_tokens) <= capacity
-    )
 
   def _enter(self, request: Request) -> bool:
     """Opens a request that fits; whether it can come now."""
@@ -271,26 +278,17 @@ class Batcher:
     num_tokens = swapping.swap_in(request.uid)
     if num_tokens is None:
       return False
-    request.num_computed_tokens = num_tokens
+    request.begin_at(num_tokens)
     return True
 
   def _note_demand(self) -> None:
-    """Lets the rManager know what it must keep, the gManager who waits."""
-    first = self._waiting[0] if self._waiting else None
-    needed_blocks = self._rmanager.overflow.needed_blocks
-    demand = Demand(
-      num_waiting=len(self._waiting),
-      next_blocks=needed_blocks(first.num_tokens) if first else 0,
-      next_arrival=first.arrival if first else 0,
-      promised=self._promised(),
-      local_blocks=self._local_blocks() if first else 0,
-    )
+    demand = self._needs.demand(self._waiting, self._running)
     self._rmanager.condition.note_demand(demand)
 
   def _add_row(self, request: Request, draft: Draft) -> None:
     # Hundreds of times a step, nearly always this: one more token at home.
-    uid, end = request.uid, request.num_tokens
-    if request.num_computed_tokens == end - 1 and (
+    uid, end = request.uid, request.num_coming_tokens
+    if request.num_launched_tokens == end - 1 and (
       end <= self._rmanager.resident_blocks(uid) * self._block_size
     ):
       row = Row(uid=uid, start=end - 1, num_tokens=1, samples=True)
@@ -300,40 +298,52 @@ class Batcher:
       return
     is_group = self._rmanager.spill(uid) is not None
     is_layered = self._rmanager.table(uid).num_host > 0
-    wanted = self._chunks.wanted(
+    if draft.ceiling.is_behind and (is_group or is_layered):
+      self.hold()
+      return
+    num_tokens = self._chunks.wanted(
       request, draft, is_group=is_group, is_layered=is_layered
     )
-    num_tokens = self._make_room(request, wanted) if wanted > 0 else 0
+    if num_tokens > 0:
+      is_behind = draft.ceiling.is_behind
+      num_tokens = self._make_room(request, num_tokens, is_behind=is_behind)
     if is_group and is_layered:  # Its turn is asked for once there is room.
       num_tokens = min(num_tokens, draft.ceiling.group.layered_tokens)
     if num_tokens > 0:
       row = Row(
         uid=uid,
-        start=request.num_computed_tokens,
+        start=request.num_launched_tokens,
         num_tokens=num_tokens,
-        samples=num_tokens == request.num_uncomputed,
+        samples=num_tokens == request.num_unlaunched,
       )
       draft.add(row, is_group=is_group, is_layered=is_layered)
 
-  def _make_room(self, request: Request, num_tokens: int) -> int:
+  def _make_room(
+    self, request: Request, num_tokens: int, *, is_behind: bool = False
+  ) -> int:
     """Allocates rBlocks for a request's next tokens; how many it may compute.
 
     Fewer if only some rBlocks are to be had, none if room is being made.
     """
-    start = request.num_computed_tokens
+    start = request.num_launched_tokens
     if self._rmanager.is_frozen:  # Preempting others would give it nothing.
-      return max(min(num_tokens, self._capacity(request) - start), 0)
+      return max(
+        min(num_tokens, self._needs.capacity_tokens(request) - start), 0
+      )
     while True:
-      missing = self._missing_blocks(request, start + num_tokens)
+      missing = self._needs.missing(request, start + num_tokens)
       if not missing or self._rmanager.allocate(request.uid, missing):
         return num_tokens
+      if is_behind:
+        self.hold()
+        return 0
       if self._relocate(request, missing):
         return 0
       allowed = self._rmanager.overflow.room(request.uid, missing)
       some = min(self._rmanager.pool.num_free, allowed)
       if some > 0:
         self._rmanager.allocate(request.uid, some)
-      room = self._capacity(request) - start
+      room = self._needs.capacity_tokens(request) - start
       if room > 0:  # Also what a step that failed has left.
         return min(room, num_tokens)
       if not (allowed and self._preempt_younger_than(request)):
@@ -343,10 +353,12 @@ class Batcher:
     """Whether HBM is about to become free: elsewhere, or in HOST, is room."""
     overflow, uid = self._rmanager.overflow, request.uid
     if not overflow.takes(uid, request.num_tokens):
-      return self._borrow(missing, self._promised(), self._running)
+      return self._borrow(
+        missing, self._needs.promised(self._running.values()), self._running
+      )
     if not overflow.enter(uid):
       return True  # Once what is under way with it is over.
-    coming = self._missing_blocks(request, request.num_tokens)
+    coming = self._needs.missing(request, request.num_tokens)
     if self._borrow(missing, coming, (uid,)):
       return True
     self._free_host()
@@ -385,16 +397,3 @@ class Batcher:
       return False
     self.set_aside(uid)
     return True
-
-  def _capacity(self, request: Request) -> int:
-    """Tokens that a request's rBlocks hold."""
-    table = self._rmanager.table(request.uid)
-    return table.num_blocks * self._block_size
-
-  def _missing_blocks(self, request: Request, num_tokens: int) -> int:
-    """rBlocks that a request lacks for its first tokens."""
-    num_blocks = self._rmanager.table(request.uid).num_blocks
-    return max(self._num_blocks(num_tokens) - num_blocks, 0)
-
-  def _num_blocks(self, num_tokens: int) -> int:
-    return -(-num_tokens // self._block_size)

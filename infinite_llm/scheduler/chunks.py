@@ -58,15 +58,15 @@ class Chunks:
       is_group: Whether the request has rBlocks elsewhere.
       is_layered: Whether it has rBlocks in HOST.
     """
-    uncomputed = request.num_uncomputed
+    rest = request.num_unlaunched
     if is_layered:
       may_run = is_group or draft.ceiling.long
       most = self._layered_tokens if may_run else 0
-    elif uncomputed > 1:
+    elif rest > 1:
       most = self._prefill_room(request, draft, is_group)
     else:
       most = 0 if is_group and not draft.ceiling.group.decode else 1
-    return min(most, uncomputed)
+    return min(most, rest)
 
   def _prefill_room(
     self, request: Request, draft: Draft, is_group: bool

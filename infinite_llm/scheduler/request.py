@@ -53,6 +53,7 @@ class Request:
     max_total_tokens: Most tokens that prompt and output may have.
     output_token_ids: Tokens generated so far.
     num_computed_tokens: Tokens whose KV is present and proved.
+    num_launched_tokens: Those, and the tokens of rows that are under way.
     furthest_tokens: Most tokens that were ever computed and proved; a
       recomputation makes no progress until it is past them.
     attempts: Coverage failures since the last progress.
@@ -73,6 +74,7 @@ class Request:
   max_total_tokens: int
   output_token_ids: list[int] = dataclasses.field(default_factory=list[int])
   num_computed_tokens: int = 0
+  num_launched_tokens: int = 0
   furthest_tokens: int = 0
   attempts: int = 0
   num_recomputed: int = 0
@@ -95,9 +97,23 @@ class Request:
     return len(self.prompt_token_ids) + len(self.output_token_ids)
 
   @property
+  def num_coming_tokens(self) -> int:
+    """The same, with one that a row under way samples."""
+    return max(self.num_tokens, self.num_launched_tokens + 1)
+
+  @property
   def num_uncomputed(self) -> int:
     """Tokens whose KV is still to be computed, at least 1 while it runs."""
     return self.num_tokens - self.num_computed_tokens
+
+  @property
+  def num_unlaunched(self) -> int:
+    """Tokens that no row was launched for, at least 1 while it runs."""
+    return self.num_coming_tokens - self.num_launched_tokens
+
+  def begin_at(self, num_tokens: int) -> None:
+    """Notes that the KV of so many tokens is there, and no row under way."""
+    self.num_computed_tokens = self.num_launched_tokens = num_tokens
 
   @property
   def token_ids(self) -> tuple[int, ...]:

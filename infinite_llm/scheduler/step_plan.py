@@ -106,11 +106,14 @@ class Ceiling:
     long: Whether any of a local step that takes longer than a decode step: of
       a prompt, or with rBlocks in HOST.
     is_joined: Whether others may wait for such a step, for the next turn.
+    is_behind: Whether the step is launched behind one of the instance that is
+      under way: only what disturbs none of its rows.
   """
 
   group: GroupRows = EVERYTHING
   long: bool = True
   is_joined: bool = False
+  is_behind: bool = False
 
 
 ANY = Ceiling()

@@ -291,7 +291,8 @@ def test_no_prompt_is_begun_before_a_turn_that_is_called(tmp_path):
   order.is_called = False
   (output,) = engine.step()
   assert output.new_token_ids
-  assert dict(launches) == {"local_prefill": 1}
+  # And what follows it: nobody wants a turn any more.
+  assert dict(launches) == {"local_prefill": 1, "local_decode": 1}
 
   order.is_called = True  # Decode steps go on.
   engine.add_request(_PROMPT, SamplingParams(max_tokens=1), request_id="s")
@@ -344,7 +345,7 @@ def test_a_prompt_behind_the_groups_step_ends_by_itself(tmp_path):
   way = {"temperature": 0.8, "repetition_penalty": 1.4, "seed": 5}
 
   def serve(order):
-    engine = _alone(tmp_path, order)
+    engine = _alone(tmp_path, order, async_scheduling=False)
 
     def add(name, prompt):
       sampling = SamplingParams(max_tokens=12, **way)
@@ -384,11 +385,18 @@ def test_a_turn_waits_for_a_step_under_way(tmp_path):
   order.next = lambda: header
   engine.add_request(_PROMPT, SamplingParams(max_tokens=3), instance=1)
   engine.step()
-  assert dict(engine.runner.launches) == {"local_prefill": 1}
+  local = {"local_prefill": 1, "local_decode": 1}  # One behind the other.
+  assert dict(engine.runner.launches) == local
   is_over = True
   engine.step()
+  assert dict(engine.runner.launches) == local
   engine.step()
-  assert dict(engine.runner.launches) == {"local_prefill": 2, "group_decode": 1}
+  engine.step()
+  assert dict(engine.runner.launches) == {
+    "local_prefill": 2,
+    "local_decode": 1,
+    "group_decode": 1,
+  }
 
 
 def test_the_next_turn_is_asked_for_before_this_one_is_waited_for(tmp_path):

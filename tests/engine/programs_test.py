@@ -31,6 +31,7 @@ from tests.testing import GOLDEN
 NUM_BLOCKS = 100_000
 BLOCK_SIZE = 16
 SLOTS = 2
+_NEWEST = jax.ShapeDtypeStruct((4,), jnp.int32)
 
 
 def abstract_rows(tree, mesh):
@@ -118,6 +119,8 @@ def test_a_step_updates_the_pool_in_place(is_group, is_prefill, kv_dtype):
         ),
       )
     )
+  elif not is_prefill:
+    args.append(_NEWEST)
   step = programs.build_step(
     StepKind(is_group=is_group, is_prefill=is_prefill),
     model.graphdef,
@@ -180,6 +183,7 @@ def test_a_local_step_has_no_collective_over_instances():
     Params(model.state),
     abstract_pool(model.config, mesh),
     abstract_rows(batch, mesh),
+    _NEWEST,
   ).as_text()
   for collective in ("all_gather", "all_to_all", "collective_permute"):
     assert collective not in lowered

@@ -15,11 +15,11 @@ def test_what_takes_long_is_launched_last():
   def noting(name, result):
     return lambda *args, **options: launched.append(name) or result
 
-  sampler = SimpleNamespace(sample=lambda output, rows: None)
+  sampler = SimpleNamespace(sample=lambda output, rows: None, newest=None)
   launcher = StepLauncher(
     runner=SimpleNamespace(
       instances=range(2),
-      local_step=lambda instance, rows, is_prefill: (
+      local_step=lambda instance, rows, is_prefill, newest: (
         launched.append(f"{'prefill' if is_prefill else 'decode'} {instance}")
         or output
       ),
@@ -41,7 +41,7 @@ def test_what_takes_long_is_launched_last():
     StepPlan(local_decode=rows[0], layered=rows[1]),
     StepPlan(local_decode=rows[2], group_decode=rows[3], local_prefill=rows[4]),
   ]
-  request = SimpleNamespace(tokens=lambda start, end: [5])
+  request = SimpleNamespace(tokens=lambda start, end: [5], num_tokens=9)
 
   flights = launcher.launch(plans, None, lambda uid: request)
 

@@ -26,7 +26,8 @@ def test_sampling_is_launched_without_waiting(sm90a, kind):
     _array((ROWS,), bool),
     jax.tree.map(lambda x: _array(x.shape, x.dtype), given),
     _array((MAX_NUM_SEQS, VOCAB_SIZE), bool),
-    donate_argnums=3,
+    _array((MAX_NUM_SEQS,), jnp.int32),
+    donate_argnums=(3, 4),
   )
   # `Sm90a.compile` finds no branch, and no loop that a device ends.
   assert (" sort(" in compiled.as_text()) == (kind is SamplingKind.CUT)

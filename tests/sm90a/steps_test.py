@@ -97,6 +97,7 @@ def test_local_steps_write_the_pool_in_place(
     Params(state),
     _pool(jnp.bfloat16),
     _batch(num_tokens, num_rows),
+    *([] if is_prefill else [_array((num_rows,))]),
     donate_argnums=1,
   )
   memory = compiled.memory_analysis()
