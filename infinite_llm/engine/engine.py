@@ -265,6 +265,11 @@ class Engine:
     """Whether any request has not ended."""
     return bool(self._book) or bool(self._finished)
 
+  @property
+  def is_computing(self) -> bool:
+    """Whether a step is under way."""
+    return bool(self._in_flight)
+
   def settle(self) -> bool:
     """Lets the managers go on with what they are about; launches no step.
 
@@ -335,13 +340,8 @@ class Engine:
 
   def use(self) -> EngineUse:
     """How the instances are used now, and what was done so far."""
-    return use_of(
-      self.group,
-      self.batchers,
-      self.runner,
-      self.num_unproved_rows,
-      self._stall.rounds,
-    )
+    unproved, rounds = self.num_unproved_rows, self._stall.rounds
+    return use_of(self.group, self.batchers, self.runner, unproved, rounds)
 
   def give_up(self, uid: RequestUid, *, is_alone: bool) -> None:
     """Has a request of a stalled group give its rBlocks up.
@@ -390,10 +390,9 @@ class Engine:
     for sampler, batcher in zip(self._samplers, self.batchers, strict=True):
       while (request := batcher.take_ended()) is not None:
         sampler.forget(request.uid)
+        reason = request.status.finish_reason
         stream = self._book.remove(request.uid).stream
-        self._finished.append(
-          stream.output(request.status.finish_reason, request.error)
-        )
+        self._finished.append(stream.output(reason, request.error))
 
   def _batcher(self, instance: InstanceId) -> Batcher:
     return self.batchers[self.instances.index(instance)]

@@ -74,6 +74,7 @@ class GroupEngine:
     self._remote: dict[RequestUid, RemoteRequest] = {}
     self._remote_uids: dict[str, RequestUid] = {}
     self._outputs: list[RequestOutput] = []
+    self._has_heard_first = False
     self._looked_s = 0.0
     self._uses: dict[int, EngineUse] = {}
     self._blocks: dict[int, tuple[InstanceBlocks, ...]] = {}
@@ -227,7 +228,13 @@ class GroupEngine:
     )
 
   def _go_on(self) -> bool:
-    """One step of this process, with a look at the link in it and behind it."""
+    """One step of this process, with a look at the link in it and around it."""
+    # To launch a long prompt takes milliseconds, for which no caller of another
+    # instance should wait; but a step must come of every other call.
+    if not self._has_heard_first and self._hear() and self._outputs:
+      self._has_heard_first = True
+      return True
+    self._has_heard_first = False
     outputs = self._own.step(self._hear_meanwhile)
     for output in outputs:
       if output.is_finished:

@@ -171,11 +171,14 @@ class Member:
   def _step(self, engine: Engine) -> bool:
     """One step; whether it gave anything.
 
-    What it gave is told when the next one is launched, and reports are made
-    then: the devices compute meanwhile.
+    What it gave is told while the devices compute: at once if a step is under
+    way, and else when the next one is launched.
     """
     self._outputs += engine.step(functools.partial(self._tell, engine))
-    return bool(self._outputs)
+    has_spoken = bool(self._outputs)
+    if has_spoken and engine.is_computing:
+      self._tell(engine)
+    return has_spoken
 
   def _tell(self, engine: Engine) -> bool:
     """Tells process 0 what there is; nothing is ever in a hurry."""

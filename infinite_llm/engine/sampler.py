@@ -94,6 +94,10 @@ class Sampler:
     self.newest = jax.device_put(
       np.zeros(max_num_seqs, np.int32), self._replicated
     )
+    # What greedy steps of each number of rows took last, and of which slots.
+    self._greedy: dict[
+      int, tuple[PackedRows[tuple[SamplingArrays, np.ndarray]], np.ndarray]
+    ] = {}
     self._free_slots = list(range(max_num_seqs))
     # By the time of their newest token.
     self._slot_of: dict[RequestUid, int] = {}
@@ -129,8 +133,7 @@ class Sampler:
       sampling = request.sampling
       given[b] = (sampling, sampling.seed or 0, position)
       slots[b] = self._take_slot(request)
-    arrays = sampling_arrays(given, bucket)
-    pending = self._launch(kind, output, arrays, slots)
+    pending = self._launch(kind, output, given, slots)
     # Behind the step on the devices, rather than when the host finds it over.
     for leaf in jax.tree.leaves(pending):
       leaf.copy_to_host_async()
@@ -140,10 +143,10 @@ class Sampler:
     self,
     kind: SamplingKind,
     output: StepOutput,
-    arrays: SamplingArrays,
+    rows: Sequence[tuple[SamplingParams, int, int]],
     slots: np.ndarray,
   ) -> PendingSample:
-    given = place_rows([(arrays, slots)], self._row_mesh, [self._row_mesh])
+    given = self._place(kind, rows, slots)
     sampled, self._seen, self.newest = self._programs.run(
       (kind.value, self._instance, len(slots)),
       lambda: build_sample(kind, self._max_logprobs),
@@ -160,10 +163,31 @@ class Sampler:
   def warm_up(self, output: StepOutput) -> None:
     """Compiles all kinds of sampling a step of this shape."""
     bucket = output.logits.shape[0]
-    nobody = sampling_arrays([], bucket)
     for kind in SamplingKind:
-      self._launch(kind, output, nobody, self._no_slots(bucket))
+      self._launch(kind, output, [], self._no_slots(bucket))
     self._mark(0, np.zeros(self._seen.shape[1], bool))
+
+  def _place(
+    self,
+    kind: SamplingKind,
+    rows: Sequence[tuple[SamplingParams, int, int]],
+    slots: np.ndarray,
+  ) -> PackedRows[tuple[SamplingArrays, np.ndarray]]:
+    """Puts how to choose on the devices, unless the same lies there.
+
+    Greedy steps one after the other, as of a full batch, differ in nothing.
+    """
+    mesh, bucket = self._row_mesh, len(slots)
+    is_greedy = kind is SamplingKind.GREEDY
+    if is_greedy and bucket in self._greedy:
+      placed, of = self._greedy[bucket]
+      if np.array_equal(of, slots):
+        return placed
+    arrays = sampling_arrays([] if is_greedy else rows, bucket)
+    placed = place_rows([(arrays, slots)], mesh, [mesh])
+    if is_greedy:
+      self._greedy[bucket] = placed, slots
+    return placed
 
   def _no_slots(self, bucket: int) -> np.ndarray:
     return np.full(bucket, len(self._seen), np.int32)

@@ -120,6 +120,10 @@ def build_batch(
     The batch, padded.
   """
   batch = _empty_batch(writes, num_tokens, num_rows, block_size)
+  if num_tokens == num_rows and all(len(row.token_ids) == 1 for row in rows):
+    _fill_decode(batch, rows, block_size)
+    batch.starts[: len(rows)] = starts
+    return batch
   token = tag = 0
   for b, row in enumerate(rows):
     (token_ids, start, table, token_slot), end = row, row.end
@@ -146,11 +150,46 @@ def build_batch(
     batch.starts[b] = starts[b]
     batch.counts[b] = len(row.entries())
     batch.demand[b] = table.demand(end)
-  if num_tokens == num_rows and all(len(row.token_ids) == 1 for row in rows):
-    # Padding rows have a padding token each, as decode programs assume. A
-    # prefill program may be of this size too, with other rows.
-    batch.cu_seqlens[:] = np.arange(num_rows + 1)
   return batch
+
+
+def _fill_decode(
+  batch: StepBatch, rows: Sequence[RowInput], block_size: int
+) -> None:
+  """Lays rows of one token each out, hundreds of times as often as others."""
+  filled = []
+  for token_ids, start, table, token_slot in rows:
+    logical_id, offset = divmod(start, block_size)
+    block_id = table.location(logical_id).block_id
+    tag = table.tag(logical_id, offset + 1)
+    slot = -1 if token_slot is None else token_slot
+    count = len(own_entries(table, start + 1))
+    demand = table.demand(start + 1)
+    filled.append(
+      (token_ids[0], slot, start, block_id, offset, tag, count, demand)
+    )
+  # Padding rows have a padding token each, as decode programs assume. A prefill
+  # program may be of this size too, with other rows.
+  batch.cu_seqlens[:] = np.arange(len(batch.cu_seqlens))
+  if not rows:
+    return
+  columns = np.array(filled, np.int64).T
+  for target, column in zip(
+    (
+      batch.tokens,
+      batch.token_slots,
+      batch.positions,
+      batch.append_block,
+      batch.append_offset,
+      batch.tag_value,
+      batch.counts,
+      batch.demand,
+    ),
+    columns,
+    strict=True,
+  ):
+    target[: len(rows)] = column
+  batch.tag_block[: len(rows)] = batch.append_block[: len(rows)]
 
 
 class CheckBatch(NamedTuple):

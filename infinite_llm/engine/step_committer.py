@@ -1,6 +1,7 @@
 """Advances what was proved, and only that."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -83,6 +84,7 @@ class StepCommitter:
     """Advances the proved rows of a step that was over at `now_s`."""
     batcher = self._batcher(step.instance)
     sampler = self._sampler(step.instance)
+    proved, tokens = result["proved"].tolist(), result["token"].tolist()
     for b, row in enumerate(step.rows):
       # Only the step that plans an instance preempts there, and only this one
       # ends a request unasked: a row under way is that of a running request,
@@ -98,7 +100,7 @@ class StepCommitter:
         # What it waited for on the devices counts: others wait for that too.
         duration_s = now_s - step.launched_s
         request.group_token_s = duration_s / row.num_tokens
-      if not result["proved"][b]:
+      if not proved[b]:
         self.num_unproved_rows += 1
         logging.warning(
           "Request %s: what its step read is not what it demanded; trying"
@@ -110,7 +112,9 @@ class StepCommitter:
         continue
       batcher.advance(row)
       if row.samples:
-        sampled = {name: x[b] for name, x in result.items()}
+        sampled = {"token": tokens[b]}
+        if request.sampling.logprobs is not None:
+          sampled = {name: x[b] for name, x in result.items()}
         if (output := self._append(row.uid, sampled)) is not None:
           outputs.append(output)
 
@@ -126,7 +130,7 @@ class StepCommitter:
           self._batcher(step.instance).preempt(row.uid)
 
   def _append(
-    self, uid: RequestUid, sampled: Mapping[str, np.ndarray]
+    self, uid: RequestUid, sampled: Mapping[str, Any]
   ) -> RequestOutput | None:
     """Gives a request its next token; its output if it goes on."""
     entry = self._book[uid]

@@ -1,8 +1,8 @@
 """One request's way from tokens to text, and when it ends."""
 
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import tokenizers
 
 from infinite_llm.engine.detokenizer import Detokenizer
@@ -56,12 +56,13 @@ class OutputStream:
     )
     self._seen = Extent()
 
-  def push(self, sampled: Mapping[str, np.ndarray]) -> RequestStatus | None:
+  def push(self, sampled: Mapping[str, Any]) -> RequestStatus | None:
     """Takes the next token.
 
     Args:
-      sampled: Scalars `token` and `logprob`, vectors `top_ids` and
-        `top_logprobs`, as `Sampled` has them for one row.
+      sampled: Scalar `token`; where log-probabilities are asked for `logprob`
+        too, and vectors `top_ids` and `top_logprobs`, as `Sampled` has them for
+        one row.
 
     Returns:
       How the request ends with it, `FAILED` if the logits were no
@@ -121,9 +122,7 @@ class OutputStream:
   def _is_stopped(self) -> bool:
     return self._detokenizer is not None and self._detokenizer.is_stopped
 
-  def _logprob(
-    self, token: int, sampled: Mapping[str, np.ndarray]
-  ) -> TokenLogprob:
+  def _logprob(self, token: int, sampled: Mapping[str, Any]) -> TokenLogprob:
     count = self._request.sampling.logprobs or 0
     return TokenLogprob(
       token_id=token,
