@@ -128,14 +128,15 @@ class StepPlanner:
 
     Returns:
       Plans in the order of the instances; no rows for one with rBlocks
-      elsewhere, nor for any if a turn with steps is to come: that begins when
-      nothing is under way.
+      elsewhere, nor for any while others wait for this process: a turn begins
+      when nothing is under way. While it waits for others, decode rows.
     """
     # While turns go on, others would wait for two prompts.
     has_turns = self._clock() - self._turn_began_s < _RECENT_S
+    is_second = has_turns and self._has_steps and self._in_flight.has_long
     ceiling = Ceiling(
       group=NOTHING,
-      long=not (has_turns and self._has_steps and self._in_flight.has_long),
+      long=not (is_second or self._order.is_called),
       is_behind=True,
     )
     return [
@@ -149,15 +150,20 @@ class StepPlanner:
       batcher.hold()
 
   def _may_follow(self, instance: InstanceId) -> bool:
-    is_agreed = self._order.is_shared and self._order.next() is not None
-    is_turn_wanted = self._wants_steps or self._order.is_called or is_agreed
     return (
       self._is_async
-      and not is_turn_wanted
+      and not self._is_awaited()
       and self._managers[instance].num_free_slots == self._spill_slots
       and self._in_flight.may_follow(instance)
       and not self._batchers[instance].is_held
     )
+
+  def _is_awaited(self) -> bool:
+    """Whether a turn with steps waits for what this process has under way."""
+    if self._order.is_called:  # If it is ready, this process waits for others.
+      return self._in_flight.has_long
+    is_agreed = self._order.is_shared and self._order.next() is not None
+    return is_agreed or self._wants_steps
 
   def interruption(self) -> Callable[[], bool] | None:
     """What may come before a flight is over.

@@ -279,6 +279,38 @@ def test_answers_to_others_are_no_progress_of_ones_own(tmp_path, monkeypatch):
   assert engine.use().stalled_rounds >= 4
 
 
+def test_decode_steps_follow_each_other_while_others_are_waited_for(tmp_path):
+  order = _Called()
+  order.is_called = False
+  engine = _alone(tmp_path, order)
+  launches = engine.runner.launches
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=9), instance=0)
+  engine.step()  # The prompt is over, and a decode step under way.
+  order.is_called = True
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=9), instance=0)
+  engine._in_flight._is_ready = lambda _: False
+  order.has_call = lambda: True  # Nothing is waited for.
+  engine.step()
+  assert order.num_ready == 1  # Also with both under way.
+  assert dict(launches) == {"local_prefill": 1, "local_decode": 2}
+
+
+def test_nothing_follows_a_prompt_for_which_others_wait(tmp_path):
+  order = _Called()
+  order.is_called = False
+  engine = _alone(tmp_path, order, is_ready=lambda _: False)
+  order.has_call = lambda: True  # Nothing is waited for.
+  launches = engine.runner.launches
+  engine.add_request(_PROMPT, SamplingParams(max_tokens=9), instance=0)
+  ahead, engine._planner._is_async = engine._planner._is_async, False
+  engine.step()
+  engine._planner._is_async = ahead
+  order.is_called = True
+  engine.step()
+  assert order.num_ready == 0
+  assert dict(launches) == {"local_prefill": 1}
+
+
 def test_no_prompt_is_begun_before_a_turn_that_is_called(tmp_path):
   order = _Called()
   engine = _alone(tmp_path, order)
