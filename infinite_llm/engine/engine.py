@@ -302,9 +302,9 @@ class Engine:
     has_moved = self.group.talk()
     turn = self._planner.next_turn()
     has_moved |= self._move(turn)
-    self._launch(self._planner.plans(turn), turn)
+    self._launch(lambda: self._planner.plans(turn), turn)
     self._planner.launched(turn)
-    self._launch(self._planner.plans_behind(), None)
+    self._launch(self._planner.plans_behind, None)
     self.group.tick()  # Now it costs devices no time, nor do gRPC's threads.
     # A plan may give a request up and let another take its place at once.
     self._take_ended()
@@ -327,11 +327,7 @@ class Engine:
     return self._book.find(request_id) is not None
 
   def progress(self, request_id: str) -> tuple[int, int]:
-    """How far the prompt of a request is computed.
-
-    Returns:
-      `(computed, total)` prompt tokens; all of them once it is finished.
-    """
+    """Prompt tokens of a request, `(computed, total)`; equal once it ended."""
     return self._book.progress(request_id)
 
   def pool_counts(self) -> list[PoolCounts]:
@@ -365,18 +361,22 @@ class Engine:
     self._order.take(turn)
     return self.group.move(turn, self._book.proved_tokens)
 
-  def _launch(self, plans: Sequence[StepPlan], turn: StepHeader | None) -> None:
+  def _launch(
+    self, plan: Callable[[], Sequence[StepPlan]], turn: StepHeader | None
+  ) -> None:
     """Launches a step of each instance that has rows in its plan."""
+    plans: Sequence[StepPlan] = ()
     try:
+      plans = plan()
       flights = self._launcher.launch(plans, turn, self._book.request)
       self._in_flight.add(flights)
     except BaseException:
       # Rows launched so far are planned again. They write the same KV, but the
       # samplers must not take their tokens for seen.
-      for plan, sampler in zip(plans, self._samplers, strict=True):
-        for row in plan.rows:
-          sampler.forget(row.uid)
       self._planner.hold()
+      for own, each in enumerate(plans):
+        for row in each.rows:
+          self._samplers[own].forget(row.uid)
       raise
 
   def _commit(self, flights: Sequence[Flight]) -> None:

@@ -231,17 +231,17 @@ class GroupEngine:
     """One step of this process, with a look at the link in it and around it."""
     # To launch a long prompt takes milliseconds, for which no caller of another
     # instance should wait; but a step must come of every other call.
-    if not self._has_heard_first and self._hear() and self._outputs:
-      self._has_heard_first = True
+    has_heard = not self._has_heard_first and self._hear()
+    self._has_heard_first = has_heard and bool(self._outputs)
+    if self._has_heard_first:
       return True
-    self._has_heard_first = False
     outputs = self._own.step(self._hear_meanwhile)
     for output in outputs:
       if output.is_finished:
         self._note_end(output)
       else:
         self._outputs.append(output)
-    has_heard = self._hear()
+    has_heard |= self._hear()
     if not (outputs or has_heard):
       self._break_stall()
       if not self._group.transport.has_mail():

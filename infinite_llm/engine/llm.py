@@ -241,13 +241,13 @@ class LLM:
     self._is_stepping = True
     try:
       outputs = self.engine.step()
+      if not self.engine.has_unfinished():
+        self.engine.settle()  # Nobody else would bring lent rBlocks home.
     finally:
       self._is_stepping = False
     for output in outputs:
       if output.request_id in self._mail:
         self._mail[output.request_id].unread = output
-    if not self.engine.has_unfinished():
-      self.engine.settle()  # Nobody else would bring lent rBlocks home.
 
   def _leave(self, name: str) -> None:
     """Ends a request that nobody waits for any more, if it has not ended."""
@@ -255,8 +255,12 @@ class LLM:
     # A garbage collector may drop an iterator in the middle of a step.
     self._left.append(name)
     if not self._is_stepping:
-      self.engine.abort(self._left.pop())
-      self.engine.settle()
+      self._is_stepping = True
+      try:
+        self.engine.abort(self._left.pop())
+        self.engine.settle()
+      finally:
+        self._is_stepping = False
 
   def _one_each(
     self, sampling: SamplingParams | Sequence[SamplingParams] | None, count: int

@@ -195,8 +195,9 @@ class Sampler:
   def _take_slot(self, request: Request) -> int:
     """The request's slot; a new one has seen its tokens so far.
 
-    One that waits again keeps its own until another needs it: with as many
-    slots as requests run, that of none under way was used for longest.
+    One that waits again keeps its own until another needs it. There are as many
+    slots as requests may run: if all are taken, somebody has one who does not
+    run, and who was sampled before all that are under way.
     """
     slot = self._slot_of.pop(request.uid, None)
     if slot is None:

@@ -134,7 +134,7 @@ def build_batch(
     blocks = np.asarray([table.location(i).block_id for i in touched])
     batch.tokens[span] = token_ids
     if token_slot is not None:
-      batch.token_slots[token] = token_slot
+      raise InvariantError("Only decode programs take tokens of a sampler.")
     batch.positions[span] = positions
     batch.append_block[span] = blocks[positions // block_size - first]
     batch.append_offset[span] = positions % block_size

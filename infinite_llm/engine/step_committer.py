@@ -64,9 +64,9 @@ class StepCommitter:
     """
     results = [fetch(step.pending) for step in flight.steps]
     now_s = self._clock()
-    self._in_flight.remove(flight)
     outputs = []
     try:
+      self._in_flight.remove(flight)
       for step, result in zip(flight.steps, results, strict=True):
         self._commit_step(step, result, now_s, outputs)
     except BaseException:
@@ -86,15 +86,15 @@ class StepCommitter:
     sampler = self._sampler(step.instance)
     proved, tokens = result["proved"].tolist(), result["token"].tolist()
     for b, row in enumerate(step.rows):
-      # Only the step that plans an instance preempts there, and only this one
-      # ends a request unasked: a row under way is that of a running request,
-      # or of one that was aborted.
-      if row.uid not in self._book:
+      if row.uid not in self._book:  # It ended while this was under way.
         continue
       request = self._book[row.uid].request
-      if row.start != request.num_computed_tokens:
-        # The row before it was not proved, or lost; it stood on nothing.
+      is_running = request.status is RequestStatus.RUNNING
+      if not is_running or row.start != request.num_computed_tokens:
+        # The row before it was not proved, or not committed: it stood on
+        # nothing, and so does what was planned behind it.
         sampler.forget(row.uid)
+        batcher.hold()
         continue
       if step.kind == GROUP_PREFILL:
         # What it waited for on the devices counts: others wait for that too.

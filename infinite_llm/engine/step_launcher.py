@@ -77,7 +77,7 @@ class StepLauncher:
     simply begins later.
 
     Args:
-      plans: Plan of each instance; no rows for one whose step is under way.
+      plans: Plan of each instance.
       turn: The group programs that may be launched, and must be if others
         launch them too; None allows none.
       request_of: The request of a row.
@@ -137,10 +137,8 @@ class StepLauncher:
         local.setdefault(step.instance, []).append(step)
     for step in long:
       local.setdefault(step.instance, []).append(step)
-    flights = [
-      Flight(steps=tuple(steps), is_group=False) for steps in local.values()
-    ]
-    if proved:
+    flights = []
+    if proved:  # First of all: local steps of its instances stand behind it.
       flights.append(
         Flight(
           steps=tuple(group),
@@ -148,6 +146,9 @@ class StepLauncher:
           answered=() if group else tuple(proved),
         )
       )
+    flights += [
+      Flight(steps=tuple(steps), is_group=False) for steps in local.values()
+    ]
     return flights
 
   def _launch_local(

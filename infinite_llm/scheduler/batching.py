@@ -32,6 +32,9 @@ class Batcher:
   preempted, so the oldest always gets through. A preempted request waits in
   HOST if there is room and copies are faster; otherwise its KV is computed
   anew.
+
+  Attributes:
+    is_held: Whether the next plan must wait until nothing is under way.
   """
 
   def __init__(
@@ -58,7 +61,7 @@ class Batcher:
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
     self._ended: collections.deque[Request] = collections.deque()
-    self._is_held = False
+    self.is_held = False
 
   @property
   def waiting(self) -> tuple[Request, ...]:
@@ -75,14 +78,9 @@ class Batcher:
     """Whether any request has not ended."""
     return bool(self._waiting or self._running)
 
-  @property
-  def is_held(self) -> bool:
-    """Whether the next plan must wait until nothing is under way."""
-    return self._is_held
-
   def hold(self) -> None:
     """Has the next plan wait: rows under way may not give what is foreseen."""
-    self._is_held = True
+    self.is_held = True
 
   def pool_counts(self) -> PoolCounts:
     """How the instance's rBlocks are used."""
@@ -150,25 +148,27 @@ class Batcher:
 
     Args:
       ceiling: Which rows there may be. Behind a step under way, its rows are
-        taken for done, and a plan ends before the first request that needs more
-        than free rBlocks of its own instance: then `is_held`.
+        taken for done, and a plan is empty where a request needs more than
+        free rBlocks of its own instance: then `is_held`.
     """
     if not ceiling.is_behind:
-      self._is_held = False
+      self.is_held = False
       for request in self._running.values():
         request.begin_at(request.num_computed_tokens)
       self._recompute_lost()
+    elif self._rmanager.lost():
+      self.hold()
     self._admit(is_behind=ceiling.is_behind)
     draft = Draft(ceiling=ceiling)
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
     for request in self.running:
-      if ceiling.is_behind and self._is_held:
-        break
       # One that ends with its token under way needs no row more.
       is_last = request.num_coming_tokens == request.max_total_tokens
       if request.uid in self._running and not (ceiling.is_behind and is_last):
         self._add_row(request, draft)
+      if ceiling.is_behind and self.is_held:
+        return StepPlan()
     self._note_demand()
     plan = draft.plan()
     for row in plan.rows:
@@ -253,26 +253,27 @@ class Batcher:
       ready = (r for r in self._waiting if overflow.may_enter(r.num_tokens))
       if (request := next(ready, None)) is None:
         return
-      if is_behind and overflow.is_beyond(request.num_tokens):
-        self.hold()
-        return
       needed = overflow.needed_blocks(request.num_tokens)
       is_allotted = self._rmanager.allotted_to == request.arrival
       elsewhere = self._rmanager.lendable_elsewhere() if is_allotted else 0
-      if needed > room + elsewhere or not self._enter(request):
+      if needed > room + elsewhere or not self._enter(request, is_behind):
         return
       room -= needed
       self._waiting.remove(request)
       request.status = RequestStatus.RUNNING
       self._running[request.uid] = request
 
-  def _enter(self, request: Request) -> bool:
+  def _enter(self, request: Request, is_behind: bool) -> bool:
     """Opens a request that fits; whether it can come now."""
     swapping, overflow = self._rmanager.swapping, self._rmanager.overflow
     is_beyond = overflow.is_beyond(request.num_tokens)
+    if is_beyond and is_behind:
+      self.hold()
+      return False
     if is_beyond:  # It could not come back as a whole.
       swapping.drop(request.uid)
     if swapping.stage(request.uid) is None:
+      request.begin_at(0)
       self._rmanager.open(request.uid)
       return not is_beyond or overflow.enter(request.uid)
     num_tokens = swapping.swap_in(request.uid)
@@ -327,9 +328,8 @@ class Batcher:
     """
     start = request.num_launched_tokens
     if self._rmanager.is_frozen:  # Preempting others would give it nothing.
-      return max(
-        min(num_tokens, self._needs.capacity_tokens(request) - start), 0
-      )
+      room = self._needs.capacity_tokens(request) - start
+      return max(min(num_tokens, room), 0)
     while True:
       missing = self._needs.missing(request, start + num_tokens)
       if not missing or self._rmanager.allocate(request.uid, missing):

@@ -191,6 +191,16 @@ class TestInFlight:
       in_flight.remove(each)
     assert [in_flight.holds(n) for n in range(3)] == [True, False, False]
 
+  def test_of_one_instance_the_first_that_was_launched_is_the_first(self):
+    in_flight = InFlight(lambda _: True)
+    flights = [flight(0, 1, is_group=True), flight(2), flight(1), flight(2)]
+    in_flight.add(flights)
+    assert in_flight.wait() == flights[:2]
+    in_flight.remove(flights[0])
+    assert in_flight.wait() == flights[1:3]
+    in_flight.remove(flights[1])
+    assert in_flight.wait() == flights[2:]
+
   @pytest.mark.parametrize("is_group", [False, True])
   def test_long_is_what_no_group_program_is_in(self, is_group):
     in_flight = InFlight(lambda _: False)
@@ -390,16 +400,24 @@ class TestInterrupts:
     return finished
 
   @pytest.mark.parametrize("is_before", [True, False])
-  @pytest.mark.parametrize("where", ["local_step", "group_step", "fetch"])
+  @pytest.mark.parametrize(
+    "where", ["local_step", "group_step", "fetch", "plans_behind", "remove"]
+  )
   @pytest.mark.parametrize("way", [{}, PENALTY])
   def test_no_token_is_lost_or_wrong(
     self, engine, oracle, monkeypatch, where, is_before, way
   ):
-    owner = step_committer if where == "fetch" else engine.runner
+    owner = {
+      "fetch": step_committer,
+      "plans_behind": engine._planner,
+      "remove": engine._in_flight,
+    }.get(where, engine.runner)
     call = getattr(owner, where)
     interrupts = Interrupts(call, is_before=is_before)
     monkeypatch.setattr(owner, where, interrupts)
     asked = ((180, 9, 0), (30, 10, 0), (35, 12, 1))
+    if where == "remove":  # Each time prompts are computed anew, in one step.
+      asked = asked[1:]
     names = [add(engine, *each, **way) for each in asked]
     finished = self.drain(engine, interrupts)
     for name, (_, count, _) in zip(names, asked, strict=True):

@@ -56,4 +56,4 @@ def test_what_takes_long_is_launched_last():
   assert [
     (flight.is_group, [row.uid for step in flight.steps for row in step.rows])
     for flight in flights
-  ] == [(False, [0, 1]), (False, [4]), (True, [3, 2])]
+  ] == [(True, [3, 2]), (False, [0, 1]), (False, [4])]

@@ -79,10 +79,9 @@ def test_nobody_gives_way_to_a_row_that_lacks_room():
     _commit(engine, plan)
     plan = behind
   assert [request.uid for request in batcher.running] == [1, 2]
-  # The older one had the last rBlock; the younger one had no row beside it.
-  assert [row.uid for row in plan.rows] == [1]
-  assert batcher.plan(_BEHIND) == StepPlan()
-  _commit(engine, plan)
+  # The older one has the last rBlock; no step is for it alone.
+  assert plan == StepPlan()
+  assert engine.cluster.managers[0].pool.num_free == 0
   before = older.num_computed_tokens
   plan = batcher.plan()  # Now nothing is under way.
   assert not batcher.is_held
@@ -105,6 +104,26 @@ def test_after_a_row_that_failed_the_next_plan_waits():
   assert batcher.plan(_BEHIND) == StepPlan()
   engine.run()
   assert request.status is RequestStatus.FINISHED_LENGTH
+
+
+def test_who_is_let_in_begins_anew():
+  engine = _engine()
+  request = make_request(1, 20)
+  request.num_launched_tokens = 19  # Of another instance.
+  engine.add(0, request)
+  plan = engine.batchers[0].plan()
+  assert plan == StepPlan(local_prefill=(_row(1, 0, 20, True),))
+
+
+def test_what_is_lost_is_not_passed_over(monkeypatch):
+  engine = _engine()
+  for uid in (1, 2):
+    engine.add(0, make_request(uid, 10))
+  batcher = engine.batchers[0]
+  batcher.plan()
+  monkeypatch.setattr(engine.cluster.managers[0], "lost", lambda: (1,))
+  assert batcher.plan(_BEHIND) == StepPlan()
+  assert batcher.is_held
 
 
 def test_who_was_preempted_begins_anew():
