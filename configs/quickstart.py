@@ -85,5 +85,6 @@ def get_config() -> ConfigDict:
   config.scheduler.decode_buckets = (4,)
   config.scheduler.prefill_buckets = (1024,)
   config.scheduler.prefill_rows = 2
+  config.scheduler.async_scheduling = True
   config.scheduler.max_row_attempts = 6
   return config
