@@ -46,5 +46,5 @@ def get_config() -> ConfigDict:
   # rBlocks of each instance in HBM: 114 GiB beside 15 GiB of weights.
   config.cache.num_blocks = 14600
   config.cache.slab_blocks = 256  # Of each instance, in one transfer a layer.
-  config.cache.most_staged = 3
+  config.cache.most_staged = 6  # Such transfers in HBM at once.
   return config

@@ -176,7 +176,9 @@ class LayeredDecode:
         tables,
       )
       for slab in self.slabs.slabs:
-        state = self._add(state, q, positions, stream.take(), slab.tables)
+        (part,) = stream.take()
+        state = self._add(state, q, positions, part, slab.tables)
+        del part  # Its room is that of what comes next.
         stream.used(state)
       x = self._back(params, x, positions, state)
     return self._head(self._model.state, x)

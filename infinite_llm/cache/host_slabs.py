@@ -10,6 +10,7 @@ the link's speed; slices of host memory inside a program did not.
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ class HostSlabs:
     Args:
       most_staged: Slabs' layers that are in HBM at once, at least 2.
     """
-    parts = in_order([slab.layers for slab in self._slabs])
+    parts = in_order([slab.layers for slab in self._slabs], together=1)
     return SlabStream(parts, self._hbm, most_staged)
 
   def _pad(self, ids: Sequence[Sequence[int]], value: int) -> np.ndarray:
@@ -140,28 +141,40 @@ class HostSlabs:
     return padded
 
 
-def in_order(slabs: Sequence[Sequence[jax.Array]]) -> Iterator[jax.Array]:
+def in_order(
+  slabs: Sequence[Sequence[jax.Array]], together: int
+) -> Iterator[tuple[jax.Array, ...]]:
   """All slabs' parts of layer 0, then of layer 1, and so on.
 
   Args:
     slabs: The layers of each.
+    together: Parts to give at a time; the last of a layer may be fewer.
   """
   for parts in zip(*slabs, strict=True):
-    yield from parts
+    yield from itertools.batched(parts, together)
 
 
 class SlabStream:
-  """Brings parts of slabs into HBM, a few ahead of what uses them."""
+  """Brings parts of slabs into HBM, some ahead of what uses them.
+
+  A transfer allocates what it fills, and so waits for all programs that were
+  launched before it. A program that waited for its part would hold up every
+  transfer begun behind it: the link would idle. So a part is handed out when it
+  is there, and those to come are begun before whatever uses it is launched.
+  """
 
   def __init__(
-    self, parts: Iterator[jax.Array], hbm: NamedSharding, most_staged: int
+    self,
+    parts: Iterator[tuple[jax.Array, ...]],
+    hbm: NamedSharding,
+    most_staged: int,
   ):
     """Starts the first transfers.
 
     Args:
-      parts: In the order of use, in host memory.
+      parts: Those used together, in the order of use, in host memory.
       hbm: How they lie on the devices.
-      most_staged: Parts in HBM at once, at least 2.
+      most_staged: How many such tuples are in HBM at once, at least 2.
     """
     if most_staged < 2:
       raise InvariantError(
@@ -171,19 +184,19 @@ class SlabStream:
     self._parts = parts
     self._hbm = hbm
     self._most_staged = most_staged
-    self._staged: collections.deque[jax.Array] = collections.deque()
+    self._staged: collections.deque[tuple[jax.Array, ...]] = collections.deque()
     self._used: collections.deque[Any] = collections.deque()
     self._top_up()
 
   @property
   def num_staged(self) -> int:
-    """Parts that take room in HBM, as far as is known."""
+    """How many tuples of parts take room in HBM, as far as is known."""
     return len(self._staged) + len(self._used)
 
-  def take(self) -> jax.Array:
-    """The next part; blocks the host until there is room to transfer it.
+  def take(self) -> tuple[jax.Array, ...]:
+    """The next parts; blocks the host until they are there.
 
-    Its user says `used` before it takes another one, and keeps no reference.
+    Their user says `used` before it takes others, and keeps no reference.
 
     Raises:
       InvariantError: If there is none.
@@ -193,16 +206,17 @@ class SlabStream:
         raise InvariantError("All parts of the slabs have been taken.")
       jax.block_until_ready(self._used.popleft())
       self._top_up()
+    jax.block_until_ready(self._staged[0])
+    self._top_up()
     return self._staged.popleft()
 
   def used(self, result: Any) -> None:
-    """Notes what is computed from the part taken last.
+    """Notes what is computed from the parts taken last.
 
     Args:
-      result: Once it is computed the part is needed no more.
+      result: Once it is computed they are needed no more.
     """
     self._used.append(result)
-    self._top_up()
 
   def _top_up(self) -> None:
     while self._used and all(
@@ -210,10 +224,10 @@ class SlabStream:
     ):
       self._used.popleft()
     while self.num_staged < self._most_staged:
-      part = next(self._parts, None)
-      if part is None:
+      parts = next(self._parts, None)
+      if parts is None:
         return
-      self._staged.append(transfer(part, self._hbm))
+      self._staged.append(transfer(parts, self._hbm))
 
 
 @functools.cache

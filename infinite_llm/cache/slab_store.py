@@ -22,8 +22,13 @@ from infinite_llm.errors import InvariantError
 from infinite_llm.types import NULL_BLOCK_ID, RequestUid
 from pallas_kernels.micro_attention.api import BlockTables
 
-MOST_STAGED = 2
-"""Parts of slabs in HBM at once: one is attended while the next one comes."""
+MOST_STAGED = 6
+"""Parts of slabs in HBM at once, or as many times as are attended together. The
+host learns late that some are attended, and the link must have work until then.
+"""
+
+type Staged = tuple[jax.Array, jax.Array, BlockTables]
+"""A part of a slab in HBM, with the tag and the tables of the slab."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,6 +98,7 @@ class SlabStore:
     self._verify = verify
     self._hbm = NamedSharding(row, POOL_SPECS.kv)
     self._host = self._hbm.with_memory_kind("pinned_host")
+    self._nothing: Staged | None = None
     self._slabs = collections.defaultdict[RequestUid, list[HeldSlab]](list)
     self._leaving: list[LeavingSlab] = []
 
@@ -157,10 +163,50 @@ class SlabStore:
     for leaving in self._leaving:
       leaving.is_dropped |= leaving.uid == uid
 
-  def stream(self, slabs: Sequence[HeldSlab]) -> SlabStream:
-    """Begins to bring slabs through HBM, layer by layer."""
-    parts = in_order([slab.layers for slab in slabs])
+  def stream(self, slabs: Sequence[HeldSlab], together: int) -> SlabStream:
+    """Begins to bring slabs through HBM, layer by layer.
+
+    Args:
+      slabs: Those to be attended.
+      together: Whose parts of a layer are attended at a time.
+    """
+    parts = in_order([slab.layers for slab in slabs], together)
     return SlabStream(parts, self._hbm, MOST_STAGED)
+
+  def staged(
+    self,
+    slabs: Sequence[HeldSlab],
+    parts: Sequence[jax.Array],
+    together: int,
+  ) -> tuple[Staged, ...]:
+    """Parts that came together, with what names them.
+
+    Args:
+      slabs: Whose they are.
+      parts: A layer of each.
+      together: How many a program takes.
+
+    Returns:
+      As many; those that are missing hold nothing.
+    """
+    found = [
+      (part, slab.tag, slab.tables)
+      for part, slab in zip(parts, slabs, strict=True)
+    ]
+    while len(found) < together:
+      found.append(self._no_part(parts[0]))
+    return tuple(found)
+
+  def _no_part(self, like: jax.Array) -> Staged:
+    """Stands for a slab where there are too few; placed once."""
+    if self._nothing is None:
+      tags = NamedSharding(self._row, POOL_SPECS.tag)
+      self._nothing = (
+        jax.device_put(np.zeros(like.shape, like.dtype), self._hbm),
+        jax.device_put(np.zeros(1 + self._slab_blocks, np.uint32), tags),
+        self._tables(()),
+      )
+    return self._nothing
 
   def warm_up(self, pool: PoolArrays) -> HeldSlab:
     """Compiles the program, and runs it over null blocks.

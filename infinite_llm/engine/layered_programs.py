@@ -1,11 +1,11 @@
 """Programs of a step that attends HOST: a few short ones for every layer.
 
-Between them host memory brings the next slab's part of a layer. `begin`, then
-for each layer `front`, `add` for each slab and `back`, then `end`. All run on
-an instance's own row of the mesh; where the request has rBlocks at other
-instances too, `group_front` on all of it takes the place of `front`. Every
-layer proves what it read, in HBM and from slabs: a row is proved if all of them
-did.
+Between them host memory brings what the next one reads of a layer's slabs.
+`begin`, then for each layer `front`, `add` for a few slabs at a time and
+`back`, then `end`. All run on an instance's own row of the mesh; where the
+request has rBlocks at other instances too, `group_front` on all of it takes the
+place of `front`. Every layer proves what it read, in HBM and from slabs: a row
+is proved if all of them did.
 """
 
 import dataclasses
@@ -35,6 +35,10 @@ _PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
 _QUERIES = PartitionSpec(INSTANCE_AXIS, TENSOR_AXIS)
 _STATES = AttentionState(_QUERIES, _QUERIES)
 
+SLABS_TOGETHER = 4
+"""Whose parts of a layer a decode step attends in one program: what the host
+does for a transfer and a program takes longer than the link for one slab."""
+
 ATTENDED_SPECS = (_QUERIES, _STATES, _PER_INSTANCE)
 """Partition of what `front` and `group_front` give beside the pool."""
 
@@ -58,6 +62,11 @@ class LayeredPrograms:
   mesh: Mesh
   num_tokens: int
   attention: str | None
+
+  @property
+  def slabs_together(self) -> int:
+    """Slabs that `add` takes. A chunk of a prompt keeps devices busy by one."""
+    return SLABS_TOGETHER if self.num_tokens == 1 else 1
 
   def begin(self) -> Callable[..., Any]:
     """Names what the step writes, and embeds its tokens.
@@ -146,29 +155,27 @@ class LayeredPrograms:
     return self._jit(body, specs, self._attended, donated=(2,))
 
   def add(self) -> Callable[..., Any]:
-    """Attends a layer of one slab.
+    """Attends a layer of some slabs, one after the other.
 
     Returns:
-      Jitted `(state, covered, q, layer, kv_scales, batch, staged, tag, tables)
-      -> (state, covered)`.
+      Jitted `(state, covered, q, layer, kv_scales, batch, staged) -> (state,
+      covered)`, where `staged` are as many as `slabs_together`.
     """
 
-    def body(state, covered, q, layer, kv_scales, batch, staged, tag, tables):
+    def body(state, covered, q, layer, kv_scales, batch, staged):
       batch = batch.own()
-      state = staged_attention(
-        state,
-        q,
-        batch.cu_seqlens,
-        batch.positions,
-        staged,
-        tables,
-        self._window(kv_scales, layer),
-      )
-      return state, covered + coverage(tag, tables)
+      window = self._window(kv_scales, layer)
+      for part, tag, tables in staged:
+        state = staged_attention(
+          state, q, batch.cu_seqlens, batch.positions, part, tables, window
+        )
+        covered += coverage(tag, tables)
+      return state, covered
 
     read = (_NONE, self.param_specs.kv_scales, _PER_INSTANCE)
-    slab = (POOL_SPECS.kv, POOL_SPECS.tag, TABLE_SPECS)
-    specs = (_STATES, _PER_INSTANCE, _QUERIES, *read, *slab)
+    staged = (POOL_SPECS.kv, POOL_SPECS.tag, TABLE_SPECS)
+    slabs = (staged,) * self.slabs_together
+    specs = (_STATES, _PER_INSTANCE, _QUERIES, *read, slabs)
     return self._jit(body, specs, (_STATES, _PER_INSTANCE))
 
   def back(self) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """One row that attends HOST, on its way through the layers of an instance."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,13 +82,14 @@ class LayeredRun:
     self._programs = programs
     self._layers = layers
     self._slabs = slabs
+    self._store = store
     self._weights, self._kv_scales = runner.row_params[own]
     pool, x, self._proved = self._run(
       "begin", self._weights, runner.pool.row(own), batch
     )
     runner.pool.set_row(own, pool)
     self.part = Part(x, batch, tables)
-    self._stream = store.stream(slabs)
+    self._stream = store.stream(slabs, programs.slabs_together)
 
   def front(self, index: int) -> Attended:
     """Attends what is in HBM at home.
@@ -115,10 +117,11 @@ class LayeredRun:
     """
     q, state, covered = attended
     read = self._read(index)
-    for slab in self._slabs:
-      staged = (self._stream.take(), slab.tag, slab.tables)
-      state, covered = self._run("add", state, covered, q, *read, *staged)
-      del staged  # Its room is that of the next one.
+    together = self._programs.slabs_together
+    for slabs in itertools.batched(self._slabs, together):
+      staged = self._store.staged(slabs, self._stream.take(), together)
+      state, covered = self._run("add", state, covered, q, *read, staged)
+      del staged  # Its room is that of what comes next.
       self._stream.used(covered)
       self._meanwhile()
     x, self._proved = self._run(

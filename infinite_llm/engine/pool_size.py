@@ -13,6 +13,7 @@ from infinite_llm.cache.slab_store import MOST_STAGED
 from infinite_llm.cache_config import MAX_SLAB_BLOCKS
 from infinite_llm.config import EngineConfig
 from infinite_llm.engine.group_inputs import empty_slots
+from infinite_llm.engine.layered_programs import SLABS_TOGETHER
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.sampler import Sampler
 from infinite_llm.errors import ConfigError
@@ -184,8 +185,9 @@ def measure(
   if config.cache.host_blocks:
     temporary_bytes += STAGING_BLOCKS * block_bytes
   if config.cache.host_attention:
-    # A slab that leaves, and one layer each of those that are attended.
-    num_slabs = 2 + -(-MOST_STAGED // model.config.num_layers)
+    # A slab that leaves, and one layer each of those that are staged.
+    parts = MOST_STAGED * SLABS_TOGETHER
+    num_slabs = 2 + -(-parts // model.config.num_layers)
     temporary_bytes += num_slabs * (1 + MAX_SLAB_BLOCKS) * block_bytes
   return Needs(
     temporary_bytes=temporary_bytes + output_bytes + sampler.state_bytes,

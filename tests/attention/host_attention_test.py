@@ -130,7 +130,8 @@ class Request:
       state = jax.jit(first)(q, self.positions, self.placed, self.in_hbm())
       for slab in slabs.slabs:
         assert stream.num_staged <= most_staged
-        state = add(state, q, self.positions, stream.take(), slab.tables)
+        (part,) = stream.take()
+        state = add(state, q, self.positions, part, slab.tables)
         stream.used(state)
       states.append(merge_many(state))
     with pytest.raises(InvariantError, match=r"All parts .* taken"):

@@ -174,9 +174,12 @@ def test_others_attend_a_layer_in_place_too(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 1024])
-def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens, dtype):
+def test_slabs_are_attended_without_a_copy_of_them(
+  sm90a, row, num_tokens, dtype
+):
   step = Step(row, num_tokens)
   tables = BlockTables(_ints(1 + S), _ints(1 + S), _ints(1), _ints(1))
+  part = _array((1 + S, 1, 2, K, P, D), dtype)
   compiled, spills = sm90a.compile(
     step.programs.add(),
     step.state,
@@ -185,14 +188,12 @@ def test_a_slab_is_attended_without_a_copy_of_it(sm90a, row, num_tokens, dtype):
     _array((), jnp.int32),
     _scales(dtype),
     step.batch,
-    _array((1 + S, 1, 2, K, P, D), dtype),
-    _ints(1 + S, jnp.uint32),
-    tables,
+    ((part, _ints(1 + S, jnp.uint32), tables),) * step.programs.slabs_together,
   )
   assert spills
   slab_bytes = (1 + S) * BLOCK_BYTES // L
-  # Bytes are widened for prefill, here all at once (docs/float8.md), and what
-  # was attended of them is merged.
+  # Bytes are widened for prefill, here a slab at once (docs/float8.md), and
+  # what was attended of them is merged.
   is_widened = dtype == jnp.uint8 and num_tokens > 1
   most = 3 * slab_bytes if is_widened else slab_bytes / 20
   assert compiled.memory_analysis().temp_size_in_bytes < most
