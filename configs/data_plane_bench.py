@@ -42,6 +42,16 @@ def get_config() -> ConfigDict:
   config.host_reads.bytes = 2**30
   config.host_reads.programs = 528  # Of the kernel's grid.
 
+  # An engine's request of which most lies in host memory.
+  config.host_attention = ConfigDict()
+  config.host_attention.run = True
+  config.host_attention.kv_dtypes = ("bfloat16", "float8_e4m3fn")
+  config.host_attention.num_blocks = 1025
+  config.host_attention.host_blocks = 2049
+  config.host_attention.prompt_tokens = 131072
+  config.host_attention.chunk_tokens = 4096
+  config.host_attention.max_tokens = 24
+
   config.exchange = ConfigDict()
   config.exchange.run = True
   config.exchange.blocks = (1, 4, 16, 64, 256)  # Per pair and program.

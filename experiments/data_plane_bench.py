@@ -1,7 +1,8 @@
 """How fast rBlocks move, and attention over them, on the GPUs of one host.
 
-HBM to host memory and back, instance to instance, decode steps beside both, and
-one long request's attention spread over instances in three ways. It runs on
+HBM to host memory and back, instance to instance, decode steps beside both, a
+request larger than HBM, and one long request's attention spread over instances
+in three ways. It runs on
 one, two or four GPUs; what needs more than there are is left out, and named:
 
     python -m experiments.run --config=configs/data_plane_bench.py
@@ -24,6 +25,7 @@ from experiments import (
   attention_bench,
   collective_bench,
   exchange_bench,
+  host_attention_bench,
   host_read_bench,
   tier_bench,
 )
@@ -72,6 +74,12 @@ def run(
       "host reads",
       config.host_reads.run,
       functools.partial(host_read_bench.bench, config),
+      1,
+    ),
+    (
+      "host attention",
+      config.host_attention.run,
+      functools.partial(host_attention_bench.bench, config),
       1,
     ),
     (

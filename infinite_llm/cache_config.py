@@ -18,9 +18,10 @@ DTYPES = ("float32", "bfloat16")
 KV_DTYPES = (*DTYPES, "float8_e4m3fn")
 """What keys and values can be."""
 
-MAX_SLAB_BLOCKS = 64
+_MAX_SLAB_BLOCKS = 64
 """rBlocks that go to HOST together to be attended there: a layer of an 8B
-Llama-3 of them is 16 MiB, which a link takes as fast as more."""
+Llama-3 of them is 16 MiB. Of float8 twice as many, so that transfers are as
+large."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +136,16 @@ class CacheConfig:
     Raises:
       ConfigError: If `num_blocks` is yet to be found out.
     """
-    most = min(MAX_SLAB_BLOCKS, self.kept_blocks // 2, self.host_blocks - 1)
+    most = min(
+      self.max_slab_blocks, self.kept_blocks // 2, self.host_blocks - 1
+    )
     return max(most, 1)
+
+  @property
+  def max_slab_blocks(self) -> int:
+    """What S is, where pools are large enough."""
+    is_float8 = self.kv_dtype == "float8_e4m3fn"
+    return _MAX_SLAB_BLOCKS * (2 if is_float8 else 1)
 
   @property
   def overflow_blocks(self) -> int:

@@ -58,6 +58,11 @@ class TestHostAttention:
     ).cache
     assert cache.slab_blocks == slab_blocks
 
+  def test_of_float8_a_slab_has_as_many_bytes(self):
+    sizes = {"num_blocks": 1001, "host_blocks": 1000, "host_attention": True}
+    cache = engine_config(kv_dtype="float8_e4m3fn", **sizes).cache
+    assert cache.slab_blocks == 128
+
   def test_without_it_no_request_has_any(self):
     cache = engine_config(num_blocks=9, host_blocks=9).cache
     assert cache.overflow_blocks == 0

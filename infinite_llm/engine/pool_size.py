@@ -10,7 +10,6 @@ from jax.experimental import multihost_utils
 from infinite_llm.cache.device_memory import DeviceMemory, device_memory
 from infinite_llm.cache.host_pool import STAGING_BLOCKS
 from infinite_llm.cache.slab_store import MOST_STAGED
-from infinite_llm.cache_config import MAX_SLAB_BLOCKS
 from infinite_llm.config import EngineConfig
 from infinite_llm.engine.group_inputs import empty_slots
 from infinite_llm.engine.layered_programs import SLABS_TOGETHER
@@ -188,7 +187,8 @@ def measure(
     # A slab that leaves, and one layer each of those that are staged.
     parts = MOST_STAGED * SLABS_TOGETHER
     num_slabs = 2 + -(-parts // model.config.num_layers)
-    temporary_bytes += num_slabs * (1 + MAX_SLAB_BLOCKS) * block_bytes
+    slab_blocks = 1 + config.cache.max_slab_blocks
+    temporary_bytes += num_slabs * slab_blocks * block_bytes
   return Needs(
     temporary_bytes=temporary_bytes + output_bytes + sampler.state_bytes,
     block_bytes=block_bytes + _ENTRY_BYTES,

@@ -32,6 +32,12 @@ def _config():
   config.tiers.blocks = (1, 20)
   config.host_reads.bytes = 2 * 3 * 4 * 4096
   config.host_reads.programs = 2
+  config.host_attention.kv_dtypes = ("float32",)
+  config.host_attention.num_blocks = 9
+  config.host_attention.host_blocks = 33
+  config.host_attention.prompt_tokens = 150
+  config.host_attention.chunk_tokens = 16
+  config.host_attention.max_tokens = 4
   config.exchange.blocks = (3,)
   config.collectives.bytes = (256, 1024)
   config.collectives.calls = (2, 3)
@@ -53,6 +59,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
     "tier moves": 2 * (2 * 2 + 1),
     "decode beside tier moves": 2,
     "host memory": 2,
+    "host attention": 1,
     "exchange": 2,
     "decode beside one rBlock a step": 1,
     "collectives": 2 * 2 * 2,
@@ -76,6 +83,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
 def test_what_one_device_cannot_do_is_named(config, tmp_path):
   config.num_devices = 1
   config.tiers.run = config.host_reads.run = False
+  config.host_attention.run = False
   config.attention.num_instances = (2,)
 
   result = data_plane_bench.run(config, tmp_path)
@@ -90,6 +98,7 @@ def test_what_one_device_cannot_do_is_named(config, tmp_path):
 
 def test_kv_that_does_not_fit_is_named(config, tmp_path):
   config.tiers.run = config.host_reads.run = False
+  config.host_attention.run = False
   config.exchange.run = config.collectives.run = False
   config.attention.num_instances = (1,)
   config.attention.contexts = (64,)
