@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from infinite_llm.attention.dist_attention import Window, local_attention
 from infinite_llm.attention.host_attention import staged_attention
+from infinite_llm.cache import global_arrays, host_slabs
 from infinite_llm.cache.host_slabs import TABLE_SPECS, HostSlabs
 from infinite_llm.cache.kv_pool import POOL_SPECS
 from infinite_llm.distributed.mesh import make_mesh
@@ -131,6 +132,7 @@ class Request:
       for slab in slabs.slabs:
         assert stream.num_staged <= most_staged
         (part,) = stream.take()
+        assert part.is_ready()
         state = add(state, q, self.positions, part, slab.tables)
         stream.used(state)
       states.append(merge_many(state))
@@ -192,3 +194,21 @@ def test_a_slab_has_its_size():
 def test_one_part_at_a_time_is_no_stream():
   with pytest.raises(InvariantError, match=r"at least 2, .*; got 1"):
     HostSlabs(make_mesh(I, T), S).stream(1)
+
+
+def test_what_comes_next_is_begun_before_a_part_is_handed_out(monkeypatch):
+  """A transfer waits for the programs that are launched before it."""
+  begun = []
+
+  def transfer(parts, sharding):
+    begun.append(parts)
+    return global_arrays.transfer(parts, sharding)
+
+  slabs = Request(101, 1, host=range(13)).slabs()
+  monkeypatch.setattr(host_slabs, "transfer", transfer)
+  num_parts = len(slabs) * L
+  stream = slabs.stream(2)
+  for num_taken in range(num_parts):
+    stream.take()
+    assert len(begun) == min(2 + num_taken, num_parts)
+    stream.used(jnp.zeros(()).block_until_ready())
