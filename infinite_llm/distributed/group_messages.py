@@ -170,6 +170,13 @@ class GiveUp:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ComeBack:
+  """Somebody else has ended, so a request that gave way may run again."""
+
+  uid: RequestUid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenNews:
   """Log-probabilities of a token, as `TokenLogprob` has them."""
 
@@ -357,6 +364,7 @@ type FromLeader = (
   | Submit
   | Abort
   | GiveUp
+  | ComeBack
   | BlocksRequest
 )
 type FromMember = Hello | Ask | Ready | Outputs | EngineUse | Blocks | Failed

@@ -60,6 +60,7 @@ class Engine:
     group: Managers and data plane.
     instances: Numbers of this process's instances.
     batchers: Continuous batching of each of them.
+    stall: Makes room when nothing goes on.
   """
 
   def __init__(
@@ -144,7 +145,7 @@ class Engine:
     )
     self._uids = itertools.count(1)
     self._finished: list[RequestOutput] = []
-    self._stall = StallBreaker(
+    self.stall = StallBreaker(
       config.lending,
       clock,
       self._book,
@@ -315,9 +316,9 @@ class Engine:
     self._commit(flights)
     has_rows = self._in_flight.has_rows or any(each.steps for each in flights)
     if has_moved or has_rows or not self._book or self.group.is_checking:
-      self._stall.progress()
+      self.stall.progress()
     else:
-      self._stall.wait()
+      self.stall.wait()
       self._take_ended()
     outputs, self._finished = self._finished, []
     return outputs
@@ -336,7 +337,7 @@ class Engine:
 
   def use(self) -> EngineUse:
     """How the instances are used now, and what was done so far."""
-    unproved, rounds = self.num_unproved_rows, self._stall.rounds
+    unproved, rounds = self.num_unproved_rows, self.stall.rounds
     return use_of(self.group, self.batchers, self.runner, unproved, rounds)
 
   def give_up(self, uid: RequestUid, *, is_alone: bool) -> None:
@@ -347,7 +348,7 @@ class Engine:
       is_alone: Whether nobody else has any, so that it cannot go on.
     """
     if not self._in_flight.has_rows:
-      self._stall.give_up(uid, is_alone=is_alone)
+      self.stall.give_up(uid, is_alone=is_alone)
       self._take_ended()
 
   def blocks(self) -> tuple[InstanceBlocks, ...]:
@@ -392,6 +393,7 @@ class Engine:
         sampler.forget(request.uid)
         reason = request.status.finish_reason
         stream = self._book.remove(request.uid).stream
+        self.stall.ended(request.uid)
         self._finished.append(stream.output(reason, request.error))
 
   def _batcher(self, instance: InstanceId) -> Batcher:

@@ -12,6 +12,7 @@ from infinite_llm.distributed.group_messages import (
   Ask,
   Blocks,
   BlocksRequest,
+  ComeBack,
   EngineUse,
   Failed,
   GiveUp,
@@ -27,11 +28,11 @@ from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.member import PATIENCE_S
 from infinite_llm.engine.news import RemoteRequest, together
 from infinite_llm.engine.outputs import RequestOutput
-from infinite_llm.engine.stall import who_gives_up
 from infinite_llm.engine.warm_up import Progress
 from infinite_llm.errors import GroupError, RequestError
 from infinite_llm.models.loaded_model import LoadedModel
 from infinite_llm.sampling_params import SamplingParams
+from infinite_llm.scheduler.stalls import StandingAside, who_gives_up
 from infinite_llm.types import InstanceId, PoolCounts, RequestUid
 
 _IDLE_S = 0.0005
@@ -76,6 +77,7 @@ class GroupEngine:
     self._outputs: list[RequestOutput] = []
     self._has_heard_first = False
     self._looked_s = 0.0
+    self._aside = StandingAside()
     self._uses: dict[int, EngineUse] = {}
     self._blocks: dict[int, tuple[InstanceBlocks, ...]] = {}
 
@@ -264,11 +266,17 @@ class GroupEngine:
     if is_idle or now_s - self._looked_s < _LOOK_EVERY_S:
       return
     self._looked_s = now_s
-    use = self.use()
-    uid = who_gives_up(use.running, use.waiting, use.stalled_rounds)
+    own = self._own.use()
+    use = together([own, *self._uses.values()])
+    # Reports of members do not know what ended since.
+    known = {*own.running, *self._remote}
+    running = [uid for uid in use.running if uid in known]
+    uid = who_gives_up(running, use.waiting, use.stalled_rounds)
     if uid is None:
       return
-    is_alone = len(use.running) <= 1
+    is_alone = len(running) <= 1
+    if not is_alone:
+      self._aside.add(uid, running)
     # Every process counts anew; until they say so, their reports are old.
     for process, each in self._uses.items():
       self._uses[process] = dataclasses.replace(each, stalled_rounds=0)
@@ -321,5 +329,8 @@ class GroupEngine:
     return request
 
   def _note_end(self, output: RequestOutput) -> None:
+    for uid in self._aside.ended(output.uid):
+      self._link.broadcast(ComeBack(uid=uid))
+      self._own.stall.come_back(uid)
     self._load[output.instance] -= len(output.prompt_token_ids)
     self._outputs.append(output)

@@ -16,6 +16,7 @@ from infinite_llm.distributed.group_messages import (
   BlocksRequest,
   Call,
   Close,
+  ComeBack,
   EngineUse,
   Failed,
   FromLeader,
@@ -163,6 +164,8 @@ class Member:
         engine.abort(request_id)
       case GiveUp(uid=uid, is_alone=is_alone):
         engine.give_up(uid, is_alone=is_alone)
+      case ComeBack(uid=uid):
+        engine.stall.come_back(uid)
       case BlocksRequest():
         self._link.send(Blocks(instances=engine.blocks()))
       case _:

@@ -9,23 +9,20 @@ from infinite_llm.config import LendingConfig
 from infinite_llm.engine.request_book import Entry, RequestBook
 from infinite_llm.errors import CapacityError
 from infinite_llm.scheduler.batching import Batcher
+from infinite_llm.scheduler.stalls import StandingAside, who_gives_up
 from infinite_llm.types import InstanceId, RequestUid
 
 _IDLE_S = 0.0005
 """Pause of a step that finds nothing to do but wait for a message."""
 
-_ROUNDS_TOGETHER = 3
-_ROUNDS_ALONE = 30
-"""Rounds of messages to wait for; they may be lost again and again."""
-
 
 class StallBreaker:
   """Adds up the time in which nothing could go on, and ends it.
 
-  The youngest running request gives its rBlocks up and is computed again later,
-  so the oldest always gets through. One that is alone fails, but much later: it
-  may be waiting for messages that are lost again and again. With other
-  processes, whoever hears of all of them decides who that is.
+  The youngest running request gives its rBlocks up (`scheduler/stalls.py`) and
+  is computed again later. One that is alone fails, but much later: it may be
+  waiting for messages that are lost again and again. With other processes,
+  whoever hears of all of them decides who that is, and for how long.
   """
 
   def __init__(
@@ -54,6 +51,7 @@ class StallBreaker:
     self._instances = instances
     self._batchers = batchers
     self._is_shared = is_shared
+    self._aside = StandingAside()
     self._last_step_s = clock()
     self._stalled_s = 0.0
 
@@ -82,7 +80,10 @@ class StallBreaker:
     if self._is_shared or chosen is None:
       time.sleep(_IDLE_S)
       return
-    self.give_up(chosen, is_alone=len(running) <= 1)
+    is_alone = len(running) <= 1
+    if not is_alone:
+      self._aside.add(chosen, running)
+    self.give_up(chosen, is_alone=is_alone)
 
   def give_up(self, uid: RequestUid, *, is_alone: bool) -> None:
     """Has a request give its rBlocks up.
@@ -103,6 +104,17 @@ class StallBreaker:
         entry.request.request_id,
       )
       self._batcher(entry.instance).preempt(uid)
+      entry.request.stands_aside = True
+
+  def come_back(self, uid: RequestUid) -> None:
+    """Lets a request that gave its rBlocks up run again; any may have ended."""
+    if uid in self._book:
+      self._book[uid].request.stands_aside = False
+
+  def ended(self, uid: RequestUid) -> None:
+    """Notes that a request of this process ended."""
+    for each in self._aside.ended(uid):
+      self.come_back(each)
 
   def _fail(self, entry: Entry) -> None:
     counts = [batcher.pool_counts() for batcher in self._batchers]
@@ -115,22 +127,3 @@ class StallBreaker:
 
   def _batcher(self, instance: InstanceId) -> Batcher:
     return self._batchers[self._instances.index(instance)]
-
-
-def who_gives_up(
-  running: Sequence[RequestUid], waiting: Sequence[RequestUid], rounds: int
-) -> RequestUid | None:
-  """Chooses the request that makes room for the others, or that fails.
-
-  Args:
-    running: Requests with rBlocks, by arrival.
-    waiting: Requests that come in if none runs, by arrival.
-    rounds: Rounds of messages in which nothing went on.
-
-  Returns:
-    The youngest that runs, or the first to wait; None if there is none, or it
-    is too early to say.
-  """
-  if rounds < (_ROUNDS_TOGETHER if len(running) > 1 else _ROUNDS_ALONE):
-    return None
-  return running[-1] if running else next(iter(waiting), None)

@@ -251,7 +251,8 @@ class Batcher:
     while len(self._running) < self._scheduler.max_num_seqs:
       # Only those that wait for another one's place in HOST are overtaken.
       ready = (r for r in self._waiting if overflow.may_enter(r.num_tokens))
-      if (request := next(ready, None)) is None:
+      request = next(ready, None)
+      if request is None or request.stands_aside:
         return
       needed = overflow.needed_blocks(request.num_tokens)
       is_allotted = self._rmanager.allotted_to == request.arrival

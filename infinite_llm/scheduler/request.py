@@ -62,6 +62,7 @@ class Request:
     recomputed_from: `furthest_tokens` when that count began.
     group_token_s: Seconds per token of its last group prefill step; 0 before
       one was measured.
+    stands_aside: Whether it must not run for now, for others to go on.
     status: Where it is in its life.
     error: Why it failed, if it did.
   """
@@ -80,6 +81,7 @@ class Request:
   num_recomputed: int = 0
   recomputed_from: int = 0
   group_token_s: float = 0.0
+  stands_aside: bool = False
   status: RequestStatus = RequestStatus.WAITING
   error: Exception | None = None
 

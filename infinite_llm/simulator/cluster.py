@@ -8,6 +8,7 @@ from collections.abc import Callable
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.messages import Address
 from infinite_llm.scheduler.request import Request
+from infinite_llm.scheduler.stalls import StandingAside
 from infinite_llm.simulator.data_plane import DataPlane
 from infinite_llm.simulator.fault_points import DeathError, FaultPoints
 from infinite_llm.simulator.faults import NetworkFaults
@@ -89,6 +90,7 @@ class Cluster:
     self.num_migrated = 0
     self._unheeded: collections.Counter[str] = collections.Counter()
     self._uids = itertools.count(1)
+    self._aside = StandingAside()
     self._incarnations = [1] * scenario.num_instances
     self._journal: dict[InstanceId, list[Request]] = {}
     for number in range(scenario.num_instances):
@@ -249,6 +251,7 @@ class Cluster:
   def _break_stall(self) -> None:
     """As the engine: requests may wait for each other's rBlocks for ever."""
     world = self.world
+    self._let_others_back()
     if world.network.now_s - world.progress_s < _STALL_S:
       return
     world.progress_s = world.network.now_s
@@ -261,8 +264,24 @@ class Cluster:
     if len(running) > 1:
       _, uid, instance = max(running, key=lambda entry: entry[0])
       world.tell(f"stall: request {uid} on {instance.number} gives way")
+      self._aside.add(uid, [other for _, other, _ in running])
       instance.batcher.preempt(uid)
+      instance.requests[uid].stands_aside = True
       instance.settle()
+
+  def _let_others_back(self) -> None:
+    """Has requests that gave way run again, once somebody else has ended."""
+    if not (awaited := self._aside.awaited):
+      return
+    open_ = {
+      request.uid: request
+      for request in self.accepted.values()
+      if not request.status.is_finished
+    }
+    for ended in awaited - open_.keys():
+      for uid in self._aside.ended(ended):
+        if uid in open_:
+          open_[uid].stands_aside = False
 
   def _bury(self, death: DeathError) -> None:
     """Takes down who died, to come back in time."""

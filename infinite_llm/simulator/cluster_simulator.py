@@ -2,10 +2,9 @@
 
 Messages travel over the simulated network without faults, rBlocks over links of
 a given speed, copies to host memory and back over others, steps take what the
-cost model says. Instances joined by debts
-begin a step together, when all of them are through with the last one, and end
-it with the slowest if any row of it attends elsewhere. Devices are not there:
-what moved arrived intact.
+cost model says. Instances joined by debts begin a step together, when all of
+them are through with the last one, and end it with the slowest if any row of it
+attends elsewhere. Devices are not there: what moved arrived intact.
 
 Requests that managers hand out (`MigrateRequest`), which no engine does, go to
 where they are to run, and their KV follows over the link in place of being
@@ -34,6 +33,7 @@ from infinite_llm.scheduler.messages import (
   RecallKvcache,
 )
 from infinite_llm.scheduler.request import Request, RequestStatus
+from infinite_llm.scheduler.stalls import StandingAside, who_gives_up
 from infinite_llm.simulator.cluster_config import ClusterConfig
 from infinite_llm.simulator.cost_model import CostModel
 from infinite_llm.simulator.faults import NetworkFaults
@@ -51,10 +51,6 @@ from infinite_llm.simulator.traces import TraceRequest
 from infinite_llm.types import InstanceId, RequestUid, Tier
 
 type _Link = tuple[InstanceId, InstanceId | Tier]
-
-_ROUNDS_TOGETHER = 3
-_ROUNDS_ALONE = 30
-"""Rounds of messages in which nothing goes on, as of the engine's stalls."""
 
 
 class ClusterSimulator:
@@ -111,6 +107,7 @@ class ClusterSimulator:
     self._progress_s = 0.0
     self._num_moved = self._num_recalled = self._num_swapped = 0
     self._num_migrated = self._num_stalls = 0
+    self._aside = StandingAside()
     self._lent_block_ticks = self._used_block_ticks = 0
     self._begin()
 
@@ -225,6 +222,7 @@ class ClusterSimulator:
     owner.batcher.abort(plan.uid)
     owner.take_ended()
     record = self._record_of.pop(plan.uid)
+    self._let_others_back(plan.uid)
     moved = dataclasses.replace(
       request,
       uid=next(self._uids),
@@ -246,6 +244,13 @@ class ClusterSimulator:
       if request.error is not None:
         record.error = str(request.error)
       self._num_open -= 1
+      self._let_others_back(request.uid)
+
+  def _let_others_back(self, ended: RequestUid) -> None:
+    for uid in self._aside.ended(ended):
+      instance = next(each for each in self.instances if uid in each.requests)
+      instance.requests[uid].stands_aside = False
+      self._steps.wake(instance)
 
   # Steps.
 
@@ -285,7 +290,7 @@ class ClusterSimulator:
       counts = instance.manager.counts()
       self._lent_block_ticks += counts.hosted
       self._used_block_ticks += counts.hosted + counts.used
-    if self._steps.num_busy:
+    if self._steps.num_busy or not any(i.has_work for i in self.instances):
       self._progress_s = self.network.now_s
     else:
       self._break_stall()
@@ -294,31 +299,26 @@ class ClusterSimulator:
 
   def _break_stall(self) -> None:
     """As the engine: the youngest gives way; one that is alone fails."""
-    requests = [
-      (request.status is RequestStatus.RUNNING, request.arrival, instance)
-      for instance in self.instances
-      for request in instance.requests.values()
-    ]
-    if not requests:
-      self._progress_s = self.network.now_s
-      return
-    running = sum(is_running for is_running, *_ in requests)
+    requests = sorted(
+      (request for one in self.instances for request in one.requests.values()),
+      key=lambda request: request.arrival,
+    )
+    running = [r.uid for r in requests if r.status is RequestStatus.RUNNING]
+    waiting = [r.uid for r in requests if r.status is RequestStatus.WAITING]
     lending = self._config.lending
     round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
-    rounds = _ROUNDS_TOGETHER if running > 1 else _ROUNDS_ALONE
-    if self.network.now_s - self._progress_s < rounds * round_s:
+    rounds = int((self.network.now_s - self._progress_s) / round_s)
+    if (uid := who_gives_up(running, waiting, rounds)) is None:
       return
     self._progress_s = self.network.now_s
     self._num_stalls += 1
-    _, arrival, instance = max(requests, key=lambda entry: entry[:2])
-    uid = next(
-      uid for uid, r in instance.requests.items() if r.arrival == arrival
-    )
-    if running > 1:
+    instance = next(each for each in self.instances if uid in each.requests)
+    if len(running) > 1:
+      self._aside.add(uid, running)
       instance.batcher.preempt(uid)
+      instance.requests[uid].stands_aside = True
     else:
-      error = CapacityError("The request needs rBlocks that nobody gives up.")
-      instance.batcher.fail(uid, error)
+      instance.batcher.fail(uid, CapacityError("Nobody gives rBlocks up."))
     self._take_ended(instance)
     self._pump(instance)
 

@@ -220,8 +220,8 @@ class TestIdleCallers:
   def _time_flies(self, engine, monkeypatch):
     """Between any two looks at the engine's clock a minute passes."""
     minutes = itertools.count()
-    monkeypatch.setattr(engine._stall, "_clock", lambda: 60.0 * next(minutes))
-    monkeypatch.setattr(engine._stall, "_last_step_s", 0.0)
+    monkeypatch.setattr(engine.stall, "_clock", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(engine.stall, "_last_step_s", 0.0)
 
   def test_a_request_may_need_all_memory_after_another_did(
     self, engine, oracle

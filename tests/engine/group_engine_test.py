@@ -3,6 +3,7 @@
 The members are not there: a test says what they would.
 """
 
+import dataclasses
 import types
 
 import pytest
@@ -11,6 +12,8 @@ from infinite_llm.config import engine_config
 from infinite_llm.distributed.group_link import LeaderLink
 from infinite_llm.distributed.group_messages import (
   Abort,
+  ComeBack,
+  GiveUp,
   OutputNews,
   Outputs,
   Submit,
@@ -80,10 +83,10 @@ def _engine(link, tmp_path):
   return engine
 
 
-def _add(engine: GroupEngine, link: _Link) -> int:
-  """Asks for a request "r" of the member; the number that it got."""
+def _add(engine: GroupEngine, link: _Link, name: str = "r") -> int:
+  """Asks for a request of the member; the number that it got."""
   engine.add_request(
-    _PROMPT, SamplingParams(max_tokens=3), request_id="r", instance=1
+    _PROMPT, SamplingParams(max_tokens=3), request_id=name, instance=1
   )
   process, submit = link.said[-1]
   assert process == 1
@@ -135,6 +138,47 @@ def test_tokens_told_by_columns_are_of_their_requests(engine, link):
   (output,) = engine.step()  # The other one ended here meanwhile.
   assert (output.uid, output.new_token_ids, output.new_text) == (uid, (8,), "x")
   assert engine.progress("r") == (3, 3)  # The report of that is yet to come.
+
+
+def _stalled(engine: GroupEngine, *running: int):
+  """What a member says whose requests wait for each other."""
+  use = dataclasses.replace(
+    engine._own.use(), running=running, stalled_rounds=3
+  )
+  return 1, use
+
+
+def _hear(engine: GroupEngine, link: _Link, *messages) -> list:
+  """What process 0 says when it has heard something, and looks for a stall."""
+  link.heard = list(messages)
+  link.said.clear()
+  engine.step()
+  engine._looked_s = 0.0
+  engine.step()
+  return link.said
+
+
+def test_who_gave_way_comes_back_when_another_has_ended(engine, link):
+  old, young = _add(engine, link, "old"), _add(engine, link, "young")
+  said = _hear(engine, link, _stalled(engine, old, young))
+  assert said == [(1, GiveUp(uid=young, is_alone=False))]
+  assert _hear(engine, link, _news(old, 8)) == []
+  said = _hear(engine, link, _news(old, 9, reason="stop"))
+  assert said == [(None, ComeBack(uid=young))]
+
+
+def test_an_abort_lets_others_come_back_too(engine, link):
+  old, young = _add(engine, link, "old"), _add(engine, link, "young")
+  _hear(engine, link, _stalled(engine, old, young))
+  engine.abort("old")
+  assert link.said[-1] == (None, ComeBack(uid=young))
+
+
+def test_nobody_gives_way_to_one_that_has_ended(engine, link):
+  """Reports come late; for its end one would wait for ever."""
+  old, young = _add(engine, link, "old"), _add(engine, link, "young")
+  report = _stalled(engine, old, young)
+  assert _hear(engine, link, report, _news(old, 9, reason="stop")) == []
 
 
 class _EmptyTurns:

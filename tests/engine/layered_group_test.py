@@ -218,6 +218,36 @@ def test_two_that_need_all_others_lend_come_one_after_the_other(
   assert len(preempted) <= 1
 
 
+def test_the_youngest_that_gave_way_waits_until_another_has_ended(
+  checkpoint, oracle
+):
+  """Else it takes again what it gave up, before the others can borrow it.
+
+  Two grow until nobody lends any more, beside one beyond all HBM: that keeps
+  its share of its own instance's, and what is free there is not lent.
+  """
+  engine = build(load(checkpoint, 3), num_instances=3, headroom_blocks=2)
+  asked = dict(add(engine, 125, 64, text=n, instance=n) for n in range(2))
+  asked |= dict([add(engine, 560, 30, text=7, instance=2)])
+  gave_way, finished = [], {}
+  give_up = engine.stall.give_up
+  engine.stall.give_up = lambda uid, *, is_alone: (
+    gave_way.append(uid),
+    give_up(uid, is_alone=is_alone),
+  )
+  while engine.has_unfinished():
+    for output in engine.step():
+      if output.is_finished:
+        finished[output.request_id] = output
+    assert len(gave_way) <= 2
+  assert gave_way in ([3], [3, 2])
+  # The first ends with all that it needs; the others come back then.
+  assert next(iter(finished)) == next(iter(asked))
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert is_clean(engine)
+
+
 def test_what_it_lent_is_not_recalled(lenders):
   """It lent that to have no more than its share at home."""
   name, _ = add(lenders, 400, 8, instance=0)

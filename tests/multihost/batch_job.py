@@ -36,13 +36,23 @@ _FLAGS = (
 
 def write_requests(path: pathlib.Path, most_tokens: int = 900) -> None:
   """Writes requests, every sixth of which needs more than an instance has."""
+  sizes = [
+    (most_tokens - n if n % 6 == 0 else 20 + 13 * n, 24 + n)
+    for n in range(NUM_REQUESTS)
+  ]
+  write_requests_of(path, sizes)
+
+
+def write_requests_of(
+  path: pathlib.Path, sizes: Sequence[tuple[int, int]]
+) -> None:
+  """Writes requests of `(prompt, output)` tokens."""
   rng = np.random.default_rng(0)
   lines = []
-  for n in range(NUM_REQUESTS):
-    length = most_tokens - n if n % 6 == 0 else 20 + 13 * n
+  for n, (length, max_tokens) in enumerate(sizes):
     line = {
       "prompt": rng.integers(3, 200, length).tolist(),
-      "max_tokens": 24 + n,
+      "max_tokens": max_tokens,
       "ignore_eos": True,
       "temperature": 0.8 * (n % 2),
     }

@@ -6,7 +6,12 @@ import socket
 import pytest
 
 from infinite_llm.distributed.group_end import BROKEN_GROUP
-from tests.multihost.batch_job import NUM_REQUESTS, BatchJob, write_requests
+from tests.multihost.batch_job import (
+  NUM_REQUESTS,
+  BatchJob,
+  write_requests,
+  write_requests_of,
+)
 
 pytestmark = pytest.mark.multihost
 
@@ -64,6 +69,30 @@ def test_a_context_beyond_all_hbm_has_host_memory_in_any_process(tmp_path):
   for kind in ("layered_group_prefill", "layered_group_decode"):
     assert result["program_launches"][kind] > 0
   assert result["late_compiles"] == 0
+  assert result["books_correct"]
+
+
+def test_the_youngest_of_a_stalled_group_waits_until_another_ended(tmp_path):
+  """Else it takes again what it gave up, before the others can borrow it.
+
+  Three grow until nobody lends any more, with a request beyond all HBM on the
+  last instance, which is the other process's.
+  """
+  requests, sizes = tmp_path / "requests.jsonl", [(200, 550)] * 3 + [(2230, 60)]
+  write_requests_of(requests, sizes)
+  roomy = BatchJob(tmp_path / "roomy", requests)
+  roomy.run(1, "--config.cache.num_blocks=128")
+  job = BatchJob(tmp_path / "job", requests)
+  result = job.run(
+    2,
+    "--config.cache.host_blocks=65",
+    "--config.cache.host_attention=True",
+  )
+  assert job.answers() == roomy.answers()
+  gave_up = re.findall(r"; (\S+) gives its own up\.", job.log())
+  assert gave_up
+  assert len(set(gave_up)) == len(gave_up) < len(sizes)
+  assert result["finish_reasons"] == {"length": len(sizes)}
   assert result["books_correct"]
 
 

@@ -284,6 +284,23 @@ class TestAdmission:
     assert manager.counts().free == 16
     assert engine.cluster.managers[1].lendable_elsewhere() == 16
 
+  def test_one_that_stands_aside_is_not_overtaken(self):
+    """Who comes behind it would take what it gave up for others."""
+    engine = _engine()
+    batcher = engine.batchers[0]
+    for uid in (1, 2, 3):
+      engine.add(0, make_request(uid, 8))
+    batcher.plan()
+    engine.add(0, make_request(4, 8))
+    batcher.preempt(2)
+    engine.requests[2].stands_aside = True
+    batcher.plan()
+    assert [r.uid for r in batcher.running] == [1, 3]
+    assert [r.uid for r in batcher.waiting] == [2, 4]
+    engine.requests[2].stands_aside = False
+    batcher.plan()
+    assert [r.uid for r in batcher.running] == [1, 2, 3, 4]
+
   def test_no_more_run_than_the_configuration_says(self):
     engine = _engine(scheduler={"max_num_seqs": 2})
     for uid in (1, 2, 3):
