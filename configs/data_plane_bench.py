@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   config.step.rows = 64
   config.step.context = 4096
   config.step.steps = 60
+  config.step.rounds = 15  # With and without what costs little beside it.
 
   config.tiers = ConfigDict()
   config.tiers.run = True

@@ -63,7 +63,7 @@ class DecodeSteps:
     )
     self.runner = ModelRunner(model, self.config)
     self._rows = []
-    for instance in range(num_instances):
+    for instance in self.runner.instances:
       pool = BlockPool(instance, self.config.cache.num_blocks)
       rows = []
       for uid in range(1, step.rows + 1):
@@ -79,6 +79,8 @@ class DecodeSteps:
   ) -> list[float]:
     """Runs steps, all instances at once, each launched behind the one before.
 
+    In a group of processes each runs its own instances.
+
     Args:
       count: How many.
       between: Called before each step is launched.
@@ -93,7 +95,9 @@ class DecodeSteps:
       between()
       outputs = [
         self.runner.local_step(instance, rows, is_prefill=False)
-        for instance, rows in enumerate(self._rows)
+        for instance, rows in zip(
+          self.runner.instances, self._rows, strict=True
+        )
       ]
       for output in before:
         np.asarray(output.proved)  # As an engine fetches tokens.

@@ -1,18 +1,31 @@
-"""The exchange of the data plane bench: bulk speed, and one rBlock a step."""
+"""rBlocks that go from instance to instance: in bulk, and one a step.
+
+A part of the data plane bench, in one process. By itself it also runs with a
+process for each instance, as engines do, none of which launches for another:
+
+    python -m experiments.launch.local --num_processes=2 --
+      --config=configs/exchange_bench.py --workdir=runs/exchange_bench
+"""
 
 import functools
+import json
+import pathlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.decode_steps import DecodeSteps
+from experiments.run_facts import run_facts
 from infinite_llm.cache.movement import Payloads
 from infinite_llm.cache.packed_rows import place_rows
+from infinite_llm.distributed.platforms import check_platform, choose_platform
+from infinite_llm.distributed.runtime import current_group
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import empty_payloads
 
@@ -21,13 +34,50 @@ _TAG = 1
 _SHIFT = 1
 
 
+def run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> Mapping[str, Any]:
+  """Runs the bench.
+
+  Args:
+    config: See `configs/exchange_bench.py`.
+    workdir: Gets `rows.json`, written anew after each row.
+
+  Returns:
+    `rows`, and whether all rBlocks arrived (`correct`).
+  """
+  cluster = config.cluster
+  if current_group() is None:  # A group has started JAX already.
+    choose_platform(cluster.platform)
+    check_platform(cluster.platform)
+  num_processes = jax.process_count()
+  about = {**run_facts(cluster.num_instances), "num_processes": num_processes}
+  rows = []
+  for row in bench(config, cluster.num_instances):
+    rows.append({**row, **about})
+    print(row, flush=True)
+    text = json.dumps(rows, indent=1) + "\n"
+    (workdir / "rows.json").write_text(text, encoding="utf-8")
+  return {"rows": rows, "correct": all(row.get("correct", 1) for row in rows)}
+
+
+def take_part(config: ml_collections.ConfigDict) -> None:
+  """Does the same as `run`, in any other process of a group.
+
+  Args:
+    config: That of all processes.
+  """
+  for _ in bench(config, config.cluster.num_instances):
+    pass
+
+
 def bench(
   config: ml_collections.ConfigDict, num_instances: int
 ) -> Iterator[dict[str, Any]]:
   """Times rBlocks that go from instance to instance.
 
   Args:
-    config: See `configs/data_plane_bench.py`.
+    config: See `configs/data_plane_bench.py` or `configs/exchange_bench.py`.
     num_instances: At least two.
 
   Yields:
@@ -35,7 +85,7 @@ def bench(
   """
   most = max(config.exchange.blocks)
   steps = DecodeSteps(config, num_instances, 2 * most)
-  for instance in range(num_instances):
+  for instance in steps.runner.instances:
     epochs = dict.fromkeys(steps.free_blocks[most:], _EPOCH)
     steps.runner.grant_epochs(instance, epochs)
   for count in config.exchange.blocks:
@@ -53,11 +103,10 @@ class _Exchange:
   def __init__(self, steps: DecodeSteps, senders: Sequence[int], count: int):
     runner = steps.runner
     self._pool = runner.pool
-    num_instances = steps.config.num_instances
     mesh = self._pool.group().kv.sharding.mesh
     payloads = [
       _payloads(steps, count if instance in senders else 0, count)
-      for instance in range(num_instances)
+      for instance in runner.instances
     ]
     self._sent = place_rows(payloads, mesh, runner.row_meshes)
     self._program = programs.build_exchange(mesh, _SHIFT)
@@ -109,10 +158,20 @@ def _num_arrived(steps: DecodeSteps, senders: Sequence[int], count: int) -> int:
   num_instances = steps.config.num_instances
   half = len(steps.free_blocks) // 2
   target = np.asarray(steps.free_blocks[half : half + count])
-  return sum(
-    int((np.asarray(steps.runner.pool.row(to).tag)[target] == _TAG).sum())
-    for to in {(sender + _SHIFT) % num_instances for sender in senders}
+  receivers = {(sender + _SHIFT) % num_instances for sender in senders}
+  arrived = sum(
+    (np.asarray(steps.runner.pool.row(own).tag)[target] == _TAG).sum()
+    for own, instance in enumerate(steps.runner.instances)
+    if instance in receivers
   )
+  return int(_of_all(np.asarray(arrived)).sum())
+
+
+def _of_all(values: np.ndarray) -> np.ndarray:
+  """`[N, ...]` of the N processes; all call it."""
+  if jax.process_count() == 1:
+    return values[None]
+  return multihost_utils.process_allgather(values)
 
 
 def _beside_steps(
@@ -120,14 +179,22 @@ def _beside_steps(
 ) -> dict[str, Any]:
   """Every instance sends one rBlock before each decode step.
 
-  The program is the engine's smallest one, launched as engines do.
+  The program is the engine's smallest one, launched as engines do. What it adds
+  is as small as what differs between two runs of steps, so they take turns.
   """
   quota = steps.config.lending.exchange_buckets[0]
-  payloads = [_payloads(steps, 1, quota)] * steps.config.num_instances
+  payloads = [_payloads(steps, 1, quota)] * len(steps.runner.instances)
   exchange = functools.partial(steps.runner.exchange, _SHIFT, payloads)
   exchange()  # Compiles it.
-  alone_s = steps.median_s(config.step.steps)
-  beside_s = steps.median_s(config.step.steps, exchange)
+  count = config.step.steps
+  rounds = [
+    (steps.median_s(count), steps.median_s(count, exchange))
+    for _ in range(config.step.rounds)
+  ]
+  # Who sends to a slower one waits for it, so the slowest is what counts.
+  rounds = _of_all(np.asarray(rounds)).max(axis=0).tolist()
+  shares = [beside_s / alone_s - 1 for alone_s, beside_s in rounds]
+  alone_s, beside_s = map(statistics.median, zip(*rounds, strict=True))
   return {
     "part": "decode beside one rBlock a step",
     "instances": steps.config.num_instances,
@@ -136,6 +203,7 @@ def _beside_steps(
     "quota": quota,
     "step_ms": alone_s * 1e3,
     "step_beside_ms": beside_s * 1e3,
-    "share": beside_s / alone_s - 1,
+    "share": statistics.median(shares),
+    "shares": shares,
     "aim": "share below 0.01",
   }

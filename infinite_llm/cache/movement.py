@@ -60,14 +60,14 @@ def exchange(pool: PoolArrays, payloads: Payloads, shift: Shift) -> PoolArrays:
   """
   num_instances = jax.lax.axis_size(INSTANCE_AXIS)
   is_proved = pool.tag[payloads.src_block] == payloads.src_tag
-  sent = (
-    pack_blocks(pool.kv, payloads.src_block),
-    payloads.dst_block,
-    payloads.dst_epoch,
-    jnp.where(is_proved, payloads.dst_tag, jnp.uint32(0)),
-  )
+  tag = jnp.where(is_proved, payloads.dst_tag, jnp.uint32(0))
+  words = (payloads.dst_block, payloads.dst_epoch, tag)
+  # As one: NCCL takes 3 us longer for each array more.
+  labels = jnp.stack([word.astype(jnp.uint32) for word in words])
+  sent = pack_blocks(pool.kv, payloads.src_block), labels
   forth = [(i, (i + shift) % num_instances) for i in range(num_instances)]
-  return _receive(pool, *jax.lax.ppermute(sent, INSTANCE_AXIS, forth))
+  blocks, labels = jax.lax.ppermute(sent, INSTANCE_AXIS, forth)
+  return _receive(pool, blocks, labels[0].astype(jnp.int32), *labels[1:])
 
 
 def _receive(

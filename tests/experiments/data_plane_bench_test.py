@@ -28,7 +28,7 @@ def _config():
   config.model.block_size = 8
   config.step.rows = 2
   config.step.context = 32
-  config.step.steps = 3
+  config.step.steps, config.step.rounds = 3, 2
   config.tiers.blocks = (1, 20)
   config.host_reads.bytes = 2 * 3 * 4 * 4096
   config.host_reads.programs = 2
