@@ -18,7 +18,7 @@ from experiments.cluster import build_llm
 from experiments.document import Document, make_short_prompt, read_answer
 from infinite_llm import LLM, RequestOutput, SamplingParams
 from infinite_llm.config import engine_config
-from infinite_llm.errors import ConfigError
+from infinite_llm.errors import CapacityError, ConfigError
 from infinite_llm.models.needle import build_needle_checkpoint
 from infinite_llm.types import PoolCounts
 
@@ -170,7 +170,12 @@ class _Soak:
     self._serve_s = 0.0
 
   def run(self) -> None:
-    """Serves until the time is over, and then what is still there."""
+    """Serves until the time is over, and then what is still there.
+
+    Raises:
+      ConfigError: If the longest prompt has no room.
+    """
+    self._check_longest()
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
     config, start_s = self._config, time.perf_counter()
     next_sample_s = 0.0
@@ -228,6 +233,20 @@ class _Soak:
       "program_launches": dict(use.launches),
       "samples": [dataclasses.asdict(sample) for sample in self._samples],
     }
+
+  def _check_longest(self) -> None:
+    """Finds out now what would else come up whenever it is drawn."""
+    num_tokens = self._config.requests.max_tokens
+    longest = make_short_prompt(
+      self._tokenizer, num_tokens=num_tokens, seed=self._config.seed
+    )
+    try:
+      self._engine.check(longest.prompt_ids, SamplingParams(max_tokens=1))
+    except CapacityError as error:
+      raise ConfigError(
+        f"requests.max_tokens must be what a request can have; got"
+        f" {num_tokens}. {error}"
+      ) from error
 
   def _add(self, now_s: float) -> None:
     """Adds a request of some length; perhaps it is to be aborted."""

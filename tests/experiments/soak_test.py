@@ -55,6 +55,14 @@ def test_the_sampling_must_be_fine_enough(tmp_path, capsys):
 
 
 @pytest.mark.bench
+def test_the_longest_prompt_must_have_room(tmp_path, capsys):
+  args = (*_SMALL, "--config.requests.max_tokens=9000")
+  assert _call(tmp_path, *args) == 2
+  message = "requests.max_tokens must be what a request can have; got 9000"
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.bench
 def test_requests_of_all_lengths_leave_nothing_behind(tmp_path):
   assert _call(tmp_path, *_SMALL) == 0
   result = json.loads((tmp_path / "result.json").read_text())
