@@ -1,6 +1,6 @@
 """How many rBlocks the requests of an instance have, lack and are to get."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from infinite_llm.scheduler.condition import Demand
 from infinite_llm.scheduler.request import Request
@@ -31,13 +31,13 @@ class Needs:
     num_blocks = self._rmanager.table(request.uid).num_blocks
     return max(self._num_blocks(num_tokens) - num_blocks, 0)
 
-  def promised(self, running: Iterable[Request]) -> int:
+  def promised(self, running: Mapping[RequestUid, Request]) -> int:
     """rBlocks that requests are still to get for their prompts."""
     return sum(
       self._rmanager.overflow.room(
-        request.uid, self.missing(request, request.num_tokens)
+        uid, self.missing(request, request.num_tokens)
       )
-      for request in running
+      for uid, request in running.items()
       if request.num_uncomputed > 1
     )
 
@@ -51,7 +51,7 @@ class Needs:
       num_waiting=len(waiting),
       next_blocks=needed_blocks(first.num_tokens) if first else 0,
       next_arrival=first.arrival if first else 0,
-      promised=self.promised(running.values()),
+      promised=self.promised(running),
       local_blocks=self._local_blocks(running) if first else 0,
     )
 

@@ -4,6 +4,8 @@ An instance has 8 rBlocks of 8 tokens in HBM. Two prompts of 31 tokens fill it,
 and 1's second token needs a ninth: request 2 makes way.
 """
 
+import dataclasses
+
 import pytest
 
 from infinite_llm.config import SchedulerConfig
@@ -137,6 +139,49 @@ def test_a_request_that_fills_the_pool_comes_back_to_where_it_can_go_on():
   assert manager.counts(Tier.HOST).reserved == 7
   engine.run()
   assert request.output_token_ids == [80, 81, 82, 83]
+  cluster.check_empty()
+
+
+def test_who_made_way_is_not_let_in_again_before_the_one_that_needed_it():
+  """Not on the strength of room elsewhere: copies take rBlocks of its own."""
+  cluster = FakeCluster(
+    3,
+    6,
+    policy="borrow",
+    host_blocks=9,
+    spill_slots=1,
+    group_prefill_buckets=(32,),
+  )
+  cluster.introduce()
+  cluster.heartbeat()
+  scheduler = dataclasses.replace(_SCHEDULER, prefill_buckets=(40,))
+  engine = FakeEngine(cluster, scheduler)
+  manager = cluster.managers[0]
+  engine.add(0, make_request(2, 32))
+  engine.add(0, make_request(3, 8))
+  engine.step()
+  # All that 2 has goes elsewhere, and takes the only slot: 1, which came first
+  # and is larger than the pool, cannot borrow, so that 3 makes way for it.
+  assert manager.move_kvcache(2, 4, 1)
+  cluster.settle()
+  cluster.heartbeat()
+  oldest = engine.add(0, make_request(1, 61))
+  manager.allotted_to = 1
+  engine.step(0.0)
+  assert manager.swapping.stage(3) is Stage.LEAVING
+  assert (oldest.num_computed_tokens, manager.counts().free) == (32, 0)
+  cluster.heartbeat()
+  assert manager.allotted_to == 3
+  assert manager.counts().free == 1
+
+  engine.step()
+
+  assert oldest.num_computed_tokens == 40
+  assert manager.swapping.stage(3) is Stage.WAITING
+  engine.run()
+  assert all(
+    r.status is RequestStatus.FINISHED_LENGTH for r in engine.requests.values()
+  )
   cluster.check_empty()
 
 

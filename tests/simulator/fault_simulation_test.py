@@ -1,5 +1,6 @@
 """Whole histories: right, long enough, and the same every time."""
 
+import dataclasses
 import os
 import pathlib
 import random
@@ -35,6 +36,20 @@ def test_nothing_goes_wrong_whatever_goes_wrong(seed):
   assert result.num_faults >= 5
   assert result.num_requests > 0
   assert result.num_tokens > 0
+
+
+# In the last one an old request and one that it had preempted took turns.
+@pytest.mark.parametrize("seed", [*range(20), 30938])
+def test_more_and_longer_requests_than_fit_all_end(seed):
+  drawn = draw_scenario(random.Random(seed))
+  scenario = dataclasses.replace(
+    drawn,
+    long_answers=0.9,
+    most_open=3 * drawn.num_instances + 2,
+    request_every_s=0.15,
+  )
+
+  assert run_seed(seed, scenario=scenario).violation is None
 
 
 @pytest.fixture(scope="module")
