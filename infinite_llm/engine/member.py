@@ -31,6 +31,7 @@ from infinite_llm.distributed.shared_order import MemberOrder
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.news import outputs_of
 from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.engine.stall import REPORT_EVERY_S
 from infinite_llm.errors import GroupError
 from infinite_llm.models.checkpoint import is_checkpoint, restore
 from infinite_llm.models.dummy_weights import load_dummy
@@ -41,7 +42,6 @@ PATIENCE_S = 120.0
 """How long the steps of a turn may take; longer is a fault."""
 
 _IDLE_S = 0.0005
-_REPORT_EVERY_S = 0.05
 
 
 def say_open(
@@ -189,7 +189,7 @@ class Member:
       self._link.send(outputs_of(self._outputs))
       self._outputs.clear()
     now_s = time.monotonic()
-    if now_s - self._reported_s >= _REPORT_EVERY_S:
+    if now_s - self._reported_s >= REPORT_EVERY_S:
       self._reported_s = now_s
       use = engine.use()
       if use != self._said:

@@ -15,6 +15,9 @@ from infinite_llm.types import InstanceId, RequestUid
 _IDLE_S = 0.0005
 """Pause of a step that finds nothing to do but wait for a message."""
 
+REPORT_EVERY_S = 0.05
+"""Members of a group say no more often how long nothing went on with them."""
+
 
 class StallBreaker:
   """Adds up the time in which nothing could go on, and ends it.
@@ -45,7 +48,11 @@ class StallBreaker:
       batchers: Continuous batching of each instance.
       is_shared: Whether other processes have requests too.
     """
-    self._round_s = max(lending.resend_after_s, lending.heartbeat_every_s)
+    # What members say is so old when process 0 judges by it.
+    said_s = REPORT_EVERY_S if is_shared else 0.0
+    self._round_s = max(
+      lending.resend_after_s, lending.heartbeat_every_s, said_s
+    )
     self._clock = clock
     self._book = book
     self._instances = instances
