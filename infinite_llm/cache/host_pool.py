@@ -306,8 +306,8 @@ class HostPool:
   def _begin_entering(self) -> None:
     parts = self._next_parts(Tier.HBM)
     blocks = [self._blocks[part.move.src_block] for part in parts]
-    placed = self._place(parts)
     arrays = _transfer(blocks, self._hbm)
+    placed = self._place(parts)
     self._begun(Tier.HBM, _Batch(parts=parts, placed=placed, arrays=arrays))
 
   def _end_leaving(self, batch: _Batch) -> None:

@@ -4,6 +4,10 @@ A transfer costs tens of microseconds however small it is, and a step has a
 dozen arrays of a few hundred bytes. So they travel as the words of one array,
 which programs take as an argument and take apart. XLA gives kernels a part as
 it lies there, not a copy, so each begins where kernels want their operands to.
+
+On GPUs they do not travel at all before the program runs: the array lies in
+pinned host memory, and the program reads it there. A transfer would wait
+behind rBlocks that are on their way to the device.
 """
 
 import dataclasses
@@ -17,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.cache.rows import join_rows
 from infinite_llm.types import INSTANCE_AXIS
+from pallas_kernels.fetch_words.api import fetch_words
 
-_ALIGNED_WORDS = 64  # Mosaic GPU kernels refuse operands off 256 bytes.
+_ALIGNED_WORDS = 128  # fetch_words; other kernels want 256 bytes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,7 @@ class PackedRows[Tree]:
   """A tree of each instance, as an argument of a program over them.
 
   Attributes:
-    words: `[I, W]` int32, sharded over "instance".
+    words: `[I, W]` int32, sharded over "instance"; on GPUs in host memory.
     layout: What they are; static, so that another layout is another program.
   """
 
@@ -60,7 +65,7 @@ class PackedRows[Tree]:
 
   def own(self) -> Tree:
     """Inside `shard_map`, where `I` is 1: the tree of this instance."""
-    words, at, leaves = self.words[0], 0, []
+    words, at, leaves = fetch_words(self.words)[0], 0, []
     for shape, dtype in self.layout.leaves:
       size = math.prod(shape)
       part = words[at : at + size].reshape(shape)
@@ -105,10 +110,17 @@ def place_rows[Tree](
   spec = PartitionSpec(INSTANCE_AXIS)
   packed = [pack(tree) for tree in trees]
   words = [
-    jax.device_put(mine.words, NamedSharding(row, spec))
+    jax.device_put(
+      mine.words, NamedSharding(row, spec, memory_kind=_memory_kind(row))
+    )
     for mine, row in zip(packed, rows, strict=True)
   ]
   return PackedRows(join_rows(words, mesh, spec), packed[0].layout)
+
+
+def _memory_kind(row: Mesh) -> str | None:
+  """Where an instance's devices read words; None is their own memory."""
+  return "pinned_host" if row.devices.flat[0].platform == "gpu" else None
 
 
 def _aligned(size: int) -> int:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from infinite_llm.cache import packed_rows
 from infinite_llm.cache.packed_rows import pack, place_rows
 from infinite_llm.distributed.mesh import make_mesh, row_mesh
 
@@ -22,7 +23,9 @@ TREES = [
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_each_instance_reads_its_own_tree(ranks):
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+def test_each_instance_reads_its_own_tree(monkeypatch, memory_kind, ranks):
+  monkeypatch.setattr(packed_rows, "_memory_kind", lambda row: memory_kind)
   mesh = make_mesh(2, ranks)
   placed = place_rows(TREES, mesh, [row_mesh(mesh, 0), row_mesh(mesh, 1)])
   spec = PartitionSpec("instance")
@@ -36,7 +39,8 @@ def test_each_instance_reads_its_own_tree(ranks):
     )
   )(placed)
 
-  assert len(jax.tree.leaves(placed)) == 1
+  (words,) = jax.tree.leaves(placed)
+  assert words.sharding.memory_kind == (memory_kind or "device")
   for i, tree in enumerate(TREES):
     mine = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], read)
     jax.tree.map(np.testing.assert_array_equal, mine, tree)
