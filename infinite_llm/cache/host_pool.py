@@ -352,7 +352,7 @@ class HostPool:
     )
 
   def _place(self, parts: Sequence[_Part]) -> PackedRows[TierBatch]:
-    """Pads a batch and puts it on the instance's devices."""
+    """Pads a batch and puts it where the instance's devices read it."""
     batch = TierBatch(
       *(np.full(self._batch_blocks, 0, t) for t in ("i4", "u4", "i4", "u4"))
     )

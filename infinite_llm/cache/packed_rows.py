@@ -96,7 +96,7 @@ def pack[Tree](tree: Tree) -> PackedRows[Tree]:
 def place_rows[Tree](
   trees: Sequence[Tree], mesh: Mesh, rows: Sequence[Mesh]
 ) -> PackedRows[Tree]:
-  """Places one host tree per instance on the instance's own devices.
+  """Places one host tree per instance where its own devices read it.
 
   Args:
     trees: As for `pack`, equal but for their numbers; one for each instance of
