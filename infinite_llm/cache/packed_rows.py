@@ -4,10 +4,6 @@ A transfer costs tens of microseconds however small it is, and a step has a
 dozen arrays of a few hundred bytes. So they travel as the words of one array,
 which programs take as an argument and take apart. XLA gives kernels a part as
 it lies there, not a copy, so each begins where kernels want their operands to.
-
-On GPUs they do not travel at all before the program runs: the array lies in
-pinned host memory, and the program reads it there. A transfer would wait
-behind rBlocks that are on their way to the device.
 """
 
 import dataclasses
@@ -17,13 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from infinite_llm.cache.host_words import put_words
 from infinite_llm.cache.rows import join_rows
 from infinite_llm.types import INSTANCE_AXIS
-from pallas_kernels.fetch_words.api import fetch_words
 
-_ALIGNED_WORDS = 128  # fetch_words; other kernels want 256 bytes.
+_ALIGNED_WORDS = 64  # Mosaic GPU kernels refuse operands off 256 bytes.
+_FEWEST_WORDS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,7 @@ class PackedRows[Tree]:
   """A tree of each instance, as an argument of a program over them.
 
   Attributes:
-    words: `[I, W]` int32, sharded over "instance"; on GPUs in host memory.
+    words: `[I, W]` int32, sharded over "instance".
     layout: What they are; static, so that another layout is another program.
   """
 
@@ -65,7 +62,7 @@ class PackedRows[Tree]:
 
   def own(self) -> Tree:
     """Inside `shard_map`, where `I` is 1: the tree of this instance."""
-    words, at, leaves = fetch_words(self.words)[0], 0, []
+    words, at, leaves = self.words[0], 0, []
     for shape, dtype in self.layout.leaves:
       size = math.prod(shape)
       part = words[at : at + size].reshape(shape)
@@ -80,6 +77,8 @@ class PackedRows[Tree]:
 def pack[Tree](tree: Tree) -> PackedRows[Tree]:
   """Packs the tree of one instance, `[1, W]` words in host memory.
 
+  W is a power of two: programs that fetch words are one for each W.
+
   Args:
     tree: Tree of numpy arrays or numbers, of 32 bits each or bool.
 
@@ -88,7 +87,10 @@ def pack[Tree](tree: Tree) -> PackedRows[Tree]:
   """
   leaves, structure = jax.tree.flatten(tree)
   leaves = [np.asarray(leaf) for leaf in leaves]
-  words = np.concatenate([_words(leaf) for leaf in leaves])
+  parts = [_words(leaf) for leaf in leaves]
+  size = sum(part.size for part in parts)
+  width = max(1 << (size - 1).bit_length(), _FEWEST_WORDS)
+  words = np.concatenate([*parts, np.zeros(width - size, np.int32)])
   described = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
   return PackedRows(words[None], Layout(structure, described))
 
@@ -96,7 +98,7 @@ def pack[Tree](tree: Tree) -> PackedRows[Tree]:
 def place_rows[Tree](
   trees: Sequence[Tree], mesh: Mesh, rows: Sequence[Mesh]
 ) -> PackedRows[Tree]:
-  """Places one host tree per instance where its own devices read it.
+  """Puts one host tree per instance where its own devices have it.
 
   Args:
     trees: As for `pack`, equal but for their numbers; one for each instance of
@@ -110,17 +112,9 @@ def place_rows[Tree](
   spec = PartitionSpec(INSTANCE_AXIS)
   packed = [pack(tree) for tree in trees]
   words = [
-    jax.device_put(
-      mine.words, NamedSharding(row, spec, memory_kind=_memory_kind(row))
-    )
-    for mine, row in zip(packed, rows, strict=True)
+    put_words(mine.words, row) for mine, row in zip(packed, rows, strict=True)
   ]
   return PackedRows(join_rows(words, mesh, spec), packed[0].layout)
-
-
-def _memory_kind(row: Mesh) -> str | None:
-  """Where an instance's devices read words; None is their own memory."""
-  return "pinned_host" if row.devices.flat[0].platform == "gpu" else None
 
 
 def _aligned(size: int) -> int:

@@ -53,8 +53,7 @@ def join_rows(
   """Views one array per row as the global array; inverse of `split_rows`.
 
   Args:
-    rows: One array per instance of this process, in mesh order; all in one
-      kind of memory.
+    rows: One array per instance of this process, in mesh order.
     mesh: The whole mesh.
     spec: Partition of the global array over ("instance", "tensor").
 
@@ -68,9 +67,7 @@ def join_rows(
   )
   buffers = [shard.data for row in rows for shard in row.addressable_shards]
   return jax.make_array_from_single_device_arrays(
-    shape,
-    NamedSharding(mesh, spec, memory_kind=rows[0].sharding.memory_kind),
-    buffers,
+    shape, NamedSharding(mesh, spec), buffers
   )
 
 

@@ -24,6 +24,7 @@ from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.group_engine import GroupEngine
 from infinite_llm.engine.in_flight import is_computed
+from infinite_llm.engine.stall import REPORT_EVERY_S
 from infinite_llm.errors import RequestError
 from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
@@ -317,7 +318,7 @@ def test_answers_to_others_are_no_progress_of_ones_own(tmp_path, monkeypatch):
   monkeypatch.setattr(Batcher, "plan", lambda *_: StepPlan())
   engine.add_request(_PROMPT, SamplingParams(max_tokens=1), request_id="r")
   for _ in range(6):
-    now_s += config.lending.resend_after_s
+    now_s += max(config.lending.resend_after_s, REPORT_EVERY_S)
     engine.step()
   assert engine.runner.launches["group_decode"] > 0
   assert engine.use().stalled_rounds >= 4
