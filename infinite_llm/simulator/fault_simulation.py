@@ -39,6 +39,7 @@ class SeedResult:
       sane sender would send them, "fenced" as of a former leader, "overtaken"
       by the leader's own, "declined" as impossible by then.
     num_requests: Requests that were accepted.
+    num_behind: Steps that were launched behind one under way.
     num_rows: Rows that steps computed.
     num_unproved: Rows of them whose KV was not proved, so that they were not
       committed.
@@ -75,6 +76,7 @@ class SeedResult:
     default_factory=collections.Counter[str]
   )
   num_requests: int = 0
+  num_behind: int = 0
   num_rows: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
@@ -154,6 +156,7 @@ def run_seed(
   result.plans_followed.update(world.plans_followed)
   result.unheeded.update(cluster.unheeded)
   result.num_requests = cluster.num_accepted
+  result.num_behind = world.num_behind
   result.num_rows = world.num_steps
   result.num_unproved = world.num_unproved
   result.num_tokens = world.num_tokens

@@ -3,6 +3,7 @@
 What is wrong is raised as a `ViolationError` where it happens.
 """
 
+import collections
 from collections.abc import Callable
 
 from infinite_llm.cache.block_pool import BlockPool
@@ -21,7 +22,7 @@ from infinite_llm.scheduler.fault_points import Mishap
 from infinite_llm.scheduler.messages import GMANAGER, STANDBY, Envelope
 from infinite_llm.scheduler.request import Request, RequestStatus
 from infinite_llm.scheduler.rmanager import RManager
-from infinite_llm.scheduler.step_plan import Row
+from infinite_llm.scheduler.step_plan import ANY, NOTHING, Ceiling, Row
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.simulator.nonsense import hand_over_nonsense
@@ -33,6 +34,8 @@ _SWAP_COSTS = SwapCosts(
   block_bytes=1, link_bytes_per_s=1e9, recompute_tokens_per_s=1.0
 )
 """Copies always pay, so that whatever fits is swapped."""
+
+_BEHIND = Ceiling(group=NOTHING, is_behind=True)
 
 
 class Instance:
@@ -101,7 +104,7 @@ class Instance:
     self._ghosts: list[Move] = []
     self._copies: list[SwapBlocks] = []
     self._is_exchange_due = False
-    self._flight: tuple[tuple[Row, bool], ...] = ()
+    self._flights = collections.deque[tuple[tuple[Row, bool], ...]]()
 
   @property
   def num_spill_slots(self) -> int:
@@ -116,12 +119,12 @@ class Instance:
   @property
   def has_flight(self) -> bool:
     """Whether a step is under way."""
-    return bool(self._flight)
+    return bool(self._flights)
 
   @property
   def is_quiet(self) -> bool:
     """Whether no step, no payload and no copy is under way."""
-    return not (self._flight or self._moves or self._ghosts or self._copies)
+    return not (self._flights or self._moves or self._ghosts or self._copies)
 
   @property
   def copied(self) -> frozenset[RequestUid]:
@@ -198,7 +201,7 @@ class Instance:
     self._moves.clear()
     self._ghosts.clear()
     self._copies.clear()
-    self._flight = ()
+    self._flights.clear()
     return self.batcher.running + self.batcher.waiting
 
   # What it does by itself.
@@ -209,9 +212,9 @@ class Instance:
   def _tick(self) -> None:
     self.watch.tick()
     self.settle()
-    if not self._flight:
+    if not self._flights:
       self._verify()
-      self._step()
+      self._step(ANY)
     self._wake(self._world.scenario.tick_s, self._tick)
 
   def _verify(self) -> None:
@@ -231,17 +234,35 @@ class Instance:
         self.watch.refute(uid)
     self.settle()
 
-  def _step(self) -> None:
+  def _step(self, ceiling: Ceiling) -> None:
     """Plans a step and launches it; what it proved is known later."""
     if not self.batcher.has_work:
       return
-    rows = self.batcher.plan().rows
+    rows = self.batcher.plan(ceiling).rows
     self.watch.want_borrows()
     self._take_ended()
     if rows:
-      self._flight = tuple([(row, self._compute(row)) for row in rows])
-      self._wake(self._world.scenario.step_s, self._land)
+      self._world.num_behind += len(self._flights)
+      self._flights.append(tuple([(row, self._compute(row)) for row in rows]))
+      if len(self._flights) == 1:
+        self._await_first()
     self.settle()
+
+  def _await_first(self) -> None:
+    """Sees to the first step under way, and to one behind it."""
+    step_s = self._world.scenario.step_s
+    self._wake(step_s, self._land)
+    if self._world.scenario.scheduler.async_scheduling:
+      self._wake(step_s * self._world.rng.random(), self._step_behind)
+
+  def _step_behind(self) -> None:
+    """Launches a step behind the one under way, as `StepPlanner` may."""
+    if (
+      len(self._flights) == 1
+      and self.manager.num_free_slots == self.num_spill_slots
+      and not self.batcher.is_held
+    ):
+      self._step(_BEHIND)
 
   def _compute(self, row: Row) -> bool:
     """Runs one row on the devices; whether its KV was proved."""
@@ -270,11 +291,14 @@ class Instance:
 
   def _land(self) -> None:
     """Commits the rows that were proved, and only those."""
-    flight, self._flight = self._flight, ()
-    for row, is_proved in flight:
+    for row, is_proved in self._flights.popleft():
       request = self.requests[row.uid]
-      if request.status is not RequestStatus.RUNNING:
-        continue  # It was aborted meanwhile.
+      if (
+        request.status is not RequestStatus.RUNNING
+        or row.start != request.num_computed_tokens
+      ):
+        self.batcher.hold()  # It was aborted, or the row before not proved.
+        continue
       if not is_proved:
         self.batcher.row_failed(row)
         continue
@@ -285,7 +309,11 @@ class Instance:
         self._world.num_tokens += 1
         if request.num_tokens == request.max_total_tokens:
           self.batcher.finish(row.uid, RequestStatus.FINISHED_LENGTH)
+        elif self._world.rng.random() < self._world.scenario.stops_early:
+          self.batcher.finish(row.uid, RequestStatus.FINISHED_STOPPED)
     self._take_ended()
+    if self._flights:
+      self._await_first()
     self.settle()
 
   def _take_ended(self) -> None:

@@ -39,6 +39,7 @@ class Scenario:
     most_open: Requests that have not ended beyond which no more are made.
     long_answers: Probability that a request is to have up to 40 tokens beside
       its prompt, rather than up to 6.
+    stops_early: Probability that a token is its request's last, unforeseen.
     trouble_every_s: Mean seconds between two faults that the adversary makes.
     plan_every_s: Mean seconds between two moves that the adversary orders.
     crash_s: Seconds for which somebody is down, at most.
@@ -69,6 +70,7 @@ class Scenario:
   request_every_s: float = 0.5
   most_open: int = 8
   long_answers: float = 0.15
+  stops_early: float = 0.0
   trouble_every_s: float = 0.4
   plan_every_s: float = 0.3
   crash_s: float = 2.0
@@ -105,8 +107,8 @@ class Scenario:
     )
     require_shares(
       self,
-      *("long_answers", "clock_jump", "payload_lost", "payload_repeated"),
-      "copy_lost",
+      *("long_answers", "stops_early", "clock_jump", "copy_lost"),
+      *("payload_lost", "payload_repeated"),
     )
     require(
       0 <= self.clock_rate < 1, "clock_rate", "in [0, 1)", self.clock_rate
@@ -200,7 +202,6 @@ def draw_scenario(rng: random.Random) -> Scenario:
     num_blocks=num_blocks,
     host_blocks=host_blocks,
     lending=lending,
-    scheduler=scheduler,
     network=network,
     request_every_s=rng.choice((0.2, 0.5)) / (3 if is_crowded else 1),
     most_open=(3 if is_crowded else 1) * num_instances + 2,
@@ -222,6 +223,10 @@ def draw_scenario(rng: random.Random) -> Scenario:
       for mishap, probability in _MISHAPS.items()
       if rng.random() < 0.8
     },
+    stops_early=rng.choice((0.0, 0.02)),
+    scheduler=dataclasses.replace(
+      scheduler, async_scheduling=rng.random() < 0.5
+    ),
   )
 
 
@@ -235,6 +240,8 @@ def with_all_troubles(scenario: Scenario) -> Scenario:
     lending=dataclasses.replace(scenario.lending, policy="greedy"),
     host_blocks=2 * scenario.num_blocks,
     long_answers=0.6,
+    scheduler=dataclasses.replace(scenario.scheduler, async_scheduling=True),
+    stops_early=0.02,
     clock_jump=0.3,
     payload_lost=0.1,
     payload_repeated=0.3,

@@ -66,6 +66,7 @@ class World:
     num_payloads_repeated: Payloads that were sent once more.
     num_copies_lost: Copies between tiers that brought nothing.
     plans_followed: Plans of gManagers that were begun, by kind.
+    num_behind: Steps that were launched behind one under way.
     num_steps: Rows that were computed.
     num_unproved: Rows of them whose KV was not proved.
     num_tokens: Tokens that were emitted.
@@ -95,6 +96,7 @@ class World:
   plans_followed: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter[str]
   )
+  num_behind: int = 0
   num_steps: int = 0
   num_unproved: int = 0
   num_tokens: int = 0
