@@ -83,8 +83,7 @@ class Adversary:
     own = (self._scenario.num_blocks - 1) * size
     longest = own // 3
     if rng.random() < 0.5:
-      reachable = self._scenario.reachable_blocks * size
-      longest = min(reachable, _MOST_POOLS * own)
+      longest = min(self._scenario.most_blocks * size, _MOST_POOLS * own)
     is_long = rng.random() >= 1 - self._scenario.long_answers
     output = rng.randint(1, 40 if is_long else 6)
     prompt = rng.randint(1, max(longest - output, 1))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from infinite_llm.cache.block_entries import EntrySpan
 from infinite_llm.cache.block_table import BlockTable
 from infinite_llm.cache.content_tag import add_coverage, mix_tag
-from infinite_llm.scheduler.effects import GrantEpochs, Move, SwapBlocks
+from infinite_llm.scheduler.effects import GrantEpochs, Move, Swap
 from infinite_llm.scheduler.hosted_tables import HostedTables
 from infinite_llm.scheduler.lease_messages import SlotName
 from infinite_llm.scheduler.rmanager import SpillInfo
@@ -30,7 +30,10 @@ type Content = tuple[RequestUid, int, int]
 """`(uid, logical_id, tokens)`: so many right tokens of a request's rBlock."""
 
 type Piece = tuple[InstanceId, BlockId, int]
-"""`(holder, block_id, logical_id)`: an rBlock as a table names it."""
+"""`(holder, block_id, logical_id)`: an rBlock as a table names it.
+
+Holder `i` is the HBM of instance i, `~i` its HOST.
+"""
 
 
 class Device:
@@ -135,19 +138,25 @@ class DataPlane:
     return True
 
   def swap(
-    self, instance: InstanceId, effect: SwapBlocks, *, is_lost: bool
+    self,
+    instance: InstanceId,
+    swaps: Iterable[Swap],
+    to_tier: Tier,
+    *,
+    is_lost: bool,
   ) -> None:
     """Copies rBlocks between the tiers of an instance.
 
     Args:
       instance: Whose they are.
-      effect: Which ones.
+      swaps: Which ones.
+      to_tier: Where to.
       is_lost: Nothing that could be proved arrives.
     """
     source, target = self.devices[instance], self.hosts[instance]
-    if effect.to_tier is Tier.HBM:
+    if to_tier is Tier.HBM:
       source, target = target, source
-    for one in effect.swaps:
+    for one in swaps:
       is_right = source.tag[one.src_block] == one.src_tag and not is_lost
       target.tag[one.dst_block] = one.dst_tag if is_right else 0
       content = source.content[one.src_block] if is_right else None
@@ -213,6 +222,7 @@ class DataPlane:
     home = table.home
     local = table.local_entries().below(-(-num_tokens // self._block_size))
     coverage = self._add(home, local, 0, pieces)
+    coverage = self._add_host(table, coverage, pieces)
     if spill is not None:
       slot = SlotName(slot=spill.slot, epoch=spill.slot_epoch)
       for holder, version in spill.versions.items():
@@ -243,7 +253,8 @@ class DataPlane:
       if logical_id not in missing:
         return f"logical rBlock {logical_id} was read twice"
       missing.remove(logical_id)
-      content = self.devices[holder].content[block_id]
+      held = self.devices[holder] if holder >= 0 else self.hosts[~holder]
+      content = held.content[block_id]
       if (
         content is None
         or content[0] != uid
@@ -257,6 +268,21 @@ class DataPlane:
     if missing:
       return f"logical rBlocks {sorted(missing)} were not read"
     return None
+
+  def _add_host(
+    self, table: BlockTable, coverage: int, pieces: list[Piece]
+  ) -> int:
+    """Adds what lies in HOST, as steps that attend it do."""
+    if not table.num_host:
+      return coverage
+    tags = self.hosts[table.home].tag
+    for logical_id in range(table.num_blocks):
+      location = table.location(logical_id)
+      if location.tier is Tier.HOST:
+        mixed = mix_tag(tags[location.block_id], logical_id)
+        coverage = add_coverage(coverage, mixed)
+        pieces.append((~table.home, location.block_id, logical_id))
+    return coverage
 
   def _add(
     self,

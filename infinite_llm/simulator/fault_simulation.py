@@ -49,6 +49,7 @@ class SeedResult:
     num_migrated: Requests that went to another instance.
     num_moved: Payloads that arrived.
     num_swapped: rBlocks that were copied between tiers.
+    num_slabs: Slabs of requests larger than all HBM that went to HOST.
     num_takeovers: How often a standby began to lead.
     num_deaths: Deaths of leaders beside a standby whose clock did not jump.
     longest_takeover_s: Longest time from one of these, or the last word of the
@@ -84,6 +85,7 @@ class SeedResult:
   num_migrated: int = 0
   num_moved: int = 0
   num_swapped: int = 0
+  num_slabs: int = 0
   num_takeovers: int = 0
   num_deaths: int = 0
   longest_takeover_s: float = 0.0
@@ -164,6 +166,7 @@ def run_seed(
   result.num_migrated = cluster.num_migrated
   result.num_moved = world.plane.num_arrived
   result.num_swapped = world.plane.num_swapped
+  result.num_slabs = world.num_slabs
   result.num_takeovers = cluster.gmanagers.num_takeovers
   result.num_deaths = cluster.gmanagers.num_deaths
   result.longest_takeover_s = cluster.gmanagers.longest_takeover_s
@@ -195,8 +198,10 @@ def drain(cluster: Cluster) -> None:
       raise ViolationError(
         f"Not ended {_MAX_DRAIN_S} s after the last fault: {late}"
       )
-  # Leases of those who are gone end, and what they freed is given back.
-  deadline_s = now_s + 3 * cluster.world.scenario.lending.lease_s
+  # Leases of those who are gone end, and what they freed is given back. Their
+  # last words may still be on their way.
+  scenario = cluster.world.scenario
+  deadline_s = now_s + scenario.network.late_s + 3 * scenario.lending.lease_s
   empty_s = 0.0
   while empty_s < _QUIET_S and now_s < deadline_s:
     now_s += 0.5

@@ -7,7 +7,7 @@ import collections
 from collections.abc import Callable
 
 from infinite_llm.cache.block_pool import BlockPool
-from infinite_llm.errors import CoverageError, InvariantError
+from infinite_llm.errors import CoverageError
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.effects import (
   DropOverflow,
@@ -25,6 +25,7 @@ from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.scheduler.step_plan import ANY, NOTHING, Ceiling, Row
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
+from infinite_llm.simulator.copies import Copies
 from infinite_llm.simulator.nonsense import hand_over_nonsense
 from infinite_llm.simulator.violation import ViolationError
 from infinite_llm.simulator.watch import EPOCHS_PER_INCARNATION, Watch, World
@@ -80,6 +81,7 @@ class Instance:
       host = HostTier(
         pool=BlockPool(number, scenario.host_blocks, last_epoch, Tier.HOST),
         costs=_SWAP_COSTS,
+        overflow=scenario.overflow,
       )
     self.manager = RManager(
       instance=number,
@@ -102,7 +104,7 @@ class Instance:
     self.watch = Watch(self.manager, incarnation, world)
     self._moves: list[Move] = []
     self._ghosts: list[Move] = []
-    self._copies: list[SwapBlocks] = []
+    self._copies = Copies(self.manager, world, self._wake, self.settle)
     self._is_exchange_due = False
     self._flights = collections.deque[tuple[tuple[Row, bool], ...]]()
 
@@ -129,7 +131,7 @@ class Instance:
   @property
   def copied(self) -> frozenset[RequestUid]:
     """Requests with copies between tiers under way."""
-    return frozenset(copy.swaps[0].uid for copy in self._copies)
+    return self._copies.uids
 
   def start(self) -> None:
     """Begins to tick, some time soon."""
@@ -161,13 +163,13 @@ class Instance:
           self._schedule_exchange()
         case GrantEpochs():
           world.plane.grant(self.number, effect)
-        case SwapBlocks():
-          self._begin_copy(effect)
+        case SwapBlocks() | OverflowBlocks():
+          self._copies.begin(effect)
         case MigrateRequest(uid=uid, dst=dst):
           self.batcher.abort(uid)
           self._emigrate(self.requests[uid], dst)
-        case OverflowBlocks() | DropOverflow():
-          raise InvariantError(f"No simulated request overflows; got {effect}.")
+        case DropOverflow():
+          pass  # Nobody reads there any more.
     self.watch.check_books()
 
   def add(self, request: Request) -> None:
@@ -323,25 +325,6 @@ class Instance:
       if error is not None and not isinstance(error, CoverageError):
         raise ViolationError(f"Request {request.uid} failed: {error}")
 
-  def _begin_copy(self, copy: SwapBlocks) -> None:
-    """Copies between tiers some time soon, in any order."""
-    self._copies.append(copy)
-    delay_s = self._world.scenario.copy_s * self._world.rng.random()
-    self._wake(delay_s, lambda: self._end_copy(copy))
-
-  def _end_copy(self, copy: SwapBlocks) -> None:
-    world = self._world
-    self._copies.remove(copy)
-    _check_copy(self.manager, copy)
-    is_lost = not world.is_healed and (
-      world.rng.random() < world.scenario.copy_lost
-    )
-    world.num_copies_lost += is_lost
-    world.plane.swap(self.number, copy, is_lost=is_lost)
-    world.progress_s = world.network.now_s
-    self.manager.swapping.on_swapped(copy)
-    self.settle()
-
   def _schedule_exchange(self) -> None:
     if not self._is_exchange_due:
       self._is_exchange_due = True
@@ -381,20 +364,3 @@ class Instance:
     receiver = self._world.watches[move.dst_instance]
     if receiver.is_up and self._world.plane.exchange(move):
       receiver.check_payload(move)
-
-
-def _check_copy(manager: RManager, copy: SwapBlocks) -> None:
-  """Until a copy is acknowledged, neither end is given to anybody else."""
-  pools = [manager.pool, manager.swapping.host_pool]
-  if copy.to_tier is Tier.HBM:
-    pools.reverse()
-  for one in copy.swaps:
-    ends = zip(pools, (one.src_block, one.dst_block), strict=True)
-    for pool, block_id in ends:
-      block = pool.block(block_id)
-      if (block.owner, block.uid) != (manager.instance, one.uid):
-        raise ViolationError(
-          f"A copy of request {one.uid} to {copy.to_tier.name} is under way on"
-          f" instance {manager.instance}, but its {pool.tier.name} rBlock is"
-          f" {block}."
-        )

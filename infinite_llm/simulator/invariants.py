@@ -89,11 +89,15 @@ def check_empty(instances: Sequence[Instance], plane: DataPlane) -> None:
 def _check_tables(
   instance: Instance, named: dict[tuple[InstanceId, BlockId], RequestUid]
 ) -> None:
+  manager = instance.manager
   for request in instance.batcher.running:
-    table = instance.manager.table(request.uid)
+    table = manager.table(request.uid)
     for logical_id in range(table.num_blocks):
       location = table.location(logical_id)
-      place = location.instance, location.block_id
+      place, pool = (location.instance, location.block_id), manager.pool
+      if location.tier is Tier.HOST:
+        place = ~location.instance, location.block_id
+        pool = manager.swapping.host_pool
       # A creditor that crashed, or that ended the lease, may have given the
       # rBlock to another; its tables say so, and the proof fails.
       if location.instance == instance.number:
@@ -103,7 +107,7 @@ def _check_tables(
             f" {place[1]} of instance {place[0]}."
           )
         named[place] = request.uid
-        block = instance.manager.pool.block(location.block_id)
+        block = pool.block(location.block_id)
         held = block.owner, block.uid, block.epoch
         if held != (instance.number, request.uid, location.epoch):
           raise ViolationError(
@@ -157,7 +161,11 @@ def _check_host(instance: Instance, plane: DataPlane) -> None:
     if block.uid is None:
       num_free += 1
       continue
-    is_known = swapping.stage(block.uid) or block.uid in instance.copied
+    is_known = (
+      swapping.stage(block.uid)
+      or block.uid in instance.copied
+      or block.uid == instance.manager.overflow.uid
+    )
     if block.owner != instance.number or not is_known:
       raise ViolationError(
         f"Instance {instance.number} keeps {block} in HOST for nobody."

@@ -13,6 +13,7 @@ from infinite_llm.rules import (
   require_shares,
 )
 from infinite_llm.scheduler.fault_points import Mishap
+from infinite_llm.scheduler.overflow import OverflowRule
 from infinite_llm.scheduler.policies import get_policy
 from infinite_llm.simulator.faults import NetworkFaults
 
@@ -26,6 +27,7 @@ class Scenario:
     num_blocks: N, rBlocks of each pool with the null one.
     host_blocks: rBlocks of each HOST pool with the null one; 0 if there is
       none.
+    host_attention: Whether requests larger than all HBM keep rBlocks there.
     block_size: P, tokens per rBlock.
     lending: How pools are shared.
     scheduler: Sizes of steps.
@@ -59,6 +61,7 @@ class Scenario:
   num_instances: int
   num_blocks: int
   host_blocks: int = 0
+  host_attention: bool = False
   block_size: int = 8
   lending: LendingConfig
   scheduler: SchedulerConfig
@@ -127,6 +130,29 @@ class Scenario:
       lent = min(lent, self.lending.max_lent_blocks)
     return own + (self.num_instances - 1) * lent
 
+  @property
+  def overflow(self) -> OverflowRule | None:
+    """Which requests keep rBlocks in HOST while they run; None if none may."""
+    if not self.host_attention:
+      return None
+    kept = max((self.num_blocks - 1) // 2, 1)
+    return OverflowRule(
+      reachable_blocks=self.reachable_blocks,
+      kept_blocks=kept,
+      slab_blocks=max(min(kept // 2, _MOST_SLAB_BLOCKS), 1),
+    )
+
+  @property
+  def most_blocks(self) -> int:
+    """The same in both tiers: of HOST, it has that of its own instance."""
+    if (rule := self.overflow) is None:
+      return self.reachable_blocks
+    slabs = (self.host_blocks - 1) // rule.slab_blocks
+    elsewhere = self.reachable_blocks - (self.num_blocks - 1)
+    return rule.kept_blocks + slabs * rule.slab_blocks + elsewhere
+
+
+_MOST_SLAB_BLOCKS = 3
 
 _POLICIES = (
   *("borrow",) * 5,
@@ -227,6 +253,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
     scheduler=dataclasses.replace(
       scheduler, async_scheduling=rng.random() < 0.5
     ),
+    host_attention=host_blocks > num_blocks and rng.random() < 0.5,
   )
 
 
@@ -239,6 +266,7 @@ def with_all_troubles(scenario: Scenario) -> Scenario:
     scenario,
     lending=dataclasses.replace(scenario.lending, policy="greedy"),
     host_blocks=2 * scenario.num_blocks,
+    host_attention=True,
     long_answers=0.6,
     scheduler=dataclasses.replace(scenario.scheduler, async_scheduling=True),
     stops_early=0.02,

@@ -37,6 +37,7 @@ from infinite_llm.types import (
   FaultPoint,
   InstanceId,
   RequestUid,
+  Tier,
 )
 
 EPOCHS_PER_INCARNATION = 100_000
@@ -65,6 +66,7 @@ class World:
     num_payloads_lost: Payloads that never arrived.
     num_payloads_repeated: Payloads that were sent once more.
     num_copies_lost: Copies between tiers that brought nothing.
+    num_slabs: Slabs of running requests that went to HOST.
     plans_followed: Plans of gManagers that were begun, by kind.
     num_behind: Steps that were launched behind one under way.
     num_steps: Rows that were computed.
@@ -93,6 +95,7 @@ class World:
   num_payloads_lost: int = 0
   num_payloads_repeated: int = 0
   num_copies_lost: int = 0
+  num_slabs: int = 0
   plans_followed: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter[str]
   )
@@ -226,8 +229,8 @@ class Watch:
         f"Request {uid} on instance {self.number} proved its KV, but {fault}."
       )
     for holder, block_id, logical_id in pieces:
-      if holder == self.number:
-        self.check_own(uid, block_id)
+      if holder in (self.number, ~self.number):
+        self.check_own(uid, block_id, Tier.HBM if holder >= 0 else Tier.HOST)
         continue
       lender = self._world.watches[holder]
       lease = lender.history.lease(self.number, self.incarnation, block_id)
@@ -266,9 +269,13 @@ class Watch:
             f" there is {lender.history.leases.get(location.block_id)}."
           )
 
-  def check_own(self, uid: RequestUid, block_id: BlockId) -> None:
+  def check_own(
+    self, uid: RequestUid, block_id: BlockId, tier: Tier = Tier.HBM
+  ) -> None:
     """A request uses only rBlocks at home that are its own."""
-    block = self.manager.pool.block(block_id)
+    manager = self.manager
+    pool = manager.pool if tier is Tier.HBM else manager.swapping.host_pool
+    block = pool.block(block_id)
     if (block.owner, block.uid) != (self.number, uid):
       raise ViolationError(
         f"Request {uid} on instance {self.number} uses a foreign {block}."

@@ -149,8 +149,10 @@ def test_what_was_swapped_out_and_in_is_proved_unless_a_copy_was_lost(
 ):
   waiting = Location(instance=0, block_id=2, epoch=31, tier=Tier.HOST)
   back = Location(instance=0, block_id=6, epoch=13)
-  plane.swap(0, swap_blocks(_UID, [_HOME], [waiting], 8), is_lost=is_lost)
-  plane.swap(0, swap_blocks(_UID, [waiting], [back], 8), is_lost=False)
+  out = swap_blocks(_UID, [_HOME], [waiting], 8)
+  plane.swap(0, out.swaps, Tier.HOST, is_lost=is_lost)
+  in_again = swap_blocks(_UID, [waiting], [back], 8)
+  plane.swap(0, in_again.swaps, Tier.HBM, is_lost=False)
   entered = BlockTable(_UID, 0, 8)
   entered.append([back])
 
@@ -166,6 +168,6 @@ def test_a_copy_of_what_is_not_there_any_more_proves_nothing(plane, table):
   copy = swap_blocks(_UID, [_HOME], [waiting], 8)
   plane.write_tags(table, 0, 3)  # Rewritten, and no full rBlock any more.
 
-  plane.swap(0, copy, is_lost=False)
+  plane.swap(0, copy.swaps, Tier.HOST, is_lost=False)
 
   assert plane.hosts[0].tag[2] == 0

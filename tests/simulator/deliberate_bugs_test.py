@@ -24,6 +24,7 @@ from infinite_llm.scheduler.gmanager import GManager
 from infinite_llm.scheduler.lease_messages import Reserve
 from infinite_llm.scheduler.leases import LeaseDeadlines
 from infinite_llm.scheduler.messages import ClusterStatus, Leadership
+from infinite_llm.scheduler.overflow import Overflow
 from infinite_llm.scheduler.reporter import Reporter
 from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.simulator.data_plane import DataPlane
@@ -60,6 +61,17 @@ def _swapping(seed):
     request_every_s=0.1,
     most_open=4 * scenario.num_instances,
     long_answers=0.9,
+    copy_s=0.5,
+  )
+
+
+def _overflowing(seed):
+  """Requests larger than all HBM, and copies take their time."""
+  scenario = _drawn(seed)
+  return dataclasses.replace(
+    scenario,
+    host_blocks=2 * scenario.num_blocks,
+    host_attention=True,
     copy_s=0.5,
   )
 
@@ -266,13 +278,40 @@ def _prove_copies_by_belief(monkeypatch):
   """What comes from HOST has the right tag, whatever was copied."""
   swap = DataPlane.swap
 
-  def believe(self, instance, effect, *, is_lost):
-    swap(self, instance, effect, is_lost=is_lost)
-    target = self.hosts if effect.to_tier is Tier.HOST else self.devices
-    for one in effect.swaps:
+  def believe(self, instance, swaps, to_tier, *, is_lost):
+    swap(self, instance, swaps, to_tier, is_lost=is_lost)
+    target = self.hosts if to_tier is Tier.HOST else self.devices
+    for one in swaps:
       target[instance].tag[one.dst_block] = one.dst_tag
 
   monkeypatch.setattr(DataPlane, "swap", believe)
+
+
+def _free_what_is_being_copied(monkeypatch):
+  """An overflowing request that ends takes all its rBlocks in HBM with it."""
+  drop = Overflow.drop
+  monkeypatch.setattr(
+    Overflow, "drop", lambda self, uid: drop(self, uid) and ()
+  )
+
+
+def _keep_slabs(monkeypatch):
+  """What an overflowing request had in HOST outlives it."""
+  monkeypatch.setattr(Overflow, "_free_host", lambda *_: None)
+
+
+def _read_slabs_before_they_are_there(monkeypatch):
+  """Copies of slabs are taken for done when they begin."""
+  swap = DataPlane.swap
+
+  def forget(self, instance, swaps, to_tier, *, is_lost):
+    if to_tier is Tier.HBM:
+      swap(self, instance, swaps, to_tier, is_lost=is_lost)
+    else:
+      for one in swaps:
+        self.hosts[instance].tag[one.dst_block] = one.dst_tag
+
+  monkeypatch.setattr(DataPlane, "swap", forget)
 
 
 def _accept_any_payload(monkeypatch):
@@ -340,6 +379,9 @@ _REPLACED = {
     20,
     "keeps None in HOST|proved its KV, but",
   ),
+  _free_what_is_being_copied: (_overflowing, 40, "cannot free for request"),
+  _keep_slabs: (_overflowing, 10, "in HOST for nobody"),
+  _read_slabs_before_they_are_there: (_overflowing, 10, "proved its KV, but"),
   _accept_any_payload: (_with_repeated_payloads, 60, "was written over"),
   _take_all_for_proved: (_with_lost_payloads, 40, "proved its KV, but"),
 }
@@ -388,6 +430,7 @@ def test_a_standby_that_waits_longer_than_it_may_is_found():
     _drawn,
     _borrowing,
     _swapping,
+    _overflowing,
     _with_many_crashes,
     _with_long_partitions,
     _with_lost_payloads,

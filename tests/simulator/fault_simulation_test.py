@@ -96,6 +96,7 @@ def test_all_kinds_of_faults_and_moves_happen(results):
   assert 0.075 < max(result.longest_takeover_s for result in results) <= 0.1
   assert sum(result.num_unproved for result in results) > 0
   assert sum(result.num_behind for result in results) > 0
+  assert sum(result.num_slabs for result in results) > 0
 
 
 def test_plans_to_move_and_to_dissolve_circles_are_followed(results):
