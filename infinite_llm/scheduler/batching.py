@@ -1,7 +1,6 @@
 """Continuous batching of one instance: which rows its next step has."""
 
 import collections
-import math
 from collections.abc import Iterable, Mapping
 
 from infinite_llm.config import LendingConfig, SchedulerConfig
@@ -62,7 +61,6 @@ class Batcher:
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[RequestUid, Request] = {}
     self._ended: collections.deque[Request] = collections.deque()
-    self._short: Request | None = None  # The eldest that lacked rBlocks.
     self.is_held = False
 
   @property
@@ -161,7 +159,6 @@ class Batcher:
     elif self._rmanager.lost():
       self.hold()
     self._admit(is_behind=ceiling.is_behind)
-    short, self._short = self._short, None
     draft = Draft(ceiling=ceiling)
     # By arrival, and only younger ones are preempted: what is in the draft
     # stays running.
@@ -171,7 +168,6 @@ class Batcher:
       if request.uid in self._running and not (ceiling.is_behind and is_last):
         self._add_row(request, draft)
       if ceiling.is_behind and self.is_held:
-        self._short = self._short or short
         return StepPlan()
     self._note_demand()
     plan = draft.plan()
@@ -249,13 +245,12 @@ class Batcher:
     if not self._waiting or self._rmanager.is_frozen:
       return
     room = self._rmanager.pool.num_free - self._needs.promised(self._running)
-    overflow, short = self._rmanager.overflow, self._short
-    last = short.arrival if short and short.uid in self._running else math.inf
+    overflow = self._rmanager.overflow
     while len(self._running) < self._scheduler.max_num_seqs:
       # Only those that wait for another one's place in HOST are overtaken.
       ready = (r for r in self._waiting if overflow.may_enter(r.num_tokens))
       request = next(ready, None)
-      if request is None or request.stands_aside or request.arrival > last:
+      if request is None or request.stands_aside:
         return
       needed = overflow.needed_blocks(request.num_tokens)
       is_allotted = self._rmanager.allotted_to == request.arrival
@@ -280,7 +275,9 @@ class Batcher:
       request.begin_at(0)
       self._rmanager.open(request.uid)
       return not is_beyond or overflow.enter(request.uid)
-    num_tokens = swapping.swap_in(request.uid)
+    # Its copies take rBlocks of this instance at once, before the older ones.
+    lacking = self._needs.lacking(self._running)
+    num_tokens = swapping.swap_in(request.uid, spare=lacking)
     if num_tokens is None:
       return False
     request.begin_at(num_tokens)
@@ -310,7 +307,8 @@ class Batcher:
       request, draft, is_group=is_group, is_layered=is_layered
     )
     if num_tokens > 0:
-      num_tokens = self._make_room(request, num_tokens, draft)
+      is_behind = draft.ceiling.is_behind
+      num_tokens = self._make_room(request, num_tokens, is_behind=is_behind)
     if is_group and is_layered:  # Its turn is asked for once there is room.
       num_tokens = min(num_tokens, draft.ceiling.group.layered_tokens)
     if num_tokens > 0:
@@ -322,7 +320,9 @@ class Batcher:
       )
       draft.add(row, is_group=is_group, is_layered=is_layered)
 
-  def _make_room(self, request: Request, num_tokens: int, draft: Draft) -> int:
+  def _make_room(
+    self, request: Request, num_tokens: int, *, is_behind: bool = False
+  ) -> int:
     """Allocates rBlocks for a request's next tokens; how many it may compute.
 
     Fewer if only some rBlocks are to be had, none if room is being made.
@@ -335,13 +335,12 @@ class Batcher:
       missing = self._needs.missing(request, start + num_tokens)
       if not missing or self._rmanager.allocate(request.uid, missing):
         return num_tokens
-      allowed = self._rmanager.overflow.room(request.uid, missing)
-      self._short = self._short or (request if allowed else None)
-      if draft.ceiling.is_behind:
+      if is_behind:
         self.hold()
         return 0
       if self._relocate(request, missing):
         return 0
+      allowed = self._rmanager.overflow.room(request.uid, missing)
       some = min(self._rmanager.pool.num_free, allowed)
       if some > 0:
         self._rmanager.allocate(request.uid, some)

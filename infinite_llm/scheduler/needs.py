@@ -1,6 +1,6 @@
 """How many rBlocks the requests of an instance have, lack and are to get."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from infinite_llm.scheduler.condition import Demand
 from infinite_llm.scheduler.request import Request
@@ -33,13 +33,12 @@ class Needs:
 
   def promised(self, running: Mapping[RequestUid, Request]) -> int:
     """rBlocks that requests are still to get for their prompts."""
-    return sum(
-      self._rmanager.overflow.room(
-        uid, self.missing(request, request.num_tokens)
-      )
-      for uid, request in running.items()
-      if request.num_uncomputed > 1
-    )
+    prompts = (r for r in running.values() if r.num_uncomputed > 1)
+    return self._lacking(prompts)
+
+  def lacking(self, running: Mapping[RequestUid, Request]) -> int:
+    """The same, and what others are still to get for their next tokens."""
+    return self._lacking(running.values())
 
   def demand(
     self, waiting: Sequence[Request], running: Mapping[RequestUid, Request]
@@ -63,6 +62,14 @@ class Needs:
       for uid, request in running.items()
       if manager.spill(uid) is None
       and self._num_blocks(request.num_tokens) <= capacity
+    )
+
+  def _lacking(self, requests: Iterable[Request]) -> int:
+    return sum(
+      self._rmanager.overflow.room(
+        request.uid, self.missing(request, request.num_coming_tokens)
+      )
+      for request in requests
     )
 
   def _num_blocks(self, num_tokens: int) -> int:

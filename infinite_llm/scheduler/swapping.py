@@ -216,7 +216,7 @@ class Swapping:
       self._free_home(swapped)
     return True
 
-  def swap_in(self, uid: RequestUid) -> int | None:
+  def swap_in(self, uid: RequestUid, *, spare: int = 0) -> int | None:
     """Opens a request that waits in HOST, to go on from where it was.
 
     It is readable once the copies are acknowledged. Its next step proves them:
@@ -224,6 +224,7 @@ class Swapping:
 
     Args:
       uid: A request with rBlocks in HOST.
+      spare: rBlocks of HBM that must be free beside its own.
 
     Returns:
       Tokens that need not be computed again; None if it cannot come now,
@@ -231,6 +232,8 @@ class Swapping:
     """
     swapped = self._current(uid)
     if swapped.stage is not Stage.WAITING:
+      return None
+    if self._pool.num_free < len(swapped.host) + spare:
       return None
     home = self._pool.allocate(len(swapped.host), uid)
     if home is None:

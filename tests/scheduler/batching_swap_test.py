@@ -10,7 +10,7 @@ import pytest
 
 from infinite_llm.config import SchedulerConfig
 from infinite_llm.scheduler.request import RequestStatus
-from infinite_llm.scheduler.step_plan import Row, StepPlan
+from infinite_llm.scheduler.step_plan import NOTHING, Ceiling, Row, StepPlan
 from infinite_llm.scheduler.swapping import Stage
 from infinite_llm.types import PoolCounts, Tier
 from tests.scheduler.fake_cluster import FakeCluster, until
@@ -142,7 +142,10 @@ def test_a_request_that_fills_the_pool_comes_back_to_where_it_can_go_on():
   cluster.check_empty()
 
 
-def test_who_made_way_is_not_let_in_again_before_the_one_that_needed_it():
+@pytest.mark.parametrize("between", [(), (Ceiling(group=NOTHING, long=False),)])
+def test_who_made_way_is_not_let_in_again_before_the_one_that_needed_it(
+  between,
+):
   """Not on the strength of room elsewhere: copies take rBlocks of its own."""
   cluster = FakeCluster(
     3,
@@ -174,6 +177,9 @@ def test_who_made_way_is_not_let_in_again_before_the_one_that_needed_it():
   assert manager.allotted_to == 3
   assert manager.counts().free == 1
 
+  for ceiling in between:  # The oldest one must wait for a turn.
+    assert engine.batchers[0].plan(ceiling) == StepPlan()
+    assert manager.swapping.stage(3) is Stage.WAITING
   engine.step()
 
   assert oldest.num_computed_tokens == 40
@@ -183,6 +189,22 @@ def test_who_made_way_is_not_let_in_again_before_the_one_that_needed_it():
     r.status is RequestStatus.FINISHED_LENGTH for r in engine.requests.values()
   )
   cluster.check_empty()
+
+
+def test_what_those_under_way_lack_next_stays_free_too():
+  engine = _engine(requests=((30, 9), (31, 4)))
+  batcher, manager = engine.batchers[0], engine.cluster.managers[0]
+  batcher.set_aside(2)
+  engine.cluster.settle()
+  assert manager.pool.allocate(1, 99)  # Of 4 that are free; 3 are needed.
+  assert batcher.plan() == StepPlan(local_decode=(_row(1, 31, 1, True),))
+  manager.allotted_to = 2
+  manager._lendable_elsewhere = 8
+
+  batcher.plan(Ceiling(is_behind=True))
+
+  assert [r.uid for r in batcher.running] == [1]
+  assert manager.swapping.stage(2) is Stage.WAITING
 
 
 @pytest.mark.parametrize(

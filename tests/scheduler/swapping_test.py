@@ -238,7 +238,8 @@ class TestIn:
       _counts(5, used=3, free=2),
     )
     manager.close(8)
-    assert manager.swapping.swap_in(UID) == 24
+    assert manager.swapping.swap_in(UID, spare=6) is None
+    assert manager.swapping.swap_in(UID, spare=5) == 24
 
   def test_preempted_before_the_proof_it_keeps_its_host_blocks(self):
     cluster = _cluster()
