@@ -24,7 +24,11 @@ from pallas_kernels.fetch_words.api import fetch_words
 
 
 class Unread:
-  """Words in host memory, until devices have read them."""
+  """Words in host memory, until the devices of an instance have read them.
+
+  They are read in the order in which they came. The last ones stay until others
+  come.
+  """
 
   def __init__(self):
     """Holds nothing."""
@@ -36,18 +40,24 @@ class Unread:
     return len(self._held)
 
   def add(self, words: jax.Array, fetched: jax.Array) -> None:
-    """Holds words until what was fetched of them is there."""
+    """Holds words until what was fetched of them is there.
+
+    Args:
+      words: In host memory.
+      fetched: What programs are given; not to be donated to any.
+    """
     with self._lock:
       self._held.append((words, fetched))
-      # JAX declares `is_ready` only for its own arrays.
-      while self._held[0][1].is_ready():  # pyright: ignore[reportAttributeAccessIssue]
+      while self._held and _is_there(self._held[0][1]):
         self._held.popleft()
-        if not self._held:
-          return
 
 
-unread = Unread()
-"""Of all devices of this process. The last ones stay until others come."""
+def _is_there(array: jax.Array) -> bool:
+  # JAX declares `is_ready` only for its own arrays.
+  return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_unread: dict[Mesh, Unread] = {}
 
 
 def put_words(words: np.ndarray, row: Mesh) -> jax.Array:
@@ -65,7 +75,7 @@ def put_words(words: np.ndarray, row: Mesh) -> jax.Array:
     return jax.device_put(words, sharding)
   there = jax.device_put(words, sharding.with_memory_kind("pinned_host"))
   fetched = _fetch(row)(there)
-  unread.add(there, fetched)
+  _unread.setdefault(row, Unread()).add(there, fetched)
   return fetched
 
 

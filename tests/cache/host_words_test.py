@@ -42,7 +42,7 @@ def test_what_was_not_read_is_held_and_nothing_else():
     unread.add(_Array(), fetched[i])
   assert len(unread) == 3
 
-  fetched[1].is_there = True  # Another device's, ahead of the first.
+  fetched[1].is_there = True  # Said of it before it is said of the first.
   unread.add(_Array(), fetched[3])
   assert len(unread) == 4
   fetched[0].is_there = fetched[2].is_there = True
