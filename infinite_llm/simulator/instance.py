@@ -37,6 +37,13 @@ _SWAP_COSTS = SwapCosts(
 """Copies always pay, so that whatever fits is swapped."""
 
 _BEHIND = Ceiling(group=NOTHING, is_behind=True)
+_CEILINGS = (
+  ANY,
+  ANY,
+  Ceiling(group=NOTHING),
+  Ceiling(group=NOTHING, long=False),
+)
+"""Engines plan so between turns, and while others wait for a turn."""
 
 
 class Instance:
@@ -216,7 +223,7 @@ class Instance:
     self.settle()
     if not self._flights:
       self._verify()
-      self._step(ANY)
+      self._step(self._world.rng.choice(_CEILINGS))
     self._wake(self._world.scenario.tick_s, self._tick)
 
   def _verify(self) -> None:

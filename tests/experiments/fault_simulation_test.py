@@ -50,12 +50,12 @@ def test_a_clean_run_says_what_happened(tmp_path, capsys):
   assert "violations: 0" in printed
 
 
-def test_larger_clusters_have_every_kind_of_fault_at_once(tmp_path):
+def test_larger_clusters_have_every_kind_of_fault(tmp_path):
   args = ("--config.num_seeds=13", "--config.num_instances=12")
   assert _call(tmp_path, *args, "--config.min_messages=8000") == 0
 
   result = _result(tmp_path)
-  assert result["totals"]["num_delivered"] >= 8000
+  assert result["totals"]["num_delivered"] >= 13 * 8000
   assert set(Mishap) | {"payload lost", "payload repeated", "skew"} <= set(
     result["faults"]
   )

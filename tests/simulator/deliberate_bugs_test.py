@@ -379,7 +379,11 @@ _REPLACED = {
     20,
     "keeps None in HOST|proved its KV, but",
   ),
-  _free_what_is_being_copied: (_overflowing, 40, "cannot free for request"),
+  _free_what_is_being_copied: (
+    _overflowing,
+    40,
+    "its HBM rBlock is|cannot free for request",
+  ),
   _keep_slabs: (_overflowing, 10, "in HOST for nobody"),
   _read_slabs_before_they_are_there: (_overflowing, 10, "proved its KV, but"),
   _accept_any_payload: (_with_repeated_payloads, 60, "was written over"),
