@@ -20,7 +20,7 @@ from infinite_llm.cache.rows import join_rows
 from infinite_llm.types import INSTANCE_AXIS
 
 _ALIGNED_WORDS = 64  # Mosaic GPU kernels refuse operands off 256 bytes.
-_FEWEST_WORDS = 1024  # 4 KB: a smaller array is no faster anywhere.
+_FEWEST_WORDS = 1024  # Of all arrays, so that few sizes are compiled for.
 
 
 @dataclasses.dataclass(frozen=True)

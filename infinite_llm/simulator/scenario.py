@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Mapping
 
-from infinite_llm.config import LendingConfig, SchedulerConfig
+from infinite_llm.config import CacheConfig, LendingConfig, SchedulerConfig
 from infinite_llm.rules import (
   require,
   require_integer,
@@ -99,7 +99,8 @@ class Scenario:
       "min_messages",
       "min_faults",
     )
-    for name, least in (("num_blocks", 2), ("host_blocks", 0)):
+    least_host = 2 if self.host_attention else 0
+    for name, least in (("num_blocks", 2), ("host_blocks", least_host)):
       value = getattr(self, name)
       require_integer(name, value)
       require(value >= least, name, f"at least {least}", value)
@@ -121,38 +122,41 @@ class Scenario:
 
   @property
   def reachable_blocks(self) -> int:
-    """rBlocks that one request can have, if nobody else has any."""
+    """rBlocks of HBM that one request can have, if nobody else has any."""
     own = self.num_blocks - 1
+    # Under "migrate" others lend, but only room for all of it.
     if not get_policy(self.lending.policy).borrows:
       return own
-    lent = max(own - (self.lending.headroom_blocks or 0), 0)
-    if self.lending.max_lent_blocks is not None:
-      lent = min(lent, self.lending.max_lent_blocks)
-    return own + (self.num_instances - 1) * lent
+    return self.lending.reachable_blocks(own, self.num_instances)
+
+  @property
+  def most_blocks(self) -> int:
+    """The same in both tiers: of HOST, it has that of its own instance."""
+    if not self.host_attention:
+      return self.reachable_blocks
+    elsewhere = self.reachable_blocks - (self.num_blocks - 1)
+    return self._cache.overflow_blocks + elsewhere
 
   @property
   def overflow(self) -> OverflowRule | None:
     """Which requests keep rBlocks in HOST while they run; None if none may."""
     if not self.host_attention:
       return None
-    kept = max((self.num_blocks - 1) // 2, 1)
     return OverflowRule(
       reachable_blocks=self.reachable_blocks,
-      kept_blocks=kept,
-      slab_blocks=max(min(kept // 2, _MOST_SLAB_BLOCKS), 1),
+      kept_blocks=self._cache.kept_blocks,
+      slab_blocks=self._cache.slab_blocks,
     )
 
   @property
-  def most_blocks(self) -> int:
-    """The same in both tiers: of HOST, it has that of its own instance."""
-    if (rule := self.overflow) is None:
-      return self.reachable_blocks
-    slabs = (self.host_blocks - 1) // rule.slab_blocks
-    elsewhere = self.reachable_blocks - (self.num_blocks - 1)
-    return rule.kept_blocks + slabs * rule.slab_blocks + elsewhere
+  def _cache(self) -> CacheConfig:
+    return CacheConfig(
+      block_size=self.block_size,
+      num_blocks=self.num_blocks,
+      host_blocks=self.host_blocks,
+      host_attention=self.host_attention,
+    )
 
-
-_MOST_SLAB_BLOCKS = 3
 
 _POLICIES = (
   *("borrow",) * 5,

@@ -46,6 +46,7 @@ def _borrowing(seed):
     scenario,
     lending=dataclasses.replace(scenario.lending, policy="borrow"),
     host_blocks=0,
+    host_attention=False,
     most_open=scenario.num_instances + 2,
     long_answers=0.15,
   )
@@ -338,7 +339,7 @@ _PLACES = {
   Place.TABLE_KEPT: (_borrowing, 10, "is not empty|refused to host"),
   Place.EXPIRY_SKIPPED: (_with_long_partitions, 40, "says that it lent"),
   Place.REPETITION_EXECUTED: (_borrowing, 10, "and its repetition with"),
-  Place.DEAD_HEARD: (_with_many_crashes, 80, "of a dead incarnation"),
+  Place.DEAD_HEARD: (_with_many_crashes, 160, "of a dead incarnation"),
   Place.MISDIRECTED_EXECUTED: (_borrowing, 10, "meant for incarnation"),
   Place.RESTART_OVERLOOKED: (_with_many_crashes, 40, "still counts"),
   Place.DEAD_DEBTS_KEPT: (_with_many_crashes, 20, "for the one before"),

@@ -40,6 +40,13 @@ def test_impossible_scenarios_are_refused(field, value, text):
     dataclasses.replace(scenario, **{field: value})
 
 
+def test_to_attend_host_memory_there_must_be_some():
+  drawn = draw_scenario(random.Random(0))
+  text = "host_blocks must be at least 2; got 0"
+  with pytest.raises(ConfigError, match=text):
+    dataclasses.replace(drawn, host_attention=True, host_blocks=0)
+
+
 @pytest.mark.parametrize(
   ("options", "text"),
   [
