@@ -77,5 +77,5 @@ def get_config() -> ConfigDict:
   # Distinct layers, so that no cache holds the KV, within this much a device.
   config.attention.layers = 16
   config.attention.most_bytes = 40e9
-  config.attention.calls = (2, 10)  # In one program; the slope is the time.
+  config.attention.calls = (4, 36)  # In one program; the slope is the time.
   return config

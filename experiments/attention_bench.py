@@ -7,9 +7,7 @@ model, the output of one being the query of the next.
 
 import functools
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.baselines.headwise_tp import headwise_attention
 from experiments.baselines.ring_attention import RingPart, ring_attention
+from experiments.kernel_timing import programs_slope_us
 from experiments.one_sided_exchange import one_sided_exchanges
 from infinite_llm.attention.decode_exchange import COLLECTIVES
 from infinite_llm.attention.dist_attention import (
@@ -33,12 +32,14 @@ from infinite_llm.attention.dist_attention import (
 )
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.types import INSTANCE_AXIS
+from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables
 
 _PER_INSTANCE = PartitionSpec(INSTANCE_AXIS)
 _KV_SPECS = {
   "one device": _PER_INSTANCE,
   "dist": _PER_INSTANCE,
+  "dist, none spared": _PER_INSTANCE,
   "dist one-sided": _PER_INSTANCE,
   "ring": _PER_INSTANCE,
   "head-wise": PartitionSpec(None, None, None, INSTANCE_AXIS),
@@ -109,11 +110,16 @@ def bench(
 def _ways(
   config: ml_collections.ConfigDict, num_instances: int
 ) -> tuple[str, ...]:
-  """Ways to time; the one-sided exchange is a kernel for GPUs."""
+  """Ways to time; what differs on GPUs only is not timed elsewhere."""
   if num_instances == 1:
     return ("one device",)
-  one_sided = ("dist one-sided",) if config.platform == "gpu" else ()
-  return ("dist", *one_sided, "ring", "head-wise")
+  on_gpus = ("dist, none spared", "dist one-sided")
+  return (
+    "dist",
+    *(on_gpus if config.platform == "gpu" else ()),
+    "ring",
+    "head-wise",
+  )
 
 
 def _results(
@@ -187,32 +193,7 @@ def _run(
   programs = [program(num_calls) for num_calls in config.attention.calls]
   outs = [np.asarray(run(q, kv), np.float32) for run in programs]
   calls = config.attention.calls
-  return outs[0][:1], slope_us(config.repeats, calls, programs, q, kv)
-
-
-def slope_us(
-  repeats: int,
-  calls: tuple[int, int],
-  programs: Sequence[Callable[..., jax.Array]],
-  *args: Any,
-) -> float:
-  """Microseconds of a call, from how long few and many of them take.
-
-  Args:
-    repeats: Of which the median is taken.
-    calls: How many calls the programs run.
-    programs: Two, compiled already.
-    *args: Theirs.
-  """
-  slopes = []
-  for _ in range(repeats):
-    elapsed = []
-    for run in programs:
-      started = time.perf_counter()
-      run(*args).block_until_ready()
-      elapsed.append(time.perf_counter() - started)
-    slopes.append((elapsed[1] - elapsed[0]) / (calls[1] - calls[0]) * 1e6)
-  return statistics.median(slopes)
+  return outs[0][:1], programs_slope_us(config.repeats, calls, programs, q, kv)
 
 
 def _draw_kv(
@@ -334,6 +315,24 @@ def _dist(config, case, num_calls, q, kv, exchanges=_COLLECTIVES):
   return q
 
 
+class _NoneSpared:
+  """As `COLLECTIVES`, though local attention takes all multiprocessors."""
+
+  gather_queries = staticmethod(COLLECTIVES.gather_queries)
+
+  def return_states[Result](
+    self,
+    hosted: AttentionState,
+    beside: Callable[[jax.Array, int], Result],
+    operand: jax.Array,
+  ) -> tuple[AttentionState, Result]:
+    return COLLECTIVES.return_states(hosted, lambda q, _: beside(q, 0), operand)
+
+
+def _dist_none_spared(config, case, num_calls, q, kv):
+  return _dist(config, case, num_calls, q, kv, itertools.repeat(_NoneSpared()))
+
+
 def _dist_one_sided(config, case, num_calls, q, kv):
   exchanges = one_sided_exchanges(1, *q.shape[1:], q.dtype)
   return _dist(config, case, num_calls, q, kv, exchanges)
@@ -375,6 +374,7 @@ def _next(q: jax.Array, out: jax.Array) -> jax.Array:
 _BODIES = {
   "one device": _one_device,
   "dist": _dist,
+  "dist, none spared": _dist_none_spared,
   "dist one-sided": _dist_one_sided,
   "ring": _ring,
   "head-wise": _headwise,

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.attention_bench import slope_us
+from experiments.kernel_timing import programs_slope_us
 from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.exchange import api
@@ -108,7 +108,7 @@ def _run(
     for run, num_calls in zip(programs, calls, strict=True)
   ]
   return {
-    "call_us": slope_us(config.repeats, calls, programs, x),
+    "call_us": programs_slope_us(config.repeats, calls, programs, x),
     "correct": all(right),
     "aim": "an all_gather and an all_to_all below 25 us",
   }

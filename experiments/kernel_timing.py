@@ -71,14 +71,31 @@ def slope_us(
   programs = [jax.jit(functools.partial(call, n)) for n in (few, many)]
   for program in programs:
     jax.block_until_ready(program(inputs))
+  return programs_slope_us(config.timing.repeats, (few, many), programs, inputs)
+
+
+def programs_slope_us(
+  repeats: int,
+  calls: tuple[int, int],
+  programs: Sequence[Callable[..., Any]],
+  *args: Any,
+) -> float:
+  """Microseconds of a call, from how long few and many of them take.
+
+  Args:
+    repeats: Of which the median is taken.
+    calls: How many calls the programs run.
+    programs: Two, compiled already.
+    *args: Theirs.
+  """
   slopes = []
-  for _ in range(config.timing.repeats):
+  for _ in range(repeats):
     elapsed = []
-    for program in programs:
+    for run in programs:
       started = time.perf_counter()
-      jax.block_until_ready(program(inputs))
+      jax.block_until_ready(run(*args))
       elapsed.append(time.perf_counter() - started)
-    slopes.append((elapsed[1] - elapsed[0]) / (many - few) * 1e6)
+    slopes.append((elapsed[1] - elapsed[0]) / (calls[1] - calls[0]) * 1e6)
   return statistics.median(slopes)
 
 

@@ -45,15 +45,18 @@ class OneSidedExchange(NamedTuple):
   def return_states[Result](
     self,
     hosted: AttentionState,
-    beside: Callable[[jax.Array], Result],
+    beside: Callable[[jax.Array, int], Result],
     operand: jax.Array,
   ) -> tuple[AttentionState, Result]:
-    """As `DecodeExchange` has it; `beside` lies between its two kernels."""
+    """As `DecodeExchange` has it; `beside` lies between its two kernels.
+
+    So it may have all multiprocessors.
+    """
     returned, result = api.all_to_all(
       by_owner(pack(hosted), jax.lax.axis_size(INSTANCE_AXIS)),
       self.states,
       axis_name=INSTANCE_AXIS,
-      beside=beside,
+      beside=lambda operand: beside(operand, 0),
       operand=operand,
       is_first=self.is_first,
       implementation="mosaic_gpu",

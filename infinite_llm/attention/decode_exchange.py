@@ -9,6 +9,12 @@ import jax.numpy as jnp
 from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.attention_state import AttentionState
 
+_NCCL_BLOCK_BYTES = 16 * 1024
+"""What a block of NCCL's sends to one peer; 4, 6 and 11 blocks were seen."""
+
+_MOST_SPARED = 8  # More cost each layer more than waiting costs some.
+_FREE_SPARED = 4  # These cost nothing.
+
 
 class DecodeExchange(Protocol):
   """What the instances exchange through; stateless, and the same in all layers.
@@ -29,7 +35,7 @@ class DecodeExchange(Protocol):
   def return_states[Result](
     self,
     hosted: AttentionState,
-    beside: Callable[[jax.Array], Result],
+    beside: Callable[[jax.Array, int], Result],
     operand: jax.Array,
   ) -> tuple[AttentionState, Result]:
     """Sends back what instances computed for each other.
@@ -38,7 +44,8 @@ class DecodeExchange(Protocol):
 
     Args:
       hosted: Over `[I * S, H, D]`, row `owner * S + slot`.
-      beside: What to compute in the meantime.
+      beside: What to compute in the meantime, from `operand` and the number of
+        multiprocessors that it is to leave to the exchange.
       operand: What `beside` is computed from.
 
     Returns:
@@ -58,13 +65,25 @@ class _Collectives:
   def return_states[Result](
     self,
     hosted: AttentionState,
-    beside: Callable[[jax.Array], Result],
+    beside: Callable[[jax.Array, int], Result],
     operand: jax.Array,
   ) -> tuple[AttentionState, Result]:
     """One all_to_all."""
     packed = by_owner(pack(hosted), jax.lax.axis_size(INSTANCE_AXIS))
     returned = jax.lax.all_to_all(packed, INSTANCE_AXIS, 0, 0)
-    return unpack(returned), beside(operand)
+    return unpack(returned), beside(operand, _num_spared(packed))
+
+
+def _num_spared(packed: jax.Array) -> int:
+  """Multiprocessors to leave to NCCL's all_to_all of `[I, ...]`.
+
+  A block of NCCL's does not fit beside one of the decode kernel's. It waits for
+  a peer while it holds a multiprocessor, whose share of local attention then
+  comes last: a quarter more time for that layer (`docs/data_plane.md`).
+  """
+  num_peers, part_bytes = len(packed), packed.nbytes // len(packed)
+  num_blocks = num_peers * -(-part_bytes // _NCCL_BLOCK_BYTES)
+  return num_blocks if num_blocks <= _MOST_SPARED else _FREE_SPARED
 
 
 COLLECTIVES: DecodeExchange = _Collectives()

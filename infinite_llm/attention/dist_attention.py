@@ -258,8 +258,15 @@ def decode_attention(
   hosted = local_attention(sent_q, one_each, asked, kv, layer, answered, window)
   returned, local = exchange.return_states(
     hosted,
-    lambda q: local_attention(
-      q, _one_token_each(num_rows), positions, kv, layer, tables, window
+    lambda q, num_spared: local_attention(
+      q,
+      _one_token_each(num_rows),
+      positions,
+      kv,
+      layer,
+      tables,
+      window,
+      num_spared,
     ),
     q,
   )
@@ -358,6 +365,7 @@ def local_attention(
   layer: int,
   tables: BlockTables,
   window: Window,
+  num_spared: int = 0,
 ) -> AttentionState:
   """Attention over rBlocks held here; no collective.
 
@@ -369,6 +377,7 @@ def local_attention(
     layer: Layer of the pool to read.
     tables: Tables of `B` rows.
     window: What the layer looks at.
+    num_spared: Multiprocessors that are left to what runs beside it.
 
   Returns:
     State over `[T, H, D]`.
@@ -385,6 +394,7 @@ def local_attention(
     sliding_window=window.sliding_window,
     k_scale=window.k_scale,
     v_scale=window.v_scale,
+    spared_multiprocessors=num_spared,
     implementation=window.implementation,
   )
 

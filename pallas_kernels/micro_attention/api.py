@@ -52,6 +52,7 @@ def micro_attention(
   logit_soft_cap: float | None = None,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  spared_multiprocessors: int = 0,
   implementation: str | None = None,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
@@ -87,6 +88,8 @@ def micro_attention(
     k_scale: `[K]` float32. What each KV head's keys in the pool are multiplied
       by, for pools of 8 bits; None is 1. Only with `v_scale`.
     v_scale: `[K]` float32. Likewise for values.
+    spared_multiprocessors: How many a kernel that would take each of them for
+      as long as it runs leaves to what runs beside it, as a collective.
     implementation: Name of the implementation, which then never falls back;
       None is the first that covers the call.
 
@@ -105,6 +108,7 @@ def micro_attention(
   _check_heads(q, kv_pool)
   _check_tables(tables, num_rows=cu_seqlens.shape[0] - 1)
   _check_options(scale, max_query_tokens, sliding_window, logit_soft_cap)
+  _check_spared(spared_multiprocessors)
   check_scales(k_scale, v_scale, kv_pool)
   if 0 in (q.shape[0], tables.starts.shape[0], tables.block_ids.shape[0]):
     return empty_state(q.shape)
@@ -122,6 +126,7 @@ def micro_attention(
     logit_soft_cap=logit_soft_cap,
     k_scale=k_scale,
     v_scale=v_scale,
+    spared_multiprocessors=spared_multiprocessors,
   )
 
 
@@ -182,6 +187,16 @@ def _check_options(
       "None or a positive finite Python number",
       logit_soft_cap,
     )
+
+
+def _check_spared(spared_multiprocessors: int) -> None:
+  require(
+    isinstance(spared_multiprocessors, numbers.Integral)
+    and spared_multiprocessors >= 0,
+    "spared_multiprocessors",
+    "a Python int, at least 0",
+    spared_multiprocessors,
+  )
 
 
 def _require_positive_int(name: str, value: object) -> None:

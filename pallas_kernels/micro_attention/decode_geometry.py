@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+MULTIPROCESSORS = 132
+"""Of the GPUs that the kernel is for."""
+
 REDUCTION_NUMBERS = 512
 """Of 4 bytes, that a warpgroup's reduction over its warps may exchange."""
 
@@ -24,7 +27,7 @@ class Tuning:
   tile_tokens: int = 128
   num_stages: int = 3
   num_wide_v: int = 2
-  num_workers: int = 132
+  num_workers: int = MULTIPROCESSORS
 
   def __post_init__(self):
     if self.tile_tokens not in (64, 128):
@@ -42,7 +45,7 @@ class Tuning:
 
 
 def default_tuning(
-  head_dim: int, columns: int, *, is_narrow: bool = False
+  head_dim: int, columns: int, *, is_narrow: bool = False, num_spared: int = 0
 ) -> Tuning:
   """The shipped tuning: as many tiles under way as shared memory holds.
 
@@ -50,19 +53,23 @@ def default_tuning(
     head_dim: `D`.
     columns: Of one item: query tokens times query heads.
     is_narrow: Whether keys and values have 8 bits instead of 16.
+    num_spared: Multiprocessors that it leaves to others.
 
   Returns:
     The tuning.
   """
   is_small = head_dim <= 128 and columns <= (8 if is_narrow else 16)
   tile_tokens = 128 if is_small else 64
+  num_workers = MULTIPROCESSORS - num_spared
   tile_bytes = 2 * 2 * head_dim * tile_tokens  # Keys and values of 16 bits.
   room = _SHARED_MEMORY_BYTES - columns * (
     2 * 2 * head_dim + 2 * tile_tokens + 4 * head_dim
   )
   if not is_narrow:
     num_stages = min(room // tile_bytes, 6)
-    return Tuning(tile_tokens=tile_tokens, num_stages=num_stages)
+    return Tuning(
+      tile_tokens=tile_tokens, num_stages=num_stages, num_workers=num_workers
+    )
   # Two tiles of values in 16 bits; the rest for 8 bits. The second attending
   # warpgroup has weights of its own, and hands its sums on.
   num_wide_v = 2
@@ -72,6 +79,7 @@ def default_tuning(
     tile_tokens=tile_tokens,
     num_stages=min(room // (tile_bytes // 2), 8) // 2 * 2,
     num_wide_v=num_wide_v,
+    num_workers=num_workers,
   )
 
 

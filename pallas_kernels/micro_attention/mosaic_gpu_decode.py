@@ -34,6 +34,7 @@ from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.interpreted import settled
 from pallas_kernels.micro_attention.block_tables import BlockTables
 from pallas_kernels.micro_attention.decode_geometry import (
+  MULTIPROCESSORS,
   REDUCTION_NUMBERS,
   Geometry,
   Tuning,
@@ -83,6 +84,7 @@ def decode(
   logit_soft_cap: float | None = None,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  spared_multiprocessors: int = 0,
   tuning: Tuning | None = None,
   interpret: Any = None,
 ) -> AttentionState:
@@ -101,7 +103,8 @@ def decode(
     logit_soft_cap: Soft cap on the logits.
     k_scale: `[K]` float32.
     v_scale: `[K]` float32.
-    tuning: Layout on the device; None is the shipped one.
+    spared_multiprocessors: Less than there are.
+    tuning: Layout on the device; None is the shipped one, but for those spared.
     interpret: `plgpu.InterpretGPUParams` to interpret the kernel on a CPU.
 
   Returns:
@@ -111,7 +114,7 @@ def decode(
     NotImplementedError: If the kernel does not cover the call.
   """
   kv_pool = as_numbers(kv_pool)
-  _check_covered(q, kv_pool, max_query_tokens)
+  _check_covered(q, kv_pool, max_query_tokens, spared_multiprocessors)
   is_narrow = kv_pool.dtype != q.dtype
   if is_narrow and q.dtype == jnp.bfloat16:
     # The hardware converts 8 bits to float16 only, and exactly. Queries beyond
@@ -147,6 +150,7 @@ def decode(
       head_dim,
       tokens_per_item * head_columns,
       is_narrow=is_narrow,
+      num_spared=spared_multiprocessors,
     ),
     interpret=interpret is not None,
   )
@@ -165,7 +169,10 @@ def decode(
 
 
 def _check_covered(
-  q: jax.Array, kv_pool: jax.Array, max_query_tokens: int
+  q: jax.Array,
+  kv_pool: jax.Array,
+  max_query_tokens: int,
+  spared_multiprocessors: int,
 ) -> None:
   """Raises NotImplementedError for what the kernel cannot do."""
   block_size, head_dim = kv_pool.shape[4:]
@@ -182,6 +189,8 @@ def _check_covered(
     f"max_query_tokens: at most {_MAX_QUERY_TOKENS}; got {max_query_tokens}": (
       max_query_tokens <= _MAX_QUERY_TOKENS
     ),
+    f"spared_multiprocessors: less than {MULTIPROCESSORS}; got"
+    f" {spared_multiprocessors}": spared_multiprocessors < MULTIPROCESSORS,
   }
   for rule, is_covered in covers.items():
     if not is_covered:

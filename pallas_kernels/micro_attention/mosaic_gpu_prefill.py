@@ -66,6 +66,7 @@ def prefill(
   logit_soft_cap: float | None = None,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  spared_multiprocessors: int = 0,
   tuning: Tuning | None = None,
   num_splits: int | None = None,
   widened_tokens: int = WIDENED_TOKENS,
@@ -87,6 +88,7 @@ def prefill(
     logit_soft_cap: As for `api.micro_attention`.
     k_scale: `[K]` float32, for a pool of 8 bits.
     v_scale: `[K]` float32.
+    spared_multiprocessors: Not used: blocks of this kernel come and go.
     tuning: How to cut the kernel; None is the shipped one.
     num_splits: Parts that each tile's KV is cut into; None fills the device.
     widened_tokens: KV tokens of a pool of 8 bits that are widened at once.
@@ -98,6 +100,7 @@ def prefill(
   Raises:
     NotImplementedError: If the call is not covered; names the argument.
   """
+  del spared_multiprocessors
   if number_dtype(kv_pool.dtype) == jnp.float8_e4m3fn:
     _require_covered("q", "dtype", q.dtype, DTYPES)
     state = _prefill_widened(

@@ -25,13 +25,14 @@ def micro_attention(
   logit_soft_cap: float | None = None,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  spared_multiprocessors: int = 0,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
 
   Args, results and errors are those of `api.micro_attention`. Computes in
   float32, or in float64 if `q` is float64.
   """
-  del max_query_tokens
+  del max_query_tokens, spared_multiprocessors
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   num_kv_heads, block_size = kv_pool.shape[3:5]
   num_tokens, num_q_heads, head_dim = q.shape

@@ -123,11 +123,13 @@ def micro_attention(
   logit_soft_cap: float | None = None,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  spared_multiprocessors: int = 0,
 ) -> AttentionState:
   """Attends each query to the rBlocks of its sequence that are held here.
 
   Args, results and errors are those of `api.micro_attention`.
   """
+  del spared_multiprocessors  # XLA's kernels come and go.
   for name, x in (("q", q), ("kv_pool", kv_pool)):
     if x.dtype == jnp.float64:
       raise NotImplementedError(f"{name}: accumulates in float32, not float64.")

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from infinite_llm.attention import dist_attention
+from infinite_llm.attention.decode_exchange import COLLECTIVES
 from infinite_llm.attention.dist_attention import (
   NO_ROW,
   HostedRows,
@@ -26,6 +27,7 @@ from infinite_llm.engine.group_inputs import (
   shifts_of_slots,
 )
 from infinite_llm.scheduler.hosted_tables import HostedVersion
+from pallas_kernels.attention_state import AttentionState, empty_state
 from pallas_kernels.micro_attention.api import BlockTables, micro_attention
 from tests.tolerances import lse_error, relative_error, tolerance
 
@@ -251,6 +253,69 @@ def test_decode_over_instances_equals_attention_in_one_place(seed):
     want = cluster.expected(c, q[c.owner, c.row][None], [c.length - 1])
     row = c.owner, slice(c.row, c.row + 1)
     assert_close(state, row, want)
+
+
+@pytest.mark.parametrize(
+  ("num_slots", "num_heads", "head_dim", "num_spared"),
+  [
+    (1, 4, 16, I),  # A block of NCCL's for each instance.
+    (1, 32, 128, 2 * I),  # 16.1 KiB to each: two blocks.
+    (4, 32, 128, 4),  # Five to each are more than are worth it.
+  ],
+)
+def test_local_attention_leaves_multiprocessors_to_the_exchange_beside_it(
+  num_slots, num_heads, head_dim, num_spared
+):
+  shape = I, I * num_slots, num_heads
+  spared = []
+
+  def body(hosted, operand):
+    def beside(operand, num_spared):
+      spared.append(num_spared)
+      return operand
+
+    return COLLECTIVES.return_states(hosted, beside, operand)
+
+  hosted = AttentionState(
+    np.zeros((*shape, head_dim), np.float32), np.zeros(shape, np.float32)
+  )
+  on_mesh(body, hosted, np.zeros((I, 1), np.float32))
+  assert spared == [num_spared]
+
+
+def test_only_what_lies_beside_the_exchange_spares_multiprocessors(monkeypatch):
+  spared = []
+
+  def attend(q, *_, spared_multiprocessors, **__):
+    spared.append((len(q), spared_multiprocessors))
+    return empty_state(q.shape)
+
+  monkeypatch.setattr(dist_attention, "micro_attention", attend)
+  cluster = spread(0, num_blocks=6)
+
+  def body(q, positions, pool, own, hosted, slots):
+    return dist_attention.decode_attention(
+      q,
+      positions,
+      pool,
+      LAYER,
+      own,
+      dist_attention.answer_slots(hosted, own, slots),
+      dist_attention.asked_positions(positions, slots),
+      slots,
+      Window(SCALE, None, 1),
+    )
+
+  on_mesh(
+    body,
+    np.zeros((I, ROWS, H, D), np.float32),
+    np.zeros((I, ROWS), np.int32),
+    cluster.pool.reshape(I, N, L, 2, K, P, D),
+    cluster.tables(ROWS),
+    cluster.hosted(ROWS),
+    stack(cluster.slots()),
+  )
+  assert spared == [(I * S, 0), (ROWS, I)]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,5 +1,6 @@
 """The decode kernel, interpreted on a CPU; on a GPU, if there is one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.micro_attention import reference
 from pallas_kernels.micro_attention.cases import CASES, Case
-from pallas_kernels.micro_attention.decode_geometry import Tuning
+from pallas_kernels.micro_attention.decode_geometry import (
+  MULTIPROCESSORS,
+  Tuning,
+  default_tuning,
+)
 from pallas_kernels.micro_attention.mosaic_gpu_decode import decode
 from pallas_kernels.pool_layout import as_held
 from tests.pallas_kernels.unpaged import assert_as_exact_as_unpaged
@@ -198,6 +203,31 @@ def test_a_gpu_agrees(case):
   # Outputs get memory that was NaN before.
   jax.block_until_ready(jnp.full(inputs.q.shape, jnp.nan, jnp.float32))
   _assert_close(case, decode(*inputs, **case.options), inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_spared", [4, MULTIPROCESSORS - 1])
+@pytest.mark.parametrize("name", ["ragged", "fp8", "several_tokens"])
+def test_a_gpu_agrees_with_some_multiprocessors_spared(name, num_spared):
+  case = _BY_NAME[name]
+  inputs = case.make_inputs()
+  state = decode(*inputs, **case.options, spared_multiprocessors=num_spared)
+  _assert_close(case, state, inputs)
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_those_spared_get_no_worker(is_narrow):
+  tuning = default_tuning(128, 8, is_narrow=is_narrow)
+  assert tuning.num_workers == MULTIPROCESSORS
+  spared = default_tuning(128, 8, is_narrow=is_narrow, num_spared=5)
+  assert spared == dataclasses.replace(tuning, num_workers=MULTIPROCESSORS - 5)
+
+
+def test_not_all_multiprocessors_can_be_spared():
+  case = _BY_NAME["ragged"]
+  message = "spared_multiprocessors: less than 132; got 132"
+  with pytest.raises(NotImplementedError, match=message):
+    decode(*case.make_inputs(), **case.options, spared_multiprocessors=132)
 
 
 @pytest.mark.parametrize(

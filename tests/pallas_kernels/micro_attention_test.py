@@ -367,6 +367,10 @@ def _tables_with(**changes):
     ({"scale": lambda _: None}, "scale must be a finite Python number"),
     ({"max_query_tokens": lambda _: 0}, "max_query_tokens must be .* got 0"),
     ({"sliding_window": lambda _: 0}, "sliding_window must be .* got 0"),
+    (
+      {"spared_multiprocessors": lambda _: -1},
+      "spared_multiprocessors must be .* at least 0; got -1",
+    ),
     ({"sliding_window": lambda _: 2**31}, "sliding_window must be .* got 2147"),
     ({"logit_soft_cap": lambda _: 0.0}, "logit_soft_cap must be .* got 0.0"),
   ],
@@ -374,6 +378,21 @@ def _tables_with(**changes):
 def test_a_wrong_call_names_argument_rule_and_value(changes, message):
   with pytest.raises(ValueError, match=message):
     _wrong_call(**changes)
+
+
+@pytest.mark.parametrize("implementation", _PORTABLE)
+def test_spared_multiprocessors_change_nothing_elsewhere(implementation):
+  case = _CASES["decode_ragged"]
+  expected, state = (
+    micro_attention(
+      *_inputs(case),
+      **case.options,
+      spared_multiprocessors=num_spared,
+      implementation=implementation,
+    )
+    for num_spared in (0, 7)
+  )
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 def test_an_unknown_implementation_names_the_known_ones():
