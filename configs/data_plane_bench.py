@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
 
   config.attention = ConfigDict()
   config.attention.run = True
+  config.attention.ways = ()  # Such as "dist"; none are all.
   config.attention.num_instances = (1, 2, 4)
   config.attention.contexts = (
     4096,

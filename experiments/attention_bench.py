@@ -31,6 +31,7 @@ from infinite_llm.attention.dist_attention import (
   local_attention,
 )
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.rules import require
 from infinite_llm.types import INSTANCE_AXIS
 from pallas_kernels.attention_state import AttentionState
 from pallas_kernels.micro_attention.api import BlockTables
@@ -60,6 +61,19 @@ class _Case(NamedTuple):
   context: int
   num_instances: int
   num_layers: int
+
+
+def check_ways(config: ml_collections.ConfigDict) -> None:
+  """Looks whether there is what the configuration wants timed.
+
+  Args:
+    config: See `configs/data_plane_bench.py`.
+
+  Raises:
+    ConfigError: If `attention.ways` names a way that there is not.
+  """
+  for way in config.attention.ways:
+    require(way in _BODIES, "attention.ways", f"of {sorted(_BODIES)}", way)
 
 
 def bench(
@@ -111,15 +125,13 @@ def _ways(
   config: ml_collections.ConfigDict, num_instances: int
 ) -> tuple[str, ...]:
   """Ways to time; what differs on GPUs only is not timed elsewhere."""
-  if num_instances == 1:
-    return ("one device",)
-  on_gpus = ("dist, none spared", "dist one-sided")
-  return (
-    "dist",
-    *(on_gpus if config.platform == "gpu" else ()),
-    "ring",
-    "head-wise",
-  )
+  ways = ("one device",)
+  if num_instances > 1:
+    on_gpus = ("dist, none spared", "dist one-sided")
+    more = on_gpus if config.platform == "gpu" else ()
+    ways = ("dist", *more, "ring", "head-wise")
+  wanted = config.attention.ways or ways
+  return tuple(way for way in ways if way in wanted)
 
 
 def _results(

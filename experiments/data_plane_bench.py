@@ -58,8 +58,12 @@ def run(
 
   Returns:
     `rows`, what was `left_out`, and whether what was checked is `correct`.
+
+  Raises:
+    ConfigError: If there is not what the configuration names.
   """
   num_devices = _devices(config)
+  attention_bench.check_ways(config)
   about = run_facts(num_devices)
   rows: list[_Row] = []
   left_out: list[str] = []

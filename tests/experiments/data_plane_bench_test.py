@@ -109,6 +109,24 @@ def test_kv_that_does_not_fit_is_named(config, tmp_path):
   assert row["left_out"] == "its KV takes more than most_bytes"
 
 
+def test_only_the_ways_that_are_named_are_timed(config, tmp_path):
+  config.tiers.run = config.host_reads.run = False
+  config.host_attention.run = False
+  config.exchange.run = config.collectives.run = False
+  config.attention.ways = ("one device", "dist")
+
+  rows = data_plane_bench.run(config, tmp_path)["rows"]
+
+  assert [row["way"] for row in rows] == 2 * ["one device", "dist"]
+
+
+def test_a_way_that_there_is_not_is_refused(config, tmp_path):
+  config.attention.ways = ("dist", "rings")
+  message = r"attention\.ways must be of \['dist', .*\]; got 'rings'"
+  with pytest.raises(ConfigError, match=message):
+    data_plane_bench.run(config, tmp_path)
+
+
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
