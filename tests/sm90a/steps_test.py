@@ -140,8 +140,9 @@ def _scheduled(compiled) -> str:
   words = {
     r"all-gather-start\(": "gather",
     r"all-gather-done\(": "gathered",
-    r"all-to-all-start\(": "answer",
-    r"all-to-all-done\(": "answered",
+    # Of states; that of coverage may lie anywhere.
+    r"= \(*f32.* all-to-all-start\(": "answer",
+    r"= \(*f32.* all-to-all-done\(": "answered",
     rf"= \(f32\[{ROWS},32,128\]": "local",
     r"= \(f32\[\d+,32,128\]": "hosted",
     r" fusion\(.*/append_kv/": "append",
