@@ -150,8 +150,7 @@ def answer_slots(
     Tables of `I * S` rows, row `owner * S + slot`.
   """
   me = jax.lax.axis_index(INSTANCE_AXIS)
-  used = (slots.rows != NO_ROW)[:, None]
-  named = jnp.where(used, slots.versions, NO_VERSION)
+  named = jnp.where((slots.rows != NO_ROW)[:, None], slots.versions, NO_VERSION)
   epoch, version = jax.lax.all_gather((slots.epoch, named), INSTANCE_AXIS)
   return select_hosted(
     hosted, tables, epoch.reshape(-1), version[:, :, me].reshape(-1)
@@ -254,19 +253,15 @@ def decode_attention(
   """
   row = jnp.where(slots.rows == NO_ROW, 0, slots.rows)
   sent_q = exchange.gather_queries(q[row])
-  num_rows, one_each = len(q), _one_token_each(len(sent_q))
+  # One query token in each row, of its own and of those it answers.
+  own_rows, one_each = (
+    jnp.arange(len(rows) + 1, dtype=jnp.int32) for rows in (q, sent_q)
+  )
   hosted = local_attention(sent_q, one_each, asked, kv, layer, answered, window)
   returned, local = exchange.return_states(
     hosted,
-    lambda q, num_spared: local_attention(
-      q,
-      _one_token_each(num_rows),
-      positions,
-      kv,
-      layer,
-      tables,
-      window,
-      num_spared,
+    lambda q, spared: local_attention(
+      q, own_rows, positions, kv, layer, tables, window, spared
     ),
     q,
   )
@@ -274,7 +269,7 @@ def decode_attention(
   merged = merge(mine, merge_many(returned))
   # Each row looks for its slot, rather than each slot writing its row: what
   # uses the result then takes part in one kernel of XLA's, as no scatter does.
-  slot, has_slot = _slot_of_row(slots.rows, num_rows)
+  slot, has_slot = _slot_of_row(slots.rows, len(q))
   return AttentionState(
     jnp.where(has_slot[:, None, None], merged.out[slot], local.out),
     jnp.where(has_slot[:, None], merged.lse[slot], local.lse),
@@ -397,11 +392,6 @@ def local_attention(
     spared_multiprocessors=num_spared,
     implementation=window.implementation,
   )
-
-
-def _one_token_each(num_rows: int) -> jax.Array:
-  """`cu_seqlens` of rows with one query token each."""
-  return jnp.arange(num_rows + 1, dtype=jnp.int32)
 
 
 def _slot_of_row(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
