@@ -6,24 +6,28 @@
 What follows `--` is the command line of `experiments.run`, the same for all
 processes. Each has an equal share of `config.cluster.num_instances`, and on the
 platform "gpu" as many GPUs as its instances take, of CUDA_VISIBLE_DEVICES where
-that is set. When one of them dies, the others end too, since they are one JAX
-job; the launcher then starts the group again without it, up to `--max_restarts`
-times: with fewer processes, and as many fewer instances. An experiment that
-keeps a journal in its workdir goes on where it was. The exit status is that of
-process 0.
+that is set. When one of them dies, by a signal or because it hangs, the others
+end too, since they are one JAX job; the launcher then starts the group again
+without it and its GPUs, up to `--max_restarts` times: with fewer processes, and
+as many fewer instances. An experiment that keeps a journal in its workdir goes
+on where it was. The exit status is that of process 0; once that has ended well,
+all is done.
 """
 
+import dataclasses
 import os
 import secrets
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
+from experiments.child_processes import ending_on_sigterm
 from experiments.launch.command import Command, parse_flags, split_command
 from infinite_llm.distributed.group_end import BROKEN_GROUP
 from infinite_llm.errors import ConfigError
@@ -48,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     if values.dry_run:
       _print_plan(values.num_processes, command)
       return 0
-    return _run(values, command)
+    with ending_on_sigterm():
+      return _run(values, command)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -73,17 +78,19 @@ def _run(values: flags.FlagValues, command: Command) -> int:
   """Runs the group, again and again while processes die."""
   num_processes = values.num_processes
   share = command.instances_per_process(num_processes)
+  gpus = _gpus(num_processes, share, command)
   for restarts in range(values.max_restarts + 1):
     args = command.args
     if restarts:
       args = (*args, f"--config.cluster.num_instances={share * num_processes}")
-    statuses = _run_once(
-      num_processes, args, _gpus(num_processes, share, command)
-    )
-    dead = [n for n, status in enumerate(statuses) if _has_died(status)]
+    ends = _run_once(num_processes, args, gpus)
+    status, dead = ends.statuses[0], ends.dead()
     num_left = num_processes - len(dead)
-    if not dead or not num_left or restarts == values.max_restarts:
-      return statuses[0] if statuses[0] >= 0 else 128 - statuses[0]
+    if (
+      not status or not dead or not num_left or restarts == values.max_restarts
+    ):
+      return status if status >= 0 else 128 - status
+    gpus = [each for n, each in enumerate(gpus) if n not in dead]
     print(
       f"Process(es) {', '.join(map(str, dead))} died; starting again with"
       f" {num_left}.",
@@ -122,15 +129,42 @@ def _gpus(num_processes: int, share: int, command: Command) -> list[str]:
   return process_gpus(num_processes, share * command.tensor_parallel)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+  """How the processes of a group ended.
+
+  Attributes:
+    statuses: Exit status of each, as of `subprocess`; `BROKEN_GROUP` for one
+      that this launcher had to kill.
+    first: Statuses of those that were seen first not to end well.
+    hung: Those that this launcher had to kill.
+  """
+
+  statuses: Sequence[int]
+  first: Mapping[int, int]
+  hung: Sequence[int]
+
+  def dead(self) -> list[int]:
+    """Processes that the group ended for, by a signal or since they hung.
+
+    JAX aborts the others when one is gone: an abort counts for who was first,
+    before anybody gave up.
+    """
+    gave_up = BROKEN_GROUP in self.first.values()
+    aborted = () if gave_up else self.first
+    killed = [
+      n
+      for n, status in enumerate(self.statuses)
+      if status < 0 and (-status != signal.SIGABRT or n in aborted)
+    ]
+    # They may have given up for one that no longer answers.
+    return list(self.hung) if gave_up and not killed else killed
+
+
 def _run_once(
   num_processes: int, args: Sequence[str], gpus: Sequence[str]
-) -> list[int]:
-  """Starts a group and waits for all of it.
-
-  Returns:
-    Exit status of each process; -9 for one that had to be killed by a signal
-    from outside, `BROKEN_GROUP` for one that this launcher had to kill.
-  """
+) -> _Ends:
+  """Starts a group and waits for all of it."""
   port = _free_port()
   secret = secrets.token_hex(16)
   processes = [
@@ -145,12 +179,14 @@ def _run_once(
     for n in range(num_processes)
   ]
   deadline_s = None
+  first: dict[int, int] = {}
   try:
     while any(process.poll() is None for process in processes):
       time.sleep(_POLL_S)
       # Those that are left notice it themselves; this is for one that hangs.
-      if deadline_s is None and any(process.poll() for process in processes):
-        deadline_s = time.monotonic() + _END_S
+      if not first:
+        first = {n: p.returncode for n, p in enumerate(processes) if p.poll()}
+        deadline_s = time.monotonic() + _END_S if first else None
       if deadline_s is not None and time.monotonic() > deadline_s:
         break
   finally:
@@ -159,18 +195,13 @@ def _run_once(
       processes[n].kill()
     for process in processes:
       process.wait()
-  return [
+  if not first:  # All ended between two looks.
+    first = {n: p.returncode for n, p in enumerate(processes) if p.returncode}
+  statuses = [
     BROKEN_GROUP if n in hanging else process.returncode
     for n, process in enumerate(processes)
   ]
-
-
-def _has_died(status: int) -> bool:
-  """Whether a process ended by a signal of its own; JAX aborts the others."""
-  return status < 0 and -status != _ABORTED
-
-
-_ABORTED = 6
+  return _Ends(statuses, first, hanging)
 
 
 def _environment(

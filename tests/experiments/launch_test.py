@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -21,6 +24,29 @@ with open(os.environ["SAID"], "a") as file:
   file.write(json.dumps(said) + "\\n")
 broken = said["NUM_PROCESSES"] == os.environ["BREAKS_WITH"]
 sys.exit(75 if broken else 0)
+"""
+_MEMBER = """\
+import json, os, signal, sys, time
+me = int(os.environ["INFINITE_LLM_PROCESS"])
+size = int(os.environ["INFINITE_LLM_NUM_PROCESSES"])
+gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+said = {"pid": os.getpid(), "size": size, "gpu": gpu}
+with open(os.environ["SAID"], "a") as file:
+  file.write(json.dumps(said) + "\\n")
+deeds = json.loads(os.environ["DEEDS"])
+for deed in deeds[me] if size == len(deeds) else ():
+  if isinstance(deed, str):
+    os.kill(os.getpid(), getattr(signal, deed))
+  elif deed < 0:
+    time.sleep(-deed)
+  else:
+    sys.exit(deed)
+"""
+_LOCAL_LAUNCHER = """\
+import sys
+from experiments.launch import local
+local._process_command = lambda args: [sys.executable, sys.argv[1]]
+sys.exit(local.main(["launcher", *sys.argv[2:]]))
 """
 _SRUN = """\
 #!/usr/bin/env python3
@@ -86,6 +112,96 @@ class TestLocal:
         " '--workdir=/shared/q s'"
       )
     assert len(lines) == 2
+
+
+@pytest.fixture(name="members")
+def _members(monkeypatch, tmp_path):
+  """Starts a local group of scripts that do what they are told at first.
+
+  A deed is a signal, an exit status, or how many seconds to sleep, negated.
+  """
+  (tmp_path / "member.py").write_text(_MEMBER)
+  monkeypatch.setattr(local, "_END_S", 2.0)
+  monkeypatch.setattr(
+    local,
+    "_process_command",
+    lambda _: [sys.executable, str(tmp_path / "member.py")],
+  )
+  monkeypatch.setenv("SAID", str(tmp_path / "said"))
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+
+  def start(*deeds):
+    monkeypatch.setenv("DEEDS", json.dumps(deeds))
+    flags = [f"--num_processes={len(deeds)}", "--max_restarts=3"]
+    status = local.main(
+      ["launcher", *flags, *COMMAND, "--config.cluster.platform=gpu"]
+    )
+    lines = (tmp_path / "said").read_text().splitlines()
+    said = [json.loads(line) for line in lines]
+    gpus = [
+      sorted(x["gpu"] for x in said if x["size"] == size)
+      for size in range(len(deeds), 0, -1)
+    ]
+    return status, [each for each in gpus if each]
+
+  return start
+
+
+_NOTICES = (-0.5, 75)  # That another one is gone.
+_IS_ABORTED = (-1.2, "SIGABRT")  # By JAX, as another one is gone.
+_ALL = ["4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize(
+  "end",
+  [("SIGKILL",), ("SIGABRT",), ("SIGSEGV",), ("SIGSTOP",)],
+  ids=lambda end: end[0],
+)
+def test_a_group_starts_again_without_who_died_and_its_gpus(members, end):
+  status, gpus = members(_NOTICES, end, _NOTICES, _IS_ABORTED)
+  assert (status, gpus) == (0, [_ALL, ["4", "6", "7"]])
+
+
+def test_process_0_may_be_who_died(members):
+  status, gpus = members(("SIGKILL",), _NOTICES, _NOTICES, _NOTICES)
+  assert (status, gpus) == (0, [_ALL, ["5", "6", "7"]])
+
+
+@pytest.mark.parametrize(
+  ("deeds", "status"),
+  [
+    # An error, and what follows from it.
+    (((1,), _NOTICES, _IS_ABORTED, _NOTICES), 1),
+    ((_NOTICES, (1,), _NOTICES, _NOTICES), 75),
+    # What came out is there; that one crashes as it leaves changes nothing.
+    (((-0.5, 0), (0,), ("SIGSEGV",), (-0.5, 0)), 0),
+  ],
+)
+def test_a_group_does_not_start_again_for_nothing(members, deeds, status):
+  assert members(*deeds) == (status, [_ALL])
+
+
+def test_a_launcher_that_is_ended_ends_its_processes(tmp_path):
+  (tmp_path / "member.py").write_text(_MEMBER)
+  said = tmp_path / "said"
+  launcher = subprocess.Popen(
+    [
+      *(sys.executable, "-c", _LOCAL_LAUNCHER, tmp_path / "member.py"),
+      *("--num_processes=2", *COMMAND, "--config.cluster.platform=gpu"),
+    ],
+    env={**os.environ, "SAID": str(said), "DEEDS": "[[-60], [-60]]"},
+  )
+  deadline_s = time.monotonic() + 60
+  while not said.exists() or len(said.read_text().splitlines()) < 2:
+    assert time.monotonic() < deadline_s
+    time.sleep(0.05)
+
+  launcher.terminate()
+
+  assert launcher.wait(timeout=20) == 128 + signal.SIGTERM
+  for line in said.read_text().splitlines():
+    with pytest.raises(ProcessLookupError):
+      os.kill(json.loads(line)["pid"], 0)
 
 
 @pytest.mark.parametrize(
