@@ -71,7 +71,7 @@ def run(
   start_s = time.perf_counter()
   with Journal(workdir / "journal.jsonl") as journal:
     for number, request in enumerate(requests, start=1):
-      if request.request_id not in journal.accepted:
+      if not journal.has(request):
         _check(llm, number, request)
     num_replayed = len(journal.unfinished)
     num_before = len(journal.ended)

@@ -98,6 +98,22 @@ class Journal:
       if name not in self.ended
     ]
 
+  def has(self, request: Accepted) -> bool:
+    """Whether a request was accepted before.
+
+    Raises:
+      RequestError: If another one of that name was.
+    """
+    before = self.accepted.get(request.request_id)
+    if before is None:
+      return False
+    if _text(before) != _text(request):
+      raise RequestError(
+        f"request_id must be unique in {str(self._path)!r}, or be that of the"
+        f" same prompt and sampling; got another {request.request_id!r}."
+      )
+    return True
+
   def accept(self, request: Accepted) -> None:
     """Writes a request down, before anybody is told that it is accepted.
 
@@ -205,3 +221,8 @@ class Journal:
       token_ids = tuple(document.pop("token_ids"))
       ended = Ended(token_ids=token_ids, **document)
       self.ended[ended.request_id] = ended
+
+
+def _text(request: Accepted) -> str:
+  """A request as it is written down: behind a restart, lists were tuples."""
+  return json.dumps(dataclasses.asdict(request))

@@ -1,5 +1,6 @@
 """What a journal knows after a crash, wherever it came."""
 
+import dataclasses
 import json
 
 import pytest
@@ -125,3 +126,20 @@ def test_lines_are_json(path):
   first, second = map(json.loads, path.read_text().splitlines())
   assert first == {"journal": 1}
   assert second["accepted"]["prompt_token_ids"] == [1, 2, 3]
+
+
+def test_another_request_of_the_same_name_is_not_taken_for_the_first(path):
+  first = request("one", stop=("x", "y"), temperature=0.7, seed=11)
+  with Journal(path) as journal:
+    journal.accept(first)
+    journal.end(output("one"))
+  with Journal(path) as journal:
+    assert journal.has(first)
+    assert not journal.has(request("two"))
+    others = (
+      dataclasses.replace(first, prompt_token_ids=(1, 2, 4)),
+      request("one", stop=("x", "y"), temperature=0.7, seed=12),
+    )
+    for other in others:
+      with pytest.raises(RequestError, match=r"same prompt .* another 'one'"):
+        journal.has(other)
