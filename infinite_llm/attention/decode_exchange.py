@@ -13,7 +13,7 @@ _NCCL_BLOCK_BYTES = 16 * 1024
 """What a block of NCCL's sends to one peer; 4, 6 and 11 blocks were seen."""
 
 _MOST_SPARED = 8  # More cost each layer more than waiting costs some.
-_FREE_SPARED = 4  # These cost nothing.
+_FREE_SPARED = 4  # These cost 1 % of local attention at most.
 
 
 class DecodeExchange(Protocol):
@@ -79,7 +79,7 @@ def _num_spared(packed: jax.Array) -> int:
 
   A block of NCCL's does not fit beside one of the decode kernel's. It waits for
   a peer while it holds a multiprocessor, whose share of local attention then
-  comes last: a quarter more time for that layer (`docs/data_plane.md`).
+  comes last: a fifth more time for that layer (`docs/data_plane.md`).
   """
   num_peers, part_bytes = len(packed), packed.nbytes // len(packed)
   num_blocks = num_peers * -(-part_bytes // _NCCL_BLOCK_BYTES)
