@@ -33,6 +33,8 @@ gpu = os.environ["CUDA_VISIBLE_DEVICES"]
 said = {"pid": os.getpid(), "size": size, "gpu": gpu}
 with open(os.environ["SAID"], "a") as file:
   file.write(json.dumps(said) + "\\n")
+while open(os.environ["SAID"]).read().count(f'"size": {size},') < size:
+  time.sleep(0.01)  # All begin together, however busy the machine is.
 deeds = json.loads(os.environ["DEEDS"])
 for deed in deeds[me] if size == len(deeds) else ():
   if isinstance(deed, str):
@@ -121,7 +123,7 @@ def _members(monkeypatch, tmp_path):
   A deed is a signal, an exit status, or how many seconds to sleep, negated.
   """
   (tmp_path / "member.py").write_text(_MEMBER)
-  monkeypatch.setattr(local, "_END_S", 2.0)
+  monkeypatch.setattr(local, "_END_S", 4.0)
   monkeypatch.setattr(
     local,
     "_process_command",
@@ -147,8 +149,8 @@ def _members(monkeypatch, tmp_path):
   return start
 
 
-_NOTICES = (-0.5, 75)  # That another one is gone.
-_IS_ABORTED = (-1.2, "SIGABRT")  # By JAX, as another one is gone.
+_NOTICES = (-1.0, 75)  # That another one is gone.
+_IS_ABORTED = (-2.5, "SIGABRT")  # By JAX, as another one is gone.
 _ALL = ["4", "5", "6", "7"]
 
 
