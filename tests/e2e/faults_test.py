@@ -44,6 +44,9 @@ def end(rig, before_step=lambda: None, disturbed=(LONG,)):
 def during(rig, patch, stage, disturb, times=1):
   """Calls `disturb()` right before group programs that compute `LONG`.
 
+  The devices have all table entries by then: a step for which they had to be
+  placed elsewhere would write them anew, and mend them.
+
   Args:
     rig: The engine.
     patch: Undoes this.
@@ -67,6 +70,7 @@ def during(rig, patch, stage, disturb, times=1):
       and len(calls) < times
     ):
       calls.append(rig.lent(LONG))
+      rig.place_tables(rows)
       disturb()
     return group_step(rows, slots, is_prefill=is_prefill, **options)
 

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from infinite_llm.distributed.transport.in_process import InProcessTransport
 from infinite_llm.engine.engine import Engine
 from infinite_llm.engine.group_inputs import hosted_rows
 from infinite_llm.engine.outputs import RequestOutput
+from infinite_llm.engine.step_batch import RowInput
 from infinite_llm.models.hf_loader import LoadedModel, load_hf
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.messages import GMANAGER, Address, Body, Envelope
@@ -328,6 +329,17 @@ class Rig:
     )
     change(block_ids, logical_ids)
     self._replace(instance, block_ids=block_ids, logical_ids=logical_ids)
+
+  def place_tables(self, rows: Sequence[Sequence[RowInput]]) -> None:
+    """Writes all entries that a group step reads; it has none to write then."""
+    runner = self.engine.runner
+    for instance, mine in enumerate(rows):
+      tables = runner._tables[instance]
+      tables.sync([row.entries() for row in mine])
+      if tables.num_pending:
+        runner.write_entries(instance)
+      if (hosted := tables.take_moved()) is not None:
+        runner.upload_hosted(instance, hosted)
 
   def _replace(self, instance: InstanceId, **parts) -> None:
     """Puts something else in the place of parts of a pool."""
