@@ -4,6 +4,7 @@ Every field is a flag of the runner: `--config.trace.seed=1`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -40,6 +41,7 @@ def get_config() -> ConfigDict:
   config.lending.headroom_blocks = 64
   config.lending.heartbeat_every_s = 0.25
   config.lending.max_moves = 1000  # Of a plan of greedy or migrate.
+  config.lending.bound_remote_share = placeholder(bool)
   config.lending.min_gain = 0.0  # Of each move, as a share of throughput.
 
   config.scheduler = ConfigDict()

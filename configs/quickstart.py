@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
   config.lending.link_between_s = 1.0
   config.lending.debtor_batch = 32
   config.lending.creditor_use = 0.8
+  config.lending.bound_remote_share = placeholder(bool)
   config.lending.min_gain = 0.0
   config.lending.max_moves = 1000
   config.lending.max_circles = 1000

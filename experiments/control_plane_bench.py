@@ -208,6 +208,9 @@ def _time_planning(
   def repeat(do: Callable[[], object]) -> list[float]:
     return _repeat(do, config.repeats)
 
+  def rank() -> object:
+    return policy.rank_creditors(view, planning, num_instances // 2, 16)
+
   return {
     "num_requests": len(view.placements),
     "num_moves": len(moves),
@@ -221,10 +224,7 @@ def _time_planning(
       "plan_recalls", repeat(lambda: policy.plan_recalls(view, planning))
     ),
     **_milliseconds("planning_round", repeat(plan_round)),
-    **_milliseconds(
-      "rank_creditors",
-      repeat(lambda: policy.rank_creditors(view, num_instances // 2, 16)),
-    ),
+    **_milliseconds("rank_creditors", repeat(rank)),
   }
 
 

@@ -7,6 +7,7 @@ from infinite_llm.rules import (
   require,
   require_buckets,
   require_choice,
+  require_flags,
   require_integer,
   require_numbers,
   require_positive,
@@ -37,6 +38,10 @@ class LendingConfig:
       (own host memory) and "migrate" (whole requests).
     performance_profile: JSON file that says how fast an instance is; only
       "greedy" needs one (`scheduler/performance_model.py`).
+    bound_remote_share: Whether nobody is asked for more rBlocks than it can
+      attend in the time that the borrower needs for its own, as long as there
+      is room enough for that. By the profile; where there is none, by how much
+      each attends. None bounds it under "greedy" only, which gains by it.
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself. None has an
@@ -83,6 +88,7 @@ class LendingConfig:
 
   policy: str = "borrow"
   performance_profile: str | None = None
+  bound_remote_share: bool | None = None
   spill_slots: int = 4
   max_lent_blocks: int | None = None
   headroom_blocks: int | None = None
@@ -108,6 +114,8 @@ class LendingConfig:
   def __post_init__(self):
     require_choice(self, "policy", POLICIES)
     require_texts(self, "performance_profile")
+    if self.bound_remote_share is not None:
+      require_flags(self, "bound_remote_share")
     require_positive(
       self,
       "spill_slots",
@@ -206,6 +214,13 @@ class LendingConfig:
       " max_lent_blocks)",
       headroom,
     )
+
+  @property
+  def bounds_remote_share(self) -> bool:
+    """Whether the remote share is bounded, by the policy if nobody said."""
+    if self.bound_remote_share is None:
+      return self.policy == "greedy"
+    return self.bound_remote_share
 
   @property
   def exchange_buckets(self) -> tuple[int, ...]:

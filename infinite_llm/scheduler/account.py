@@ -82,7 +82,8 @@ class Borrow:
 
   Attributes:
     wanted: rBlocks still to be moved.
-    candidates: Creditors not yet asked, best first.
+    candidates: Creditors not yet asked, best first, and for how many rBlocks to
+      ask each at most.
     creditor: The one being dealt with.
     moves: What moves to it.
     unsent: Those of them whose payload was not exchanged yet.
@@ -92,8 +93,8 @@ class Borrow:
   """
 
   wanted: int
-  candidates: list[InstanceId] = dataclasses.field(
-    default_factory=list[InstanceId]
+  candidates: list[tuple[InstanceId, int]] = dataclasses.field(
+    default_factory=list[tuple[InstanceId, int]]
   )
   creditor: InstanceId | None = None
   moves: list[PendingMove] = dataclasses.field(

@@ -60,13 +60,13 @@ class Borrowing(Mover):
     """As `begin`, but to one creditor that was named."""
     self.num_begun += 1
     account.borrow = Borrow(
-      wanted=num_blocks, candidates=[creditor], is_planned=True
+      wanted=num_blocks, candidates=[(creditor, num_blocks)], is_planned=True
     )
     self._try_next(account)
 
   def on_candidates(self, account: Account, reply: Candidates) -> None:
     """Asks the first candidate for rBlocks."""
-    account.current_borrow().candidates = list(reply.instances)
+    account.current_borrow().candidates = list(reply.rooms)
     self._try_next(account)
 
   def on_reserved(
@@ -180,10 +180,12 @@ class Borrowing(Mover):
         self.has_room = False
       self._end(account)
       return
-    borrow.creditor = borrow.candidates.pop(0)
+    borrow.creditor, most = borrow.candidates.pop(0)
     account.phase = Phase.RESERVING
     request = Reserve(
-      uid=account.table.uid, slot=account.current_slot(), num_blocks=wanted
+      uid=account.table.uid,
+      slot=account.current_slot(),
+      num_blocks=min(wanted, most),
     )
     self._outbox.ask(borrow.creditor, request, account)
 

@@ -82,7 +82,7 @@ class GManager:
     Args:
       lending: The policy, what links cost, and how often what is due.
       clock: Monotonic seconds.
-      planning: Rules and budgets of plans.
+      planning: Rules and budgets of plans; None takes those of `lending`.
       address: Its own.
       peers: The other gManagers.
       incarnation: Rises each time this gManager starts anew.
@@ -96,7 +96,7 @@ class GManager:
         address or a number makes no sense, or nobody could ever lead.
     """
     self._policy = get_policy(lending.policy)
-    self._planning = planning or PlanningConfig()
+    self._planning = planning or PlanningConfig.of(lending)
     if lending.policy == "greedy" and self._planning.performance is None:
       raise ConfigError(
         "performance (LendingConfig.performance_profile) must be a model for"
@@ -175,10 +175,12 @@ class GManager:
         self._on_heartbeat(sender, envelope, heartbeat)
       case CandidatesRequest(num_blocks=wanted) if isinstance(sender, int):
         if self.is_leader:
-          instances = self._policy.rank_creditors(self.view(), sender, wanted)
+          rooms = self._policy.rank_creditors(
+            self.view(), self._planning, sender, wanted
+          )
           if self._faults(Mishap.RANKING_FAILS):
-            instances = ()
-          self._answer(envelope, Candidates(instances=instances))
+            rooms = ()
+          self._answer(envelope, Candidates(rooms=rooms))
       case _:
         pass
 

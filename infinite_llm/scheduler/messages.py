@@ -214,13 +214,14 @@ class CandidatesRequest:
 
 @value_type
 class Candidates:
-  """Whom to ask, in this order.
+  """Whom to ask, in this order, and for how much.
 
   Attributes:
-    instances: At most three; empty if nobody has room.
+    rooms: Creditors and how many rBlocks to ask each for at most; at most
+      three, and none if nobody has room.
   """
 
-  instances: tuple[InstanceId, ...]
+  rooms: BlocksOf
 
 
 type Request = LeaseRequest | CandidatesRequest

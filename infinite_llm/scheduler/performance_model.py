@@ -107,6 +107,16 @@ class PerformanceModel:
         f"exchange_s must be finite and not negative; got {self.exchange_s!r}."
       )
 
+    speed = self.attention_speed
+    times_s = [
+      at / per_s for at, per_s in zip(speed.at, speed.per_s, strict=True)
+    ]
+    if any(a > b for a, b in itertools.pairwise(times_s)):
+      raise ConfigError(
+        "attention_speed must not have more tokens take less time; got"
+        f" {speed}."
+      )
+
   def sharded(self, num_devices: int) -> "PerformanceModel":
     """The same if so many devices share each layer evenly."""
     return dataclasses.replace(

@@ -16,6 +16,8 @@ class PlanningConfig:
   Attributes:
     block_size: P, tokens per rBlock.
     performance: How fast instances are; only `greedy` needs to know.
+    bound_remote_share: Whether a creditor is asked for no more than it attends
+      in the debtor's own time, where there is room enough for that.
     debtor_batch: An instance whose batch is smaller than this may become a
       debtor: it has compute to spare.
     creditor_use: An instance of whose HBM pool a smaller share than this is in
@@ -28,6 +30,7 @@ class PlanningConfig:
 
   block_size: int = 64
   performance: PerformanceModel | None = None
+  bound_remote_share: bool = False
   debtor_batch: int = 32
   creditor_use: float = 0.8
   min_gain: float = 0.0
@@ -38,8 +41,8 @@ class PlanningConfig:
   def of(
     cls,
     lending: LendingConfig,
-    block_size: int,
-    performance: PerformanceModel | None,
+    block_size: int = 64,
+    performance: PerformanceModel | None = None,
   ) -> "PlanningConfig":
     """What a configuration says of plans.
 
@@ -51,6 +54,7 @@ class PlanningConfig:
     return cls(
       block_size=block_size,
       performance=performance,
+      bound_remote_share=lending.bounds_remote_share,
       debtor_batch=lending.debtor_batch,
       creditor_use=lending.creditor_use,
       min_gain=lending.min_gain,

@@ -230,19 +230,24 @@ def fault_in_answer(request: Request, reply: Reply) -> str | None:
 
 def _fault_from_gmanager(body: Body, group: Group) -> str | None:
   match body:
-    case Candidates(instances=instances):
+    case Candidates(rooms=rooms):
+      instances = [instance for instance, _ in rooms]
       others = set(range(group.num_instances)) - {group.instance}
       if not others.issuperset(instances):
         return (
-          f"instances must be others in [0, {group.num_instances}); got"
+          f"rooms must be of others in [0, {group.num_instances}); got"
           f" {reprlib.repr(instances)}."
         )
       is_repeated = len(set(instances)) < len(instances)
       if is_repeated or len(instances) > _MAX_CANDIDATES:
         return (
-          f"instances must be at most {_MAX_CANDIDATES} different ones; got"
+          f"rooms must be of at most {_MAX_CANDIDATES} different ones; got"
           f" {reprlib.repr(instances)}."
         )
+      for _, room in rooms:
+        fault = _fault_in_range("room", room, 1, _most_blocks(group, 1))
+        if fault is not None:
+          return fault
     case ClusterStatus(lendable=lendable, allotted_to=allotted_to):
       return _fault_in_range(
         "lendable", lendable, 0, _most_blocks(group, group.num_instances - 1)

@@ -66,7 +66,7 @@ _FROM_INSTANCE: tuple[Body, ...] = (
   CandidatesRequest(num_blocks=1),
 )
 _FROM_GMANAGER: tuple[Body, ...] = (
-  Candidates(instances=(-1,)),
+  Candidates(rooms=((-1, 1),)),
   ClusterStatus(lendable=_HUGE),
   ClusterStatus(lendable=0, allotted_to=-1),
   MoveKvcache(uid=1, num_blocks=_HUGE, dst=0),
@@ -86,7 +86,7 @@ _TO_GMANAGER: tuple[Body, ...] = (
     _HEARTBEAT, requests=(RequestBlocks(uid=1, holders=((0, _HUGE),)),)
   ),
   CandidatesRequest(num_blocks=0),
-  Candidates(instances=()),
+  Candidates(rooms=()),
   Leadership(),
 )
 _ANSWERS = (ReserveReply, CommitReply, Renewed)

@@ -228,12 +228,13 @@ def _host_tier(
   """Host memory of an instance; None if the policy does not rest on it."""
   if not get_policy(config.lending.policy).swaps_to_host:
     return None
+  tokens_per_s = cost.prefill_tokens_per_s(config.scheduler.chunk_tokens)
+  pairs_per_s = cost.prefill_pairs_per_s / cost.performance.num_layers
   costs = SwapCosts(
     block_bytes=round(config.block_size * cost.kv_bytes_per_token),
     link_bytes_per_s=cost.host_bytes_per_s,
-    recompute_tokens_per_s=cost.prefill_tokens_per_s(
-      config.scheduler.chunk_tokens
-    ),
+    recompute_tokens_per_s=tokens_per_s,
+    doubling_tokens=pairs_per_s / tokens_per_s,
   )
   pool = BlockPool(instance, config.host_blocks, tier=Tier.HOST)
   return HostTier(pool=pool, costs=costs)

@@ -266,7 +266,7 @@ class TestCandidates:
       receiver=0,
       incarnation=2,
       seq=7,
-      body=Candidates(instances=(2, 1)),
+      body=Candidates(rooms=((2, 6), (1, 6))),
       leader_epoch=_EPOCH,
     )
 
@@ -281,7 +281,12 @@ class TestCandidates:
 
     gmanager.on_message(_envelope(0, 7, CandidatesRequest(num_blocks=4)))
 
-    assert _drain(gmanager) == [(0, Candidates(instances=(1, 2)))]
+    assert _drain(gmanager) == [
+      (
+        0,
+        Candidates(rooms=((1, 4), (2, 4))),
+      )
+    ]
 
   @pytest.mark.parametrize("policy", ["static", "swap", "migrate"])
   def test_without_borrowing_nobody_is_proposed_and_no_room_is_promised(
@@ -297,7 +302,7 @@ class TestCandidates:
 
     gmanager.on_message(_envelope(0, 7, CandidatesRequest(num_blocks=3)))
 
-    assert _drain(gmanager) == [(0, Candidates(instances=()))]
+    assert _drain(gmanager) == [(0, Candidates(rooms=()))]
 
   @pytest.mark.parametrize(
     ("sender", "body"),
@@ -605,7 +610,7 @@ class TestLeadership:
     standby.on_message(
       _envelope(0, 7, CandidatesRequest(num_blocks=3), receiver=STANDBY)
     )
-    assert _drain(standby) == [(0, Candidates(instances=(1,)))]
+    assert _drain(standby) == [(0, Candidates(rooms=((1, 3),)))]
 
   def test_whom_it_missed_a_change_of_it_asks_when_it_leads(
     self, clock, standby

@@ -165,8 +165,24 @@ def test_managers_refuse_what_they_cannot_use(envelopes, num_rounds, data):
     (GMANAGER, Reserve(uid=1, slot=SlotName(slot=0, epoch=1), num_blocks=1)),
     (1, Reserve(uid=1, slot=SlotName(slot=2, epoch=1), num_blocks=1)),
     (1, CandidatesRequest(num_blocks=1)),
-    (GMANAGER, Candidates(instances=(1, 0))),
-    (GMANAGER, Candidates(instances=(1, 3))),
+    (
+      GMANAGER,
+      Candidates(
+        rooms=(
+          (1, 1),
+          (0, 1),
+        )
+      ),
+    ),
+    (
+      GMANAGER,
+      Candidates(
+        rooms=(
+          (1, 1),
+          (3, 1),
+        )
+      ),
+    ),
   ],
 )
 def test_a_refused_message_changes_nothing_and_is_counted(sender, body):

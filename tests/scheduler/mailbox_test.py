@@ -13,7 +13,7 @@ from infinite_llm.scheduler.messages import (
 from tests.scheduler.any_message import kinds
 
 _ASK = CandidatesRequest(num_blocks=1)
-_ANSWER = Candidates(instances=())
+_ANSWER = Candidates(rooms=())
 
 
 class _Clock:
@@ -138,7 +138,7 @@ class _Executor:
 
   def __call__(self):
     self.count += 1
-    return Candidates(instances=(self.count,))
+    return Candidates(rooms=((self.count, 1),))
 
 
 def test_a_repeated_request_is_executed_once_and_answered_alike():

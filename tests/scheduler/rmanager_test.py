@@ -194,8 +194,9 @@ class TestBorrowing:
 
   def test_a_partial_grant_is_used_and_the_rest_asked_of_the_next(self):
     spy = Spy()
-    cluster = _cluster(3, interceptor=spy, max_lent_blocks=2)
+    cluster = _cluster(3, interceptor=spy)
     table = cluster.open(0, UID, 6 * BLOCK_SIZE)
+    cluster.open(1, UID + 1, 6 * BLOCK_SIZE)  # Not heard of, as it asks.
     _borrow(cluster, 3)
 
     assert cluster.managers[0].borrowed() == {1: 2, 2: 1}
@@ -203,6 +204,18 @@ class TestBorrowing:
     assert [n for n, _ in table.hosted_entries(2)] == [2]
     assert [m.num_blocks for m in spy.bodies(Reserve)] == [3, 1]
     assert cluster.covers(0, UID, 6 * BLOCK_SIZE)
+
+  def test_nobody_is_asked_for_more_than_its_share(self):
+    spy = Spy()
+    cluster = _cluster(3, interceptor=spy, bound_remote_share=True)
+    cluster.open(0, UID, 7 * BLOCK_SIZE)
+    for instance in (1, 2):  # Where 4 rBlocks are in use, 3 more are hidden.
+      cluster.open(instance, UID + instance, 4 * BLOCK_SIZE)
+    cluster.heartbeat()
+    _borrow(cluster, 5)
+
+    assert cluster.managers[0].borrowed() == {1: 3, 2: 2}
+    assert [m.num_blocks for m in spy.bodies(Reserve)] == [3, 2]
 
   def test_a_second_borrow_is_a_new_version(self):
     cluster = _cluster()

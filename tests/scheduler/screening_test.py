@@ -78,7 +78,15 @@ def _fault(body, group=_GROUP, **change):
     (Renew(sent_s=0.0), {}),
     (ReserveReply(grants=()), {"responder": 1}),
     (Introduction(), {"responder": 2}),
-    (Candidates(instances=(0, 2)), {"sender": GMANAGER}),
+    (
+      Candidates(
+        rooms=(
+          (0, 1),
+          (2, 1),
+        )
+      ),
+      {"sender": GMANAGER},
+    ),
     (ClusterStatus(lendable=1), {"sender": GMANAGER}),
   ],
 )
@@ -104,7 +112,7 @@ def test_a_request_may_have_rblocks_in_host_memory_too():
     (_RESERVE, {"sender": 3}, "sender must be another instance in [0, 3); g"),
     (_RESERVE, {"sender": -1}, "sender must be another instance in [0, 3); g"),
     (_RESERVE, {"sender": GMANAGER}, "a Reserve must not come from 'gmanager'"),
-    (Candidates(instances=()), {}, "a Candidates must not come from 0"),
+    (Candidates(rooms=()), {}, "a Candidates must not come from 0"),
     (
       ClusterStatus(lendable=1),
       {"sender": STANDBY},
@@ -125,9 +133,14 @@ def test_a_request_may_have_rblocks_in_host_memory_too():
       "lendable must be in [0",
     ),
     (
-      Candidates(instances=(0, 0)),
+      Candidates(
+        rooms=(
+          (0, 1),
+          (0, 1),
+        )
+      ),
       {"sender": GMANAGER},
-      "instances must be at",
+      "rooms must be of at",
     ),
     (_move(1, dst=1), {"sender": GMANAGER}, "a plan must name another instanc"),
     (_move(1, dst=3), {"sender": GMANAGER}, "a plan must name another instanc"),
@@ -138,8 +151,18 @@ def test_a_request_may_have_rblocks_in_host_memory_too():
     (_RESERVE, {"settled": -1}, "settled, meant_for and responder must not"),
     (_RESERVE, {"responder": 1}, "responder must be set in answers alone; got"),
     (Introduction(), {}, "responder must be set in answers alone; got 0"),
-    (Candidates(instances=(1,)), {"sender": GMANAGER}, "instances must be oth"),
-    (Candidates(instances=(3,)), {"sender": GMANAGER}, "instances must be oth"),
+    (Candidates(rooms=((1, 1),)), {"sender": GMANAGER}, "rooms must be of oth"),
+    (Candidates(rooms=((3, 1),)), {"sender": GMANAGER}, "rooms must be of oth"),
+    (
+      Candidates(rooms=((0, 0),)),
+      {"sender": GMANAGER},
+      "room must be in [1, 8",
+    ),
+    (
+      Candidates(rooms=((0, 9),)),
+      {"sender": GMANAGER},
+      "room must be in [1, 8",
+    ),
     (ClusterStatus(lendable=-1), {"sender": GMANAGER}, "lendable must"),
     (
       ClusterStatus(lendable=1, allotted_to=-7),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from infinite_llm.errors import ConfigError
 from infinite_llm.scheduler.cluster_view import ClusterView
+from infinite_llm.scheduler.messages import BlocksOf
 from infinite_llm.scheduler.planning import (
   PlannedMove,
   PlannedRecall,
@@ -33,7 +34,7 @@ class Policy:
     swaps_to_host: Whether it rests on host memory, so that each instance must
       have some. Under any other policy those that have it swap, too.
     rank_creditors: Proposes whom a debtor may ask for so many rBlocks, best
-      first.
+      first, and each for how many at most.
     choose_victim: Picks the request whose rBlocks make room, from what each
       could move.
     plan_moves: Plans, before anybody asks, what is to go elsewhere.
@@ -44,7 +45,7 @@ class Policy:
   migrates: bool = False
   swaps_to_host: bool = False
   rank_creditors: Callable[
-    [ClusterView, InstanceId, int], tuple[InstanceId, ...]
+    [ClusterView, PlanningConfig, InstanceId, int], BlocksOf
   ] = static.rank_creditors
   choose_victim: Callable[
     [Sequence[tuple[RequestUid, int]]], RequestUid | None

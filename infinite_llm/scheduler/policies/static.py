@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from infinite_llm.scheduler.cluster_view import ClusterView
+from infinite_llm.scheduler.messages import BlocksOf
 from infinite_llm.scheduler.planning import (
   PlannedMove,
   PlannedRecall,
@@ -12,8 +13,11 @@ from infinite_llm.types import InstanceId, RequestUid
 
 
 def rank_creditors(
-  view: ClusterView, debtor: InstanceId, num_blocks: int
-) -> tuple[InstanceId, ...]:
+  view: ClusterView,
+  config: PlanningConfig,
+  debtor: InstanceId,
+  num_blocks: int,
+) -> BlocksOf:
   """Proposes nobody."""
   return ()
 
