@@ -3,7 +3,8 @@
 Instances are small, so that requests borrow, are preempted, swapped to host
 memory and recomputed all the time; some are aborted. Every answer is checked.
 The exit status is 1 if one is wrong, a program is compiled after the warm-up,
-an rBlock is leaked, or memory grows by more than `max_growth_mib`.
+an rBlock is leaked, in HBM or in host memory, or memory grows by more than
+`max_growth_mib`. Of several processes memory is that of process 0.
 """
 
 from ml_collections import ConfigDict

@@ -69,7 +69,7 @@ def run(
   ]
   _check_names(requests)
   start_s = time.perf_counter()
-  with Journal(workdir / "journal.jsonl") as journal:
+  with Journal(workdir / "journal.jsonl", _settings(config)) as journal:
     for number, request in enumerate(requests, start=1):
       if not journal.has(request):
         _check(llm, number, request)
@@ -158,6 +158,18 @@ def _request(
     prompt_token_ids=tuple(prompt),
     sampling=sampling,
   )
+
+
+def _settings(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """What all answers depend on, however many instances there are."""
+  path = config.model.path
+  fields = {
+    "model.path": path and str(pathlib.Path(path).resolve()),
+    "model.dtype": config.model.dtype,
+    "cache.kv_dtype": config.cache.kv_dtype,
+    "cache.kv_scales": config.cache.kv_scales,
+  }
+  return {name: repr(value) for name, value in fields.items()}
 
 
 def _check(llm: LLM, number: int, request: Accepted) -> None:

@@ -106,6 +106,29 @@ def ending_on_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+  """Has SIGTERM and SIGINT wait until the block is over.
+
+  A signal that comes while a process is started would else leave behind a
+  process that nobody knows of. Only handlers wait: what is started meanwhile
+  has the signals as ever, where it would inherit a mask. For the main thread.
+  """
+  came: list[int] = []
+  before = {
+    number: signal.signal(number, lambda number, _: came.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT)
+    if signal.getsignal(number) != signal.SIG_IGN  # That is inherited.
+  }
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    if came:
+      signal.raise_signal(came[0])
+
+
 def _tail(log: pathlib.Path) -> str:
   lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
   return "\n".join(lines[-_TAIL_LINES:])

@@ -11,7 +11,6 @@ command or its input cannot work, 75 if another process of its group is gone.
 `python -m experiments.launch.local` starts it in several processes.
 """
 
-import dataclasses
 import datetime
 import difflib
 import importlib
@@ -55,10 +54,6 @@ _PACKAGES = ("infinite-llm", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 _PATIENCE_S = 600.0
 """How long process 0 may take to write down what all have computed."""
-
-_SILENCE_S = 60.0
-"""What `take_part` does may keep a process's other threads from answering, as
-pinning host memory. One that is killed is noticed at once all the same."""
 
 Experiment = Callable[[ml_collections.ConfigDict, pathlib.Path], Mapping]
 """`run(config, workdir)` of `experiments/<name>.py`; gives what `result.json`
@@ -117,8 +112,6 @@ def _run_in_group(
   """
   check_cluster(config)
   take_part = getattr(module, "take_part", None)
-  if take_part is not None:
-    options = dataclasses.replace(options, silence_s=_SILENCE_S)
   try:
     group = ProcessGroup(
       options,

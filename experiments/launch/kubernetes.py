@@ -11,11 +11,15 @@ and the Job, of one pod a process; `--dry_run` prints them instead (JSON, as
 `kubectl apply -f -` takes it). `--jobset` wraps the Job into a JobSet, whose
 controller starts all pods anew together. What follows `--` is the command line
 of `experiments.run`. The image has this repository as its working directory;
-the volume claim is mounted at `/shared`, for the workdir and checkpoints.
+the volume claim is mounted at `/shared`, for the workdir and checkpoints. It
+must be one that all pods can write at once. Without one, or with a workdir
+elsewhere, the journal and the results are lost with a pod: the launcher warns
+of that.
 
 A pod that dies takes its group along: the others end with status 75 and are
 started again with it, wherever there is room for them, so the group keeps its
-size. An experiment with a journal in its workdir goes on where it was.
+size. An experiment with a journal in its workdir goes on where it was. A
+process that ends with an error of its own ends the Job (`podFailurePolicy`).
 """
 
 import json
@@ -29,13 +33,18 @@ from absl import flags
 
 from experiments.launch.command import (
   Command,
+  asks_for_help,
   cluster_flags,
+  help_text,
   parse_flags,
   split_command,
 )
 from infinite_llm.errors import ConfigError
 
 _MOUNT = "/shared"
+_SHM = "/dev/shm"
+_NO_RETRY = (1, 2)
+"""Statuses of a process that ended with an error of its own."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
   Returns:
     The exit status: that of `kubectl`.
   """
+  if asks_for_help(argv):
+    print(help_text(__doc__, _flags()))
+    return 0
   try:
     own, command = split_command(argv)
     values = _parse(own)
@@ -54,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  _warn_of_loss(values, command)
   if values.dry_run:
     print(json.dumps(manifests, indent=2))
     return 0
@@ -71,6 +84,22 @@ def main(argv: Sequence[str]) -> int:
     text=True,
     check=False,
   ).returncode
+
+
+def _warn_of_loss(values: flags.FlagValues, command: Command) -> None:
+  """Says so if the workdir is in a container, and goes with it."""
+  if not values.claim:
+    rule = "--claim should be given"
+  elif not command.workdir.is_relative_to(_MOUNT):
+    rule = f"--workdir should be in {_MOUNT}, where --claim is mounted"
+  else:
+    return
+  print(
+    f"warning: {rule}; got --workdir={command.workdir} in each pod. What one"
+    " writes there no other can read, results and the journal are lost with"
+    " it, and a group that starts again begins anew.",
+    file=sys.stderr,
+  )
 
 
 def make_manifests(
@@ -104,6 +133,15 @@ def make_manifests(
     "completions": values.num_processes,
     "parallelism": values.num_processes,
     "backoffLimit": values.max_restarts * values.num_processes,
+    # To try again would give the same.
+    "podFailurePolicy": {
+      "rules": [
+        {
+          "action": "FailJob",
+          "onExitCodes": {"operator": "In", "values": list(_NO_RETRY)},
+        }
+      ]
+    },
     "template": {
       "metadata": {"labels": labels},
       "spec": _pod_spec(values, command),
@@ -116,7 +154,15 @@ def make_manifests(
       "JobSet",
       name,
       spec={
-        "failurePolicy": {"maxRestarts": values.max_restarts},
+        "failurePolicy": {
+          "maxRestarts": values.max_restarts,
+          "rules": [
+            {
+              "action": "FailJobSet",
+              "onJobFailureReasons": ["PodFailurePolicy"],
+            }
+          ],
+        },
         "network": {"enableDNSHostnames": True, "subdomain": name},
         "replicatedJobs": [
           {
@@ -170,17 +216,21 @@ def _pod_spec(values: flags.FlagValues, command: Command) -> dict[str, Any]:
     ],
     "resources": {"limits": resources},
   }
-  spec = {
-    "subdomain": values.name,
-    "restartPolicy": "Never" if values.jobset else "OnFailure",
-    "containers": [container],
-  }
+  # NCCL wants more shared memory than the 64 MiB that containers have.
+  volumes = [(_SHM, {"name": "shm", "emptyDir": {"medium": "Memory"}})]
   if values.claim:
-    container["volumeMounts"] = [{"name": "shared", "mountPath": _MOUNT}]
-    spec["volumes"] = [
-      {"name": "shared", "persistentVolumeClaim": {"claimName": values.claim}}
-    ]
-  return spec
+    claim = {"claimName": values.claim}
+    shared = {"name": "shared", "persistentVolumeClaim": claim}
+    volumes.append((_MOUNT, shared))
+  container["volumeMounts"] = [
+    {"name": volume["name"], "mountPath": path} for path, volume in volumes
+  ]
+  return {
+    "subdomain": values.name,
+    "restartPolicy": "Never",
+    "containers": [container],
+    "volumes": [volume for _, volume in volumes],
+  }
 
 
 def _object(
@@ -194,16 +244,24 @@ def _object(
   }
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
+def _flags() -> flags.FlagValues:
   values = cluster_flags()
   for name, default, text in (
     ("name", "infinite-llm", "Name of everything that is made."),
-    ("image", None, "Image with this repository and its environment."),
+    (
+      "image",
+      None,
+      "Image with this repository and its environment; must be given.",
+    ),
     ("claim", None, f"Volume claim to mount at {_MOUNT}."),
   ):
     flags.DEFINE_string(name, default, text, flag_values=values)
   flags.DEFINE_bool("jobset", False, "Make a JobSet.", flag_values=values)
-  parsed = parse_flags(argv, values)
+  return values
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  parsed = parse_flags(argv, _flags())
   if not parsed.image:
     raise ConfigError("--image must be given; it is not.")
   return parsed

@@ -27,8 +27,15 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags
 
-from experiments.child_processes import ending_on_sigterm
-from experiments.launch.command import Command, parse_flags, split_command
+from experiments.child_processes import deferring_signals, ending_on_sigterm
+from experiments.launch.command import (
+  Command,
+  asks_for_help,
+  help_text,
+  launcher_flags,
+  parse_flags,
+  split_command,
+)
 from infinite_llm.distributed.group_end import BROKEN_GROUP
 from infinite_llm.errors import ConfigError
 
@@ -46,9 +53,12 @@ def main(argv: Sequence[str]) -> int:
   Returns:
     The exit status.
   """
+  if asks_for_help(argv):
+    print(help_text(__doc__, _flags()))
+    return 0
   try:
     own, command = split_command(argv)
-    values = _parse(own)
+    values = parse_flags(own, _flags())
     if values.dry_run:
       _print_plan(values.num_processes, command)
       return 0
@@ -59,11 +69,8 @@ def main(argv: Sequence[str]) -> int:
     return 2
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  flags.DEFINE_integer(
-    "num_processes", None, "Processes.", lower_bound=1, flag_values=values
-  )
+def _flags() -> flags.FlagValues:
+  values = launcher_flags()
   flags.DEFINE_integer(
     "max_restarts",
     0,
@@ -71,7 +78,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=0,
     flag_values=values,
   )
-  return parse_flags(argv, values)
+  return values
 
 
 def _run(values: flags.FlagValues, command: Command) -> int:
@@ -167,20 +174,19 @@ def _run_once(
   """Starts a group and waits for all of it."""
   port = _free_port()
   secret = secrets.token_hex(16)
-  processes = [
-    subprocess.Popen(
-      _process_command(args),
-      env={
-        **os.environ,
-        **_environment(n, num_processes, port, gpus),
-        "INFINITE_LLM_SECRET": secret,
-      },
-    )
-    for n in range(num_processes)
-  ]
+  processes: list[subprocess.Popen] = []
   deadline_s = None
   first: dict[int, int] = {}
   try:
+    with deferring_signals():
+      for n in range(num_processes):
+        environment = {
+          **os.environ,
+          **_environment(n, num_processes, port, gpus),
+          "INFINITE_LLM_SECRET": secret,
+        }
+        process = subprocess.Popen(_process_command(args), env=environment)
+        processes.append(process)
     while any(process.poll() is None for process in processes):
       time.sleep(_POLL_S)
       # Those that are left notice it themselves; this is for one that hangs.
@@ -190,11 +196,12 @@ def _run_once(
       if deadline_s is not None and time.monotonic() > deadline_s:
         break
   finally:
-    hanging = [n for n, p in enumerate(processes) if p.poll() is None]
-    for n in hanging:
-      processes[n].kill()
-    for process in processes:
-      process.wait()
+    with deferring_signals():
+      hanging = [n for n, p in enumerate(processes) if p.poll() is None]
+      for n in hanging:
+        processes[n].kill()
+      for process in processes:
+        process.wait()
   if not first:  # All ended between two looks.
     first = {n: p.returncode for n, p in enumerate(processes) if p.returncode}
   statuses = [

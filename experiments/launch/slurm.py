@@ -11,7 +11,10 @@ share. Instances are shared out in the order of the tasks.
 
 The allocation outlives a node (`--no-kill`). When a process dies, the others
 end by themselves; the script then asks every node whether it is there and
-starts the group again on those that are, with as many fewer instances.
+starts the group again on those that are, with as many fewer instances. If any
+process ends with an error of its own, as for wrong input, so does the job: the
+same would happen again. Who still waits for others is ended after half a
+minute.
 """
 
 import shlex
@@ -23,7 +26,9 @@ from absl import flags
 
 from experiments.launch.command import (
   Command,
+  asks_for_help,
   cluster_flags,
+  help_text,
   parse_flags,
   split_command,
 )
@@ -41,12 +46,22 @@ for ((restarts = 0; ; restarts++)); do
   export INFINITE_LLM_NUM_PROCESSES=$tasks
   export INFINITE_LLM_COORDINATOR="${{nodes[0]}}:{port}"
   srun --nodelist="$(IFS=,; echo "${{nodes[*]}}")" --nodes="${{#nodes[@]}}" \\
-    --ntasks="$tasks" --ntasks-per-node={per_node} --kill-on-bad-exit=0 \\
-    bash -c 'INFINITE_LLM_PROCESS=$SLURM_PROCID exec "$@"' process \\
+    --ntasks="$tasks" --ntasks-per-node={per_node} \\
+    --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={end_s} \\
+    bash -c '
+      INFINITE_LLM_PROCESS=$SLURM_PROCID "$@"
+      status=$?
+      if ((status == 1 || status == 2)); then
+        exit $((status + {own_error}))
+      fi
+      exit "$status"' process \\
     {command} \\
     --config.cluster.num_instances=$((tasks * {share}))
   status=$?
-  if ((status <= 2 || restarts == {max_restarts})); then
+  if ((status == 1 + {own_error} || status == 2 + {own_error})); then
+    exit $((status - {own_error}))
+  fi
+  if ((status == 0 || restarts == {max_restarts})); then
     exit "$status"
   fi
   alive=()
@@ -63,6 +78,13 @@ for ((restarts = 0; ; restarts++)); do
 done
 """
 
+_OWN_ERROR = 252
+"""Added to statuses 1 and 2 of processes. `srun` gives the highest status of
+all, and the others end with 75 or, aborted by JAX, with 134."""
+
+_END_S = 30
+"""How long processes may go on when the first one has ended."""
+
 
 def main(argv: Sequence[str]) -> int:
   """Submits the job, or prints it.
@@ -73,9 +95,12 @@ def main(argv: Sequence[str]) -> int:
   Returns:
     The exit status: that of `sbatch`.
   """
+  if asks_for_help(argv):
+    print(help_text(__doc__, _flags()))
+    return 0
   try:
     own, command = split_command(argv)
-    values = _parse(own)
+    values = parse_flags(own, _flags())
     script = make_script(values, command)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -119,6 +144,9 @@ def make_script(values: flags.FlagValues, command: Command) -> str:
   return _SCRIPT.format(
     directives="\n".join(f"#SBATCH {option}" for option in options),
     per_node=values.processes_per_node,
+    cpus=values.cpus_per_process,
+    end_s=_END_S,
+    own_error=_OWN_ERROR,
     port=values.port,
     share=share,
     max_restarts=values.max_restarts,
@@ -126,7 +154,7 @@ def make_script(values: flags.FlagValues, command: Command) -> str:
   )
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
+def _flags() -> flags.FlagValues:
   values = cluster_flags()
   flags.DEFINE_integer(
     "processes_per_node",
@@ -144,7 +172,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_multi_string(
     "sbatch", [], "More of sbatch, as --sbatch=--time=1:00.", flag_values=values
   )
-  return parse_flags(argv, values)
+  return values
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import time
 import traceback
 from collections.abc import Iterator
 
-import jax
-
-from infinite_llm.distributed.group_link import LeaderLink, MemberLink
+from infinite_llm.distributed.group_link import (
+  LeaderLink,
+  MemberLink,
+  shows_loss,
+)
 from infinite_llm.distributed.group_messages import Close
 from infinite_llm.distributed.runtime import ProcessGroup
 from infinite_llm.errors import GroupError
@@ -54,7 +56,7 @@ def end_with_group(group: ProcessGroup) -> Iterator[None]:
     yield
   except BaseException as error:
     over.set()
-    is_broken = isinstance(error, GroupError) or _is_lost(group.link, error)
+    is_broken = isinstance(error, GroupError) or shows_loss(group.link, error)
     is_wrong_input = isinstance(error, ValueError)
     if not (is_broken or is_wrong_input):
       traceback.print_exc()
@@ -86,15 +88,6 @@ def await_close(link: LeaderLink | MemberLink, timeout_s: float) -> None:
   message = link.next(timeout_s)
   if not isinstance(message, Close):
     raise GroupError(f"Process 0 must say nothing but Close; got {message}.")
-
-
-def _is_lost(link: LeaderLink | MemberLink, error: BaseException) -> bool:
-  """Whether a process is gone; JAX may notice it first."""
-  deadline_s = time.monotonic() + _GRACE_S
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    while link.lost is None and time.monotonic() < deadline_s:
-      time.sleep(_LOOK_EVERY_S)
-  return link.lost is not None
 
 
 def _leave(text: str, status: int) -> None:

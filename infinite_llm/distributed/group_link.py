@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import grpc
+import jax
 
 from infinite_llm.distributed.group_messages import (
   FromLeader,
@@ -37,6 +38,8 @@ _UNLIMITED = [
   ("grpc.max_send_message_length", 2 * _MAX_BYTES),
 ]
 _END = None
+_GRACE_S = 3.0
+_LOOK_EVERY_S = 0.1
 
 type Admit = Callable[[Hello], str | None]
 """Says why a member is not wanted; None if it is."""
@@ -66,6 +69,7 @@ class LeaderLink:
     self._outgoing: dict[int, queue.SimpleQueue[bytes | None]] = {}
     self._inbox: collections.deque[tuple[int, FromMember]] = collections.deque()
     self._lost: str | None = None
+    self._is_complete = False
     self._is_closing = False
     # A stream holds a thread for each of its directions as long as it lasts,
     # and one that is refused needs them too.
@@ -105,6 +109,9 @@ class LeaderLink:
   def await_members(self, timeout_s: float) -> list[Hello]:
     """Blocks until all members are there.
 
+    One that goes before that leaves its place to whoever comes under its
+    number; one that goes later is lost.
+
     Returns:
       Their first words, by number.
 
@@ -112,7 +119,7 @@ class LeaderLink:
       GroupError: If some are missing after `timeout_s`, naming them.
     """
     with self._lock:
-      self._lock.wait_for(
+      self._is_complete = self._lock.wait_for(
         lambda: len(self._hellos) == self._num_members, timeout_s
       )
       missing = [
@@ -157,8 +164,10 @@ class LeaderLink:
 
   def close(self) -> None:
     """Ends all streams once what was said has gone out."""
-    self._is_closing = True
-    for outgoing in self._outgoing.values():
+    with self._lock:
+      self._is_closing = True
+      streams = tuple(self._outgoing.values())
+    for outgoing in streams:
       outgoing.put(_END)
     self._server.stop(grace=2).wait()
     self._executor.shutdown()
@@ -188,7 +197,9 @@ class LeaderLink:
     if reason is not None:
       yield self._encode(LeaderFrame(body=Refused(reason=reason)))
       return
-    context.add_callback(lambda: self._on_end(hello.process))
+    if not context.add_callback(lambda: self._on_end(hello.process)):
+      self._on_end(hello.process)  # It is gone already.
+      return
     reader = threading.Thread(
       target=self._read, args=(hello.process, frames), daemon=True
     )
@@ -215,7 +226,11 @@ class LeaderLink:
       self._lose(f"Process {process} sent what it must not: {error}")
 
   def _on_end(self, process: int) -> None:
-    self._outgoing[process].put(_END)
+    with self._lock:
+      self._outgoing[process].put(_END)
+      if not self._is_complete:
+        del self._hellos[process], self._outgoing[process]
+        return
     self._lose(f"Process {process} is gone.")
 
   def _lose(self, text: str) -> None:
@@ -337,6 +352,20 @@ class MemberLink:
     with self._arrived:
       self._lost = text
       self._arrived.notify_all()
+
+
+def shows_loss(link: LeaderLink | MemberLink, error: BaseException) -> bool:
+  """Whether a process is gone, of which JAX may have told first.
+
+  Args:
+    link: What will tell of it soon; blocks the host as long.
+    error: What ended this process's part.
+  """
+  deadline_s = time.monotonic() + _GRACE_S
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    while link.lost is None and time.monotonic() < deadline_s:
+      time.sleep(_LOOK_EVERY_S)
+  return link.lost is not None
 
 
 class _Service(grpc.GenericRpcHandler):

@@ -255,6 +255,7 @@ class InstanceUse:
   Attributes:
     instance: Its number.
     counts: Of its rBlocks.
+    host_counts: Of its HOST rBlocks; all zero if it has none.
     lent: rBlocks promised to or held for other instances.
     num_running: Requests that run.
     num_waiting: Requests that wait.
@@ -262,6 +263,7 @@ class InstanceUse:
 
   instance: InstanceId
   counts: PoolCounts
+  host_counts: PoolCounts
   lent: tuple[tuple[InstanceId, int], ...]
   num_running: int
   num_waiting: int

@@ -8,12 +8,17 @@ been used before.
 import dataclasses
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.experimental import multihost_utils
 
-from infinite_llm.distributed.group_link import LeaderLink, MemberLink
+from infinite_llm.distributed.group_link import (
+  LeaderLink,
+  MemberLink,
+  shows_loss,
+)
 from infinite_llm.distributed.group_messages import (
   Close,
   Hello,
@@ -34,6 +39,8 @@ _PREFIX = "INFINITE_LLM_"
 _JAX_PORT_OFFSET = 1
 """JAX's coordination service listens at the port after the leader's."""
 
+_LOOK_EVERY_S = 0.1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupOptions:
@@ -49,7 +56,8 @@ class GroupOptions:
       the network.
     tls: Certificates for mutual TLS; None talks in plain.
     start_timeout_s: How long the processes wait for each other at the start.
-    silence_s: A process that is not heard of for about twice so long is gone.
+    silence_s: A process that is silent for so long is probed, and gone if it
+      does not answer for as long again.
   """
 
   process: int
@@ -59,7 +67,7 @@ class GroupOptions:
   secret: bytes | None = dataclasses.field(default=None, repr=False)
   tls: TlsFiles | None = None
   start_timeout_s: float = 300.0
-  silence_s: float = 2.0
+  silence_s: float = 5.0
 
   def __post_init__(self):
     if self.num_processes < 2:
@@ -93,7 +101,7 @@ class GroupOptions:
     """Reads the environment that launchers set.
 
     `INFINITE_LLM_PROCESS`, `..._NUM_PROCESSES`, `..._COORDINATOR` and, if set,
-    `..._HOST`, `..._SECRET` and `..._START_TIMEOUT_S`.
+    `..._HOST`, `..._SECRET`, `..._START_TIMEOUT_S` and `..._SILENCE_S`.
 
     Returns:
       The options; None if there is one process, or none of these is set.
@@ -115,10 +123,11 @@ class GroupOptions:
     if numbers["NUM_PROCESSES"] == 1:
       return None
     secret = environment.get(f"{_PREFIX}SECRET")
-    timeout = f"{_PREFIX}START_TIMEOUT_S"
-    more = {}
-    if timeout in environment:
-      more["start_timeout_s"] = float(_number(environment, timeout))
+    more = {
+      name.lower(): float(_number(environment, _PREFIX + name))
+      for name in ("START_TIMEOUT_S", "SILENCE_S")
+      if _PREFIX + name in environment
+    }
     return cls(
       process=numbers["PROCESS"],
       num_processes=numbers["NUM_PROCESSES"],
@@ -202,13 +211,14 @@ class ProcessGroup:
         self.link, welcome = self._lead(hello)
       else:
         self.link, welcome = self._follow(hello)
-      self._connect(welcome)
-      _start_jax(options)
-      check_platform(platform)
-      # Collectives on CPUs want all processes to come within half a minute of
-      # each other the first time. So they meet now, before anybody compiles.
-      multihost_utils.sync_global_devices("infinite_llm")
     except BaseException:
+      self.transport.close()
+      raise
+    try:
+      self._connect(welcome)
+      _while_all_are_there(self.link, lambda: _start_jax(options, platform))
+    except BaseException:
+      self.link.close()
       self.transport.close()
       raise
     _groups.append(self)
@@ -279,7 +289,41 @@ class ProcessGroup:
         self.transport.connect(GMANAGER, target)
 
 
-def _start_jax(options: GroupOptions) -> None:
+def _while_all_are_there(
+  link: LeaderLink | MemberLink, meet: Callable[[], None]
+) -> None:
+  """Does what waits for all processes; not for one that goes meanwhile.
+
+  Raises:
+    GroupError: If one is gone. What waits for it does so on a thread that ends
+      with this process: nothing of JAX may be used any more.
+  """
+  failed: list[BaseException] = []
+  is_over = threading.Event()
+
+  def meet_and_tell() -> None:
+    try:
+      meet()
+    except BaseException as error:  # Raised by whoever waits.
+      failed.append(error)
+    finally:
+      is_over.set()
+
+  threading.Thread(target=meet_and_tell, daemon=True, name="start-jax").start()
+  while not is_over.wait(_LOOK_EVERY_S) and link.lost is None:
+    pass
+  error = failed[0] if failed else None
+  if isinstance(error, jax.errors.JaxRuntimeError) and shows_loss(link, error):
+    pass  # JAX was the first to notice.
+  elif error is not None:
+    raise error
+  elif link.lost is None:
+    return
+  message = f"{link.lost} JAX had not started in all processes yet."
+  raise GroupError(message) from error
+
+
+def _start_jax(options: GroupOptions, platform: str) -> None:
   host, _, port = options.coordinator.rpartition(":")
   jax.distributed.initialize(
     coordinator_address=f"{host}:{int(port) + _JAX_PORT_OFFSET}",
@@ -288,6 +332,10 @@ def _start_jax(options: GroupOptions) -> None:
     initialization_timeout=round(options.start_timeout_s),
     shutdown_timeout_seconds=10,
   )
+  check_platform(platform)
+  # Collectives on CPUs want all processes to come within half a minute of each
+  # other the first time. So they meet now, before anybody compiles.
+  multihost_utils.sync_global_devices("infinite_llm")
 
 
 def _link_options(options: GroupOptions, listen: str) -> GrpcOptions:

@@ -228,9 +228,13 @@ def _check_work(process: int, work: GroupWork, config: EngineConfig) -> None:
         f" in [1, {config.num_instances}) and quotas out of"
         f" {', '.join(map(str, quotas))}; got {work.exchange}."
       )
-  buckets = (0, *config.layered_buckets)
-  if work.layered_tokens not in buckets:
-    raise GroupError(
-      f"Process {process} sent what it must not: layered_tokens must be one of"
-      f" {', '.join(map(str, buckets))}; got {work.layered_tokens}."
-    )
+  for name, buckets in (
+    ("prefill_tokens", config.lending.group_prefill_buckets),
+    ("layered_tokens", config.layered_buckets),
+  ):
+    sizes, tokens = (0, *buckets), getattr(work, name)
+    if tokens not in sizes:
+      raise GroupError(
+        f"Process {process} sent what it must not: {name} must be one of"
+        f" {', '.join(map(str, sizes))}; got {tokens}."
+      )

@@ -11,13 +11,14 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 from infinite_llm.engine.outputs import RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
 from infinite_llm.sampling_params import SamplingParams
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,22 @@ class Journal:
     ended: Those that ended, by name.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    settings: Mapping[str, str] = MappingProxyType({}),
+  ):
     """Opens a journal, or begins one.
 
     Args:
       path: The file. Nobody else writes to it.
+      settings: What all answers in it depend on, by name, such as the model.
 
     Raises:
-      ConfigError: If it cannot be read and written, or is no journal.
+      ConfigError: If it cannot be read and written, is no journal, or was begun
+        with other settings, of which it names one.
     """
+    self._settings = dict(settings)
     self.accepted: dict[str, Accepted] = {}
     self.ended: dict[str, Ended] = {}
     self._path = pathlib.Path(path)
@@ -87,7 +95,7 @@ class Journal:
         f" {str(path)!r}: {error.strerror}."
       ) from error
     if not size:
-      self._write({"journal": _VERSION})
+      self._write({"journal": _VERSION, "settings": self._settings})
 
   @property
   def unfinished(self) -> list[Accepted]:
@@ -197,6 +205,8 @@ class Journal:
           break
         try:
           self._take(json.loads(line), is_first=number == 1)
+        except ConfigError:
+          raise
         except (ValueError, TypeError, KeyError) as error:
           raise ConfigError(
             f"The journal {str(self._path)!r} must be one of version"
@@ -205,10 +215,25 @@ class Journal:
         size += len(line)
     return size
 
+  def _check(self, before: Mapping[str, str]) -> None:
+    """Refuses to go on with answers that depend on something else."""
+    for name in sorted(before.keys() | self._settings.keys()):
+      old, new = before.get(name), self._settings.get(name)
+      if old != new:
+        raise ConfigError(
+          f"{name} must be what the answers in the journal"
+          f" {str(self._path)!r} were computed with, {old or 'nothing'}; got"
+          f" {new or 'nothing'}."
+        )
+
   def _take(self, line: dict[str, Any], *, is_first: bool) -> None:
     if is_first:
-      if line != {"journal": _VERSION}:
-        raise ValueError(f"it must be {json.dumps({'journal': _VERSION})}")
+      if line["journal"] != _VERSION:
+        raise ValueError(f"it is one of version {line['journal']}")
+      before = line["settings"]
+      if not isinstance(before, dict):
+        raise ValueError(f"settings must be an object; got {before!r}")
+      self._check(before)
     elif "accepted" in line:
       document = line["accepted"]
       self.accepted[document["request_id"]] = Accepted(

@@ -25,7 +25,7 @@ from infinite_llm.engine.outputs import (
 from infinite_llm.errors import CapacityError, CoverageError, ModelError
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
-from infinite_llm.types import InstanceId, RequestUid
+from infinite_llm.types import InstanceId, RequestUid, Tier
 
 
 def outputs_of(outputs: Sequence[RequestOutput]) -> Outputs:
@@ -194,6 +194,7 @@ def use_of(
       InstanceUse(
         instance=manager.instance,
         counts=manager.counts(),
+        host_counts=manager.counts(Tier.HOST),
         lent=tuple(sorted(manager.lent().items())),
         num_running=len(batcher.running),
         num_waiting=len(batcher.waiting),

@@ -1,6 +1,10 @@
 """The link between processes, with both ends in this one."""
 
+import contextlib
+import socket
+import threading
 import time
+import types
 
 import pytest
 
@@ -221,7 +225,127 @@ def test_exchanges_that_make_no_header_are_refused(links, exchange, rule):
     first.next(_TIMEOUT_S)
 
 
+class Wire:
+  """A TCP connection to a port through this process, which may be cut.
+
+  Nobody hears of a cut: as of a host that lost its power.
+  """
+
+  def __init__(self, port: int):
+    self._listener = socket.create_server(("127.0.0.1", 0))
+    self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+    self._port = port
+    self._ends: list[socket.socket] = []
+    self._is_whole = threading.Event()
+    self._is_whole.set()
+    threading.Thread(target=self._serve, daemon=True).start()
+
+  def cut(self):
+    self._is_whole.clear()
+
+  def close(self):
+    for end in (self._listener, *self._ends):
+      # What waits for it wakes up.
+      with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+      end.close()
+
+  def _serve(self):
+    with contextlib.suppress(OSError):
+      while True:
+        near = self._listener.accept()[0]
+        far = socket.create_connection(("127.0.0.1", self._port))
+        self._ends += (near, far)
+        for ends in ((near, far), (far, near)):
+          threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+  def _pass(self, source, sink):
+    with contextlib.suppress(OSError):
+      while data := source.recv(2**16):
+        if self._is_whole.is_set():
+          sink.sendall(data)
+
+
+@pytest.fixture(name="cut_off")
+def _cut_off():
+  """A leader and its member, and the wire between them."""
+  leader = LeaderLink(options(keepalive_s=1.5), 1, lambda _: None)
+  wire = Wire(leader.port)
+  member = MemberLink(wire.target, options(keepalive_s=1.5))
+  member.join(hello(1), _TIMEOUT_S)
+  leader.await_members(_TIMEOUT_S)
+  yield leader, member, wire
+  wire.close()
+  leader.close()
+  member.close()
+
+
+class TestSilence:
+  @pytest.mark.parametrize("is_talking", [True, False])
+  def test_both_ends_notice_it_long_before_a_minute(self, cut_off, is_talking):
+    leader, member, wire = cut_off
+    wire.cut()
+    if is_talking:  # What waits to be answered is no sign of life.
+      leader.broadcast(Turn(number=1, work=GroupWork()))
+      member.send(Ask(number=1, work=GroupWork()))
+    until(lambda: leader.lost is not None)
+    until(lambda: member.lost is not None)
+    assert leader.lost == "Process 1 is gone."
+    assert member.lost == "Process 0 is gone."
+
+  def test_whoever_has_nothing_to_say_is_still_there(self, cut_off):
+    leader, member, _ = cut_off
+    time.sleep(4.0)  # Longer than what is borne without an answer to a probe.
+    assert leader.lost is None
+    assert member.lost is None
+    leader.broadcast(Close())
+    assert member.next(_TIMEOUT_S) == Close()
+
+
 class TestEnds:
+  def joins(self, links, first_words) -> bool:
+    """Whether the leader lets a process in: it says nothing against it."""
+    member = links.member()
+    member.join(first_words, _TIMEOUT_S)
+    try:
+      return not isinstance(member.next(0.5), Refused)
+    except GroupError:
+      return True
+
+  def test_one_that_goes_before_all_are_there_may_come_again(self, links):
+    first = links.member()
+    first.join(hello(1), _TIMEOUT_S)
+    first.close()
+
+    until(lambda: self.joins(links, hello(1, target="127.0.0.1:2")))
+    assert self.joins(links, hello(2))
+    hellos = links.leader.await_members(_TIMEOUT_S)
+    assert [each.target for each in hellos] == ["127.0.0.1:2", "127.0.0.1:1"]
+    assert links.leader.lost is None
+
+  def test_one_that_goes_as_it_is_looked_at_may_come_again(self):
+    began, goes_on = threading.Event(), threading.Event()
+
+    def admit(_):
+      began.set()
+      goes_on.wait(_TIMEOUT_S)
+
+    leader = LeaderLink(options(), 1, admit)
+    target = f"127.0.0.1:{leader.port}"
+    first = MemberLink(target, options())
+    first.join(hello(1), _TIMEOUT_S)
+    began.wait(_TIMEOUT_S)
+    first.close()
+    time.sleep(0.5)  # The leader's side of gRPC has heard of it.
+    goes_on.set()
+    again = MemberLink(target, options())
+    links = types.SimpleNamespace(member=lambda: again)
+    assert self.joins(links, hello(1, target="127.0.0.1:2"))
+    (told,) = leader.await_members(_TIMEOUT_S)
+    assert told.target == "127.0.0.1:2"
+    leader.close()
+    again.close()
+
   def test_a_process_that_is_late_is_named(self, links):
     links.member().join(hello(1), _TIMEOUT_S)
     message = r"All 3 processes must start within 0.1 s; .*process\(es\) 2 "

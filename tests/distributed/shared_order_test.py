@@ -309,6 +309,19 @@ class TestMember:
     assert order.next() is None
 
 
+class TestPrefillSteps:
+  SAID = "sent .* prefill_tokens must be one of 0, 128, 1024; got 64"
+
+  def test_what_no_process_has_compiled_is_refused(self):
+    work = GroupWork(prefill_tokens=64)
+    with pytest.raises(GroupError, match=f"Process 3 {self.SAID}"):
+      leader().on_ask(3, Ask(number=1, work=work))
+    order = MemberOrder(MemberEnd(), 1.0, CONFIG)
+    with pytest.raises(GroupError, match=f"Process 0 {self.SAID}"):
+      order.on_turn(Turn(number=1, work=work))
+    assert order.next() is None
+
+
 class TestLayeredSteps:
   CONFIG = engine_config(
     num_instances=5,

@@ -30,6 +30,7 @@ from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.batching import Batcher
 from infinite_llm.scheduler.step_plan import StepPlan
+from infinite_llm.types import PoolCounts
 from tests.testing import SMALL_ENGINE, write_shallow_checkpoint
 
 _PROMPT = (5, 6, 7)
@@ -180,6 +181,18 @@ def test_nobody_gives_way_to_one_that_has_ended(engine, link):
   old, young = _add(engine, link, "old"), _add(engine, link, "young")
   report = _stalled(engine, old, young)
   assert _hear(engine, link, report, _news(old, 9, reason="stop")) == []
+
+
+def test_it_knows_how_the_host_memory_of_members_is_used(engine, link):
+  own, other = engine._own.use().instances
+  held = PoolCounts(used=3, free=4, hosted=0, reserved=1, total=8)
+  report = dataclasses.replace(
+    engine._own.use(),
+    instances=(dataclasses.replace(other, host_counts=held),),
+  )
+  engine._own.use = lambda: dataclasses.replace(report, instances=(own,))
+  _hear(engine, link, (1, report))
+  assert [each.host_counts.used for each in engine.use().instances] == [0, 3]
 
 
 class _EmptyTurns:

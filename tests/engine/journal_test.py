@@ -10,6 +10,8 @@ from infinite_llm.engine.outputs import Extent, OutputRecord, RequestOutput
 from infinite_llm.errors import ConfigError, RequestError
 from infinite_llm.sampling_params import SamplingParams
 
+_HEADER = '{"journal": 2, "settings": {}}'
+
 
 def request(name, **options):
   return Accepted(
@@ -101,18 +103,41 @@ def test_what_it_cannot_promise_is_refused(path):
 @pytest.mark.parametrize(
   ("lines", "number"),
   [
-    (['{"journal": 2}'], 1),
+    (['{"journal": 1}'], 1),
+    (['{"journal": 3, "settings": {}}'], 1),
     (["no json"], 1),
-    (['{"journal": 1}', '{"accepted": {}}'], 2),
-    (['{"journal": 1}', '{"other": 1}'], 2),
+    (['{"journal": 2, "settings": []}'], 1),
+    (['{"journal": 2, "settings": null}'], 1),
+    ([_HEADER, '{"accepted": {}}'], 2),
+    ([_HEADER, '{"other": 1}'], 2),
   ],
 )
 def test_another_file_is_refused_and_left_as_it_is(path, lines, number):
   text = "".join(line + "\n" for line in lines)
   path.write_text(text)
-  with pytest.raises(ConfigError, match=rf"version 1; line {number} is not"):
+  with pytest.raises(ConfigError, match=rf"version 2; line {number} is not"):
     Journal(path)
   assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+  ("later", "message"),
+  [
+    ({"dtype": "b", "model": "x"}, "dtype must be .* with, a; got b"),
+    ({"dtype": "a"}, "model must be .* with, x; got nothing"),
+    ({"dtype": "a", "model": "x", "more": "1"}, "more .* with, nothing; got 1"),
+  ],
+)
+def test_answers_of_another_model_are_not_gone_on_with(path, later, message):
+  settings = {"dtype": "a", "model": "x"}
+  with Journal(path, settings) as journal:
+    journal.accept(request("first"))
+  text = path.read_text()
+  with pytest.raises(ConfigError, match=message):
+    Journal(path, later)
+  assert path.read_text() == text
+  with Journal(path, settings) as journal:
+    assert [each.request_id for each in journal.unfinished] == ["first"]
 
 
 def test_a_folder_is_no_journal(tmp_path):
@@ -124,7 +149,7 @@ def test_lines_are_json(path):
   with Journal(path) as journal:
     journal.accept(request("first"))
   first, second = map(json.loads, path.read_text().splitlines())
-  assert first == {"journal": 1}
+  assert first == {"journal": 2, "settings": {}}
   assert second["accepted"]["prompt_token_ids"] == [1, 2, 3]
 
 

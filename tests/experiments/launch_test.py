@@ -22,8 +22,9 @@ said["has_secret"] = len(os.environ["INFINITE_LLM_SECRET"]) == 32
 said["args"] = sys.argv[1:]
 with open(os.environ["SAID"], "a") as file:
   file.write(json.dumps(said) + "\\n")
-broken = said["NUM_PROCESSES"] == os.environ["BREAKS_WITH"]
-sys.exit(75 if broken else 0)
+if said["NUM_PROCESSES"] == os.environ["BREAKS_WITH"]:
+  statuses = json.loads(os.environ["STATUSES"])
+  sys.exit(statuses[int(said["PROCESS"])])
 """
 _MEMBER = """\
 import json, os, signal, sys, time
@@ -50,6 +51,18 @@ from experiments.launch import local
 local._process_command = lambda args: [sys.executable, sys.argv[1]]
 sys.exit(local.main(["launcher", *sys.argv[2:]]))
 """
+_ENDED_MEANWHILE = """\
+import os, signal, subprocess
+from experiments.launch import local
+
+class Popen(subprocess.Popen):
+  def __init__(self, *args, **options):
+    super().__init__(*args, **options)
+    print(self.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+subprocess.Popen = Popen
+"""
 _SRUN = """\
 #!/usr/bin/env python3
 import os, subprocess, sys
@@ -62,6 +75,11 @@ nodes = options["--nodelist"].split(",")
 assert len(nodes) == int(options["--nodes"])
 if "--immediate" in options:
   sys.exit(1 if nodes == [os.environ["GONE"]] else 0)
+assert options["--cpus-per-task"] == "16"
+assert options["--kill-on-bad-exit"] == "0"
+assert options["--wait"] == "30"
+if os.environ["STEP_FAILS"] and os.environ["GONE"] in nodes:
+  sys.exit(1)  # No step with such a node, so nothing was started.
 tasks = [
   subprocess.run(args, env={**os.environ, "SLURM_PROCID": str(n)})
   for n in range(int(options["--ntasks"]))
@@ -206,6 +224,37 @@ def test_a_launcher_that_is_ended_ends_its_processes(tmp_path):
       os.kill(json.loads(line)["pid"], 0)
 
 
+def test_a_launcher_that_is_ended_as_it_starts_processes_leaves_none(tmp_path):
+  (tmp_path / "member.py").write_text("import time; time.sleep(30)")
+  pids = tmp_path / "pids"
+  with pids.open("w") as file:
+    ended = subprocess.run(
+      [
+        *(sys.executable, "-c", _ENDED_MEANWHILE + _LOCAL_LAUNCHER),
+        *(tmp_path / "member.py", "--num_processes=2", *COMMAND),
+      ],
+      stdout=file,
+      check=False,
+      timeout=60,
+    )
+  assert ended.returncode == 128 + signal.SIGTERM
+  assert pids.read_text()
+  for pid in pids.read_text().split():
+    with pytest.raises(ProcessLookupError):
+      os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("name", ["local", "slurm", "kubernetes"])
+@pytest.mark.parametrize("args", [["--help"], ["--num_processes=2", "-h"]])
+def test_help_tells_usage_and_flags(name, args, capsys):
+  main = {"local": local, "slurm": slurm, "kubernetes": kubernetes}[name].main
+  status, out, err = run(main, capsys, *args, command=())
+  assert (status, err) == (0, "")
+  assert f"python -m experiments.launch.{name} " in out
+  for flag in ("num_processes", "dry_run", "max_restarts"):
+    assert f"\n  --{flag}: " in out
+
+
 @pytest.mark.parametrize(
   "main",
   [
@@ -250,10 +299,23 @@ class TestSlurm:
     assert "must divide --num_processes; got 3 for 4." in err
 
   @pytest.mark.parametrize(
-    ("breaks_with", "rounds"), [("0", [4]), ("4", [4, 3]), ("3", [4])]
+    ("breaks_with", "statuses", "rounds", "ends_with"),
+    [
+      ("0", [], [4], 0),
+      # `srun` cannot begin on a node that is down.
+      ("no step", [], [3], 0),
+      # A node is gone; whoever finds that out may be aborted by JAX.
+      ("4", [75, 137, 75, 134], [4, 3], 0),
+      ("3", [75, 75, 75], [4], 0),
+      # Wrong input, or another error of its own, of process 0 or of another.
+      ("4", [2, 75, 75, 134], [4], 2),
+      ("4", [75, 75, 2, 75], [4], 2),
+      ("4", [75, 75, 75, 1], [4], 1),
+      ("4", [1, 0, 0, 0], [4], 1),
+    ],
   )
-  def test_the_script_goes_on_without_a_node_that_is_gone(
-    self, breaks_with, rounds, capsys, tmp_path
+  def test_the_script_goes_on_only_without_a_node_that_is_gone(
+    self, breaks_with, statuses, rounds, ends_with, capsys, tmp_path
   ):
     for name, text in (
       ("process", _PROCESS),
@@ -283,12 +345,14 @@ class TestSlurm:
         "GONE": "n1",
         "SAID": str(said),
         "BREAKS_WITH": breaks_with,
+        "STEP_FAILS": "1" if breaks_with == "no step" else "",
+        "STATUSES": json.dumps(statuses),
       },
       capture_output=True,
       text=True,
       check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ends_with, done.stderr
     told = [json.loads(line) for line in said.read_text().splitlines()]
     assert told == [
       {
@@ -342,7 +406,12 @@ class TestKubernetes:
     pod = spec["template"]["spec"]
     assert spec["template"]["metadata"]["labels"] == service["spec"]["selector"]
     assert pod["subdomain"] == service["metadata"]["name"]
-    assert pod["restartPolicy"] == "OnFailure"
+    assert pod["restartPolicy"] == "Never"  # Or there is no policy of it.
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule == {
+      "action": "FailJob",
+      "onExitCodes": {"operator": "In", "values": [1, 2]},
+    }
     (container,) = pod["containers"]
     assert container["command"] == [
       "python",
@@ -351,7 +420,14 @@ class TestKubernetes:
       *COMMAND[1:],
     ]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    assert container["volumeMounts"][0]["mountPath"] == "/shared"
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    mounted = {
+      each["mountPath"]: volumes[each["name"]]
+      for each in container["volumeMounts"]
+    }
+    assert mounted["/shared"]["persistentVolumeClaim"] == {"claimName": "data"}
+    assert mounted["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+    assert len(mounted) == len(volumes) == 2
     environment = self.environment(pod)
     assert environment["INFINITE_LLM_NUM_PROCESSES"] == "4"
     assert environment["INFINITE_LLM_COORDINATOR"] == "long-0.long:12321"
@@ -359,7 +435,12 @@ class TestKubernetes:
   def test_a_jobset_starts_all_anew_together(self, capsys):
     _, jobset = self.manifests(capsys, "--jobset", "--max_restarts=5")
     assert jobset["kind"] == "JobSet"
-    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 5}
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 5
+    # What fails the Job by its own policy is not tried again.
+    (rule,) = policy["rules"]
+    assert rule["action"] == "FailJobSet"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     (job,) = jobset["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
@@ -370,6 +451,25 @@ class TestKubernetes:
   def test_nobody_can_read_the_secret_from_a_dry_run(self, capsys):
     kinds = [item["kind"] for item in self.manifests(capsys)]
     assert "Secret" not in kinds
+
+  @pytest.mark.parametrize(
+    ("claims", "workdir", "warning"),
+    [
+      (["--claim=data"], "/shared/here", ""),
+      ([], "/shared/here", "warning: --claim should be given; got --workdir="),
+      (["--claim=data"], "/here", "warning: --workdir should be in /shared, "),
+    ],
+  )
+  def test_a_workdir_that_is_lost_with_a_pod_is_warned_of(
+    self, claims, workdir, warning, capsys
+  ):
+    flags = ("--image=image:1", "--num_processes=4", "--dry_run", *claims)
+    command = ("--", "--config=configs/batch.py", f"--workdir={workdir}")
+    status, out, err = run(kubernetes.main, capsys, *flags, command=command)
+    assert status == 0
+    assert json.loads(out)["items"]
+    assert err.startswith(warning)
+    assert bool(err) == bool(warning)
 
   def test_an_image_is_needed(self, capsys):
     status, _, err = run(kubernetes.main, capsys, "--num_processes=2")

@@ -65,6 +65,7 @@ class BatchJob:
 
   Attributes:
     workdir: The folder.
+    requests: The file of requests.
   """
 
   def __init__(self, workdir: pathlib.Path, requests: pathlib.Path):
@@ -75,6 +76,7 @@ class BatchJob:
       requests: The file of requests.
     """
     self.workdir = workdir
+    self.requests = requests
     workdir.mkdir(exist_ok=True)
     self._flags = (
       *_FLAGS,
@@ -110,11 +112,16 @@ class BatchJob:
     return self.result()
 
   def start_alone(
-    self, process: int, port: int, *flags: str, timeout_s: int = 60
+    self,
+    process: int,
+    port: int,
+    *flags: str,
+    timeout_s: int = 60,
+    program: Sequence[str] = ("-m", "experiments.run"),
   ) -> subprocess.Popen:
     """Starts one process of a group of two, without a launcher."""
     return subprocess.Popen(
-      [sys.executable, "-m", "experiments.run", *self._flags, *flags],
+      [sys.executable, *program, *self._flags, *flags],
       env={
         **os.environ,
         "INFINITE_LLM_PROCESS": str(process),

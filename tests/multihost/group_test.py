@@ -96,24 +96,38 @@ def test_the_youngest_of_a_stalled_group_waits_until_another_ended(tmp_path):
   assert result["books_correct"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.fixture(scope="module", name="whole")
+def _whole(tmp_path_factory):
+  """A single process's job of requests that two instances have room for."""
+  folder = tmp_path_factory.mktemp("whole")
+  # One instance has room for most, but not for the longest.
+  write_requests(folder / "requests.jsonl", most_tokens=700)
+  job = BatchJob(folder / "job", folder / "requests.jsonl")
+  job.run(1)
+  return job
+
+
+@pytest.mark.parametrize(
+  ("num_processes", "num_instances", "victim"),
+  [(2, 4, 0), (2, 4, 1), (3, 3, 1)],
+)
 def test_a_killed_process_is_noticed_and_its_requests_are_replayed(
-  victim, tmp_path
+  num_processes, num_instances, victim, whole, tmp_path
 ):
-  # Half of the instances have room for the longest request.
-  requests = tmp_path / "requests.jsonl"
-  write_requests(requests, most_tokens=700)
-  whole = BatchJob(tmp_path / "whole", requests)
-  whole.run(1)
-  job = BatchJob(tmp_path / "job", requests)
-  launcher = job.start(2, max_restarts=1)
+  """Those that are left form a group again, if there is more than one."""
+  num_left = num_processes - 1
+  job = BatchJob(tmp_path, whole.requests)
+  flag = f"--config.cluster.num_instances={num_instances}"
+  launcher = job.start(num_processes, flag, max_restarts=1)
   assert job.kill(launcher, victim) < _SOON_S
   assert launcher.wait(600) == 0, job.log()
-  assert f"Process(es) {victim} died; starting again with 1." in job.log()
+  message = f"Process(es) {victim} died; starting again with {num_left}."
+  assert message in job.log()
   result = job.result()
   assert result["num_instances"] == 2
   assert result["num_ended_before"] >= 3
   assert result["num_replayed"] > 0
+  assert result["finish_reasons"] == {"length": NUM_REQUESTS}
   assert job.answers() == whole.answers()
   assert result["books_correct"]
 
@@ -160,3 +174,30 @@ def test_a_process_without_a_leader_gives_up(requests, tmp_path):
   text, _ = member.communicate(timeout=60)
   assert member.returncode == BROKEN_GROUP
   assert re.search(r"Process 1 found no process 0 at .* within 3 s\.", text)
+
+
+_DIES_WHERE_JAX_STARTS = """
+import os, sys
+from experiments import run
+from infinite_llm.distributed import runtime
+runtime._start_jax = lambda *_: os._exit(9)
+sys.exit(run.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_before_jax_starts_is_noticed(
+  victim, requests, tmp_path
+):
+  """JAX would wait for it until its timeout."""
+  job, port = BatchJob(tmp_path, requests), free_port()
+  dying = job.start_alone(
+    victim, port, timeout_s=300, program=("-c", _DIES_WHERE_JAX_STARTS)
+  )
+  other = job.start_alone(1 - victim, port, timeout_s=300)
+  text, _ = other.communicate(timeout=120)
+  dying.communicate(timeout=10)
+  assert dying.returncode == 9
+  assert other.returncode == BROKEN_GROUP, text
+  message = rf"Process {victim} is gone\. JAX had not started in all processes"
+  assert re.search(message, text), text

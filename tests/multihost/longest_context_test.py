@@ -11,6 +11,7 @@ from experiments.run import config_fields
 from infinite_llm.distributed.group_end import BROKEN_GROUP
 from tests.experiments.small_longest_context import small_config
 from tests.multihost.group_test import free_port
+from tests.multihost.launched import launch
 
 pytestmark = pytest.mark.multihost
 
@@ -37,32 +38,17 @@ def flags(workdir, ranks):
   ]
 
 
-def launch(num_processes, workdir, ranks):
+def run(num_processes, workdir, ranks):
   """Runs it to its end; gives what it printed."""
-  ended = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.launch.local",
-      f"--num_processes={num_processes}",
-      "--",
-      *flags(workdir, ranks),
-    ],
-    # For a process that is alone; a group knows what it takes.
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(2 * ranks)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    timeout=_TIMEOUT_S,
-  )
-  assert ended.returncode == 0, ended.stdout
-  return ended.stdout
+  # For a process that is alone; a group knows what it takes.
+  environment = {"JAX_NUM_CPU_DEVICES": str(2 * ranks)}
+  return launch(num_processes, *flags(workdir, ranks), environment=environment)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_logits_are_those_of_a_single_process(ranks, tmp_path):
-  launch(1, tmp_path / "one", ranks)
-  output = launch(2, tmp_path / "two", ranks)
+  run(1, tmp_path / "one", ranks)
+  output = run(2, tmp_path / "two", ranks)
 
   one, two = (
     json.loads((tmp_path / name / "result.json").read_text())

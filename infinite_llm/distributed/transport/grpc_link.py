@@ -101,6 +101,8 @@ def keepalive(options: GrpcOptions) -> list[tuple[str, int]]:
   return [
     ("grpc.keepalive_time_ms", _ms(options.keepalive_s)),
     ("grpc.keepalive_timeout_ms", _ms(options.keepalive_s)),
+    # What a probe is waited for; without it, a minute.
+    ("grpc.http2.ping_timeout_ms", _ms(options.keepalive_s)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
   ]
