@@ -37,6 +37,12 @@ def get_config() -> ConfigDict:
   config.tiers.run = True
   config.tiers.blocks = (1, 4, 16, 64, 256, 512)
 
+  # Links to host memory, of all devices at once.
+  config.links = ConfigDict()
+  config.links.run = True
+  config.links.arrays = 16
+  config.links.bytes = 2**26  # Of each.
+
   # Host memory read in place by a kernel, beside a transfer.
   config.host_reads = ConfigDict()
   config.host_reads.run = True

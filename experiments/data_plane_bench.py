@@ -27,6 +27,7 @@ from experiments import (
   exchange_bench,
   host_attention_bench,
   host_read_bench,
+  link_bench,
   tier_bench,
 )
 from experiments.report import table
@@ -72,6 +73,12 @@ def run(
       "tiers",
       config.tiers.run,
       functools.partial(tier_bench.bench, config, num_devices),
+      1,
+    ),
+    (
+      "links",
+      config.links.run,
+      functools.partial(link_bench.bench, config, num_devices),
       1,
     ),
     (
@@ -211,11 +218,11 @@ def _plot_attention(rows: Sequence[_Row], path: pathlib.Path) -> None:
   canvas = figure.Figure(figsize=(7, 4.5), layout="constrained")
   axes = canvas.subplots()
   for way, count in dict.fromkeys((r["way"], r["instances"]) for r in timed):
-    line = [
+    line = sorted(
       (row["context"], row["layer_us"])
       for row in timed
       if (row["way"], row["instances"]) == (way, count)
-    ]
+    )
     axes.plot(*zip(*line, strict=True), "o-", label=f"{way}, {count}")
   axes.set_yscale("log")
   _label(axes, "context, tokens", "decode attention of one layer, us")

@@ -8,6 +8,7 @@ process for each instance, as engines do, none of which launches for another:
 """
 
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -44,7 +45,7 @@ def run(
     workdir: Gets `rows.json`, written anew after each row.
 
   Returns:
-    `rows`, and whether all rBlocks arrived (`correct`).
+    `rows`, and whether all rBlocks arrived bit for bit (`correct`).
   """
   cluster = config.cluster
   if current_group() is None:  # A group has started JAX already.
@@ -88,10 +89,13 @@ def bench(
   for instance in steps.runner.instances:
     epochs = dict.fromkeys(steps.free_blocks[most:], _EPOCH)
     steps.runner.grant_epochs(instance, epochs)
-  for count in config.exchange.blocks:
-    for senders in ([0], list(range(num_instances))):
-      yield _bulk(config, steps, senders, count)
-  yield _beside_steps(config, steps)
+  sizes = itertools.product(
+    config.exchange.blocks, ([0], list(range(num_instances)))
+  )
+  row = 0
+  for row, (count, senders) in enumerate(sizes, start=1):
+    yield _bulk(config, steps, senders, count, row)
+  yield _beside_steps(config, steps, row + 1)
 
 
 class _Exchange:
@@ -113,7 +117,8 @@ class _Exchange:
 
   def time_s(self) -> float:
     started = time.perf_counter()
-    self._pool.set_group(self._program(self._pool.group(), self._sent))
+    pool, _ = self._program(self._pool.group(), self._sent)
+    self._pool.set_group(pool)
     jax.block_until_ready(self._pool.group())
     return time.perf_counter() - started
 
@@ -134,11 +139,13 @@ def _bulk(
   steps: DecodeSteps,
   senders: Sequence[int],
   count: int,
+  row: int,
 ) -> dict[str, Any]:
+  _fill_sources(steps, count, row)
   exchange = _Exchange(steps, senders, count)
   exchange.time_s()
   time_s = statistics.median(exchange.time_s() for _ in range(config.repeats))
-  arrived = _num_arrived(steps, senders, count)
+  arrived = _num_arrived(steps, senders, count, row)
   num_bytes = len(senders) * count * steps.runner.pool.block_bytes
   return {
     "part": "exchange",
@@ -153,18 +160,63 @@ def _bulk(
   }
 
 
-def _num_arrived(steps: DecodeSteps, senders: Sequence[int], count: int) -> int:
-  """rBlocks that the receivers' devices hold as received."""
+def _fill_sources(steps: DecodeSteps, count: int, row: int) -> None:
+  """Draws what every instance would send: for each row of the bench anew."""
+  pools = steps.runner.pool
+  for own, instance in enumerate(steps.runner.instances):
+    for number, block in enumerate(steps.free_blocks[:count]):
+      pool = pools.row(own)
+      kv = _fill(pool.kv, block, (row, instance, number))
+      pools.set_row(own, pool._replace(kv=kv))
+
+
+def _num_arrived(
+  steps: DecodeSteps, senders: Sequence[int], count: int, row: int
+) -> int:
+  """rBlocks that the receivers' devices hold as received, bit for bit.
+
+  What was sent is drawn again from its seed, since the sender may be in another
+  process.
+  """
   num_instances = steps.config.num_instances
   half = len(steps.free_blocks) // 2
-  target = np.asarray(steps.free_blocks[half : half + count])
-  receivers = {(sender + _SHIFT) % num_instances for sender in senders}
-  arrived = sum(
-    (np.asarray(steps.runner.pool.row(own).tag)[target] == _TAG).sum()
-    for own, instance in enumerate(steps.runner.instances)
-    if instance in receivers
-  )
-  return int(_of_all(np.asarray(arrived)).sum())
+  targets = steps.free_blocks[half : half + count]
+  arrived = []
+  for own, instance in enumerate(steps.runner.instances):
+    sender = (instance - _SHIFT) % num_instances
+    pool = steps.runner.pool.row(own)
+    if sender in senders:
+      arrived += [
+        (pool.tag[block] == _TAG)
+        & _holds(pool.kv, block, (row, sender, number))
+        for number, block in enumerate(targets)
+      ]
+  return int(_of_all(np.sum(arrived, dtype=np.int32)).sum())
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(kv: jax.Array, block: int, seeds: tuple[int, ...]) -> jax.Array:
+  """Draws the KV of one rBlock."""
+  return kv.at[block].set(_draw(kv, seeds).view(kv.dtype))
+
+
+@jax.jit
+def _holds(kv: jax.Array, block: int, seeds: tuple[int, ...]) -> jax.Array:
+  """Whether an rBlock has just the bits that were drawn from these seeds."""
+  drawn = _draw(kv, seeds)
+  return (kv[block].view(drawn.dtype) == drawn).all()
+
+
+def _draw(kv: jax.Array, seeds: tuple[int, ...]) -> jax.Array:
+  """`[L, 2, K, P, D]` unsigned bits of normal numbers: no NaN, nothing tiny."""
+  key = jax.random.key(0)
+  for seed in seeds:
+    key = jax.random.fold_in(key, seed)
+  size = 8 * kv.dtype.itemsize
+  bits = jax.random.bits(key, kv.shape[1:], f"uint{size}")
+  # Of the exponent's highest two bits only the second is 1.
+  first, second = (bits.dtype.type(1 << size - n) for n in (2, 3))
+  return bits & ~first | second
 
 
 def _of_all(values: np.ndarray) -> np.ndarray:
@@ -175,13 +227,14 @@ def _of_all(values: np.ndarray) -> np.ndarray:
 
 
 def _beside_steps(
-  config: ml_collections.ConfigDict, steps: DecodeSteps
+  config: ml_collections.ConfigDict, steps: DecodeSteps, row: int
 ) -> dict[str, Any]:
   """Every instance sends one rBlock before each decode step.
 
   The program is the engine's smallest one, launched as engines do. What it adds
   is as small as what differs between two runs of steps, so they take turns.
   """
+  _fill_sources(steps, 1, row)
   quota = steps.config.lending.exchange_buckets[0]
   payloads = [_payloads(steps, 1, quota)] * len(steps.runner.instances)
   exchange = functools.partial(steps.runner.exchange, _SHIFT, payloads)
@@ -195,6 +248,7 @@ def _beside_steps(
   rounds = _of_all(np.asarray(rounds)).max(axis=0).tolist()
   shares = [beside_s / alone_s - 1 for alone_s, beside_s in rounds]
   alone_s, beside_s = map(statistics.median, zip(*rounds, strict=True))
+  senders = range(steps.config.num_instances)
   return {
     "part": "decode beside one rBlock a step",
     "instances": steps.config.num_instances,
@@ -205,5 +259,6 @@ def _beside_steps(
     "step_beside_ms": beside_s * 1e3,
     "share": statistics.median(shares),
     "shares": shares,
+    "correct": _num_arrived(steps, senders, 1, row) == len(senders),
     "aim": "share below 0.01",
   }

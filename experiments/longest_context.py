@@ -70,7 +70,7 @@ def run(
     print(row, flush=True)
     text = json.dumps(rows, indent=1) + "\n"
     (workdir / "rows.json").write_text(text, encoding="utf-8")
-  _plot(rows, workdir / "curve.png")
+  plot(rows, workdir / "curve.png", jax.devices()[0].device_kind)
   print(_report(rows))
   return {"rows": rows, "correct": all(row["is_finite"] for row in rows)}
 
@@ -283,20 +283,28 @@ def _report(rows: list[dict[str, Any]]) -> str:
   )
 
 
-def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+def plot(rows: list[dict[str, Any]], path: pathlib.Path, device: str) -> None:
+  """Draws what a token takes against the context.
+
+  Args:
+    rows: As of `result.json`.
+    path: Where to, a PNG file.
+    device: What the rows were measured on.
+  """
   matplotlib.use("agg")
   canvas = figure.Figure(figsize=(7, 4.5), layout="constrained")
   axes = canvas.subplots()
   axes.plot(
     [row["length"] for row in rows], [row["token_ms"] for row in rows], "o-"
   )
-  full = [row["length"] for row in rows if row["tokens_in_hbm"] < row["length"]]
+  full = [row for row in rows if row["tokens_in_hbm"] < row["length"]]
   if full:
-    axes.axvspan(full[0], rows[-1]["length"], alpha=0.1, label="HBM is full")
+    room = full[0]["tokens_in_hbm"]
+    axes.axvspan(room, rows[-1]["length"], alpha=0.1, label="HBM is full")
     axes.legend()
   axes.set_yscale("log")
   axes.set_xlabel("context, tokens")
   axes.set_ylabel("ms a token")
-  axes.set_title(f"One request, {jax.devices()[0].device_kind}")
+  axes.set_title(f"One request, {device}")
   axes.grid(alpha=0.3)
   canvas.savefig(path, dpi=150)

@@ -43,9 +43,11 @@ class CacheConfig:
       to compute their KV again.
     host_link_bytes_per_s: Speed of copies between an instance and its host
       memory, each way, to tell what is faster.
-    recompute_tokens_per_s: Speed of prefill, for the same.
-    verify_moves: Whether to compare checksums of both ends of every move
-      between the tiers. It blocks the host: for debugging.
+    recompute_tokens_per_s: Speed of prefill where there is little to attend,
+      for the same; what attention adds follows from the model's shape.
+    verify_moves: Whether to compare checksums of both ends of every move:
+      between instances, and between the tiers, with what is attended on its way
+      from HOST. It blocks the host: for debugging.
     host_attention: Whether a request that is larger than all HBM within its
       reach keeps what nobody lends room for in its instance's host memory and
       attends it there; one such request of each instance at a time.

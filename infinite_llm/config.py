@@ -162,7 +162,7 @@ class EngineConfig:
     writing table entries, and each direction between the tiers; a group has
     every bucket of its exchange, its coverage check and reservation epochs.
     With `num_layered_kinds` there is one more way to HOST, and steps have one
-    row.
+    row; if moves are verified, what comes back is summed by one more.
     """
     scheduler, lending = self.scheduler, self.lending
     steps = len(scheduler.decode_buckets) + len(scheduler.prefill_buckets)
@@ -170,7 +170,7 @@ class EngineConfig:
     if self.cache.host_blocks:
       steps += 2
     if self.cache.host_attention:
-      steps += self.num_layered_kinds + 1
+      steps += self.num_layered_kinds + 1 + self.cache.verify_moves
       row_counts.add(1)
     if self.has_group:
       steps += 1 + len(lending.group_prefill_buckets)

@@ -93,6 +93,10 @@ class TestProgramKinds:
     config = engine_config(host_blocks=8, host_attention=True)
     assert config.num_program_kinds == 5 + 9 + 2 + 2 + 11
     config = engine_config(
+      host_blocks=8, host_attention=True, verify_moves=True
+    )  # What comes back is summed.
+    assert config.num_program_kinds == 5 + 9 + 2 + 2 + 11 + 1
+    config = engine_config(
       host_blocks=8, host_attention=True, decode_buckets=(4, 16)
     )
     assert config.num_program_kinds == 4 + 6 + 2 + 2 + 11 + 3

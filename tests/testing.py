@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -221,6 +222,24 @@ class GreedyOracle:
           f" by a margin of {margin[row]:.2e}"
         )
     return None
+
+
+def random_bits(
+  shape: Sequence[int], dtype: DTypeLike, seed: int = 0
+) -> np.ndarray:
+  """Random bits of numbers of a dtype, as unsigned integers of its size.
+
+  Where bytes are compared: no two rBlocks, layers, heads or tokens are alike,
+  and some numbers are NaNs, except in bfloat16 with any payload.
+  """
+  size = jnp.dtype(dtype).itemsize
+  drawn = np.random.default_rng(seed).bytes(size * math.prod(shape))
+  bits = np.frombuffer(drawn, f"u{size}").reshape(shape).copy()
+  if jnp.dtype(dtype) == jnp.bfloat16:
+    # XLA for CPUs updates arrays of it as float32: NaNs lose their payload.
+    is_nan = np.isnan(bits.view(jnp.bfloat16))
+    bits = np.where(is_nan, bits & 0x8000 | 0x7FC0, bits).astype("u2")
+  return bits
 
 
 def move(src: int, dst: int, number: int) -> Move:

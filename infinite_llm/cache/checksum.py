@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 _GOLDEN = 0x9E3779B9
 _WORDS = {1: "uint8", 2: "uint16", 4: "uint32"}
 
@@ -26,3 +28,16 @@ def checksum(block: Any) -> Any:
   mixed ^= mixed >> 13
   mixed *= xp.uint32(0xC2B2AE35)
   return (mixed ^ (mixed >> 16)).sum(dtype=xp.uint32)
+
+
+def block_checksums(kv: jax.Array, block_ids: jax.Array) -> jax.Array:
+  """Checksums of rBlocks where they lie, whatever packs and unpacks them.
+
+  Args:
+    kv: `[N, L, 2, K, P, D]` pool.
+    block_ids: `[Q]` int32 rBlocks.
+
+  Returns:
+    `[Q]` uint32.
+  """
+  return jax.vmap(checksum)(kv[block_ids])

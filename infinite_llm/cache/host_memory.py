@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -117,7 +118,7 @@ def check_host_memory(
 
 
 def _available_bytes(system: pathlib.Path) -> int | None:
-  """The least of what the kernel and this process's own group leave."""
+  """The least of what the kernel and this process's control groups leave."""
   found = []
   try:
     lines = (system / "proc/meminfo").read_text("utf-8").splitlines()
@@ -125,12 +126,73 @@ def _available_bytes(system: pathlib.Path) -> int | None:
     found.append(int(kib) << 10)
   except (OSError, StopIteration):
     pass
+  root = system / "sys/fs/cgroup"
+  for files, folder in ((_GROUP_V2, root), (_GROUP_V1, root / "memory")):
+    for path in _own_groups(system, files.controllers):
+      found.append(_left_bytes(folder / path, files))
+  return min((each for each in found if each is not None), default=None)
+
+
+class _GroupFiles(NamedTuple):
+  """What a version of control groups calls its files.
+
+  Attributes:
+    controllers: What /proc/self/cgroup has between the colons.
+    limit: File of the limit, in bytes.
+    usage: File of what is used, in bytes, the page cache included.
+    inactive: Line of `memory.stat` with the page cache that is given up first,
+      that of groups inside of it included, in bytes.
+  """
+
+  controllers: str
+  limit: str
+  usage: str
+  inactive: str
+
+
+_GROUP_V2 = _GroupFiles("", "memory.max", "memory.current", "inactive_file")
+_GROUP_V1 = _GroupFiles(
+  "memory",
+  "memory.limit_in_bytes",
+  "memory.usage_in_bytes",
+  "total_inactive_file",
+)
+
+_UNLIMITED_BYTES = 1 << 62
+"""Version 1 has no word for no limit, but a number larger than this."""
+
+
+def _own_groups(system: pathlib.Path, controllers: str) -> list[str]:
+  """This process's group and all around it, as paths under their mount.
+
+  A container sees its own group at the mount, whatever the path says: what it
+  names may not be there.
+  """
   try:
-    group = system / "sys/fs/cgroup"
-    limit = (group / "memory.max").read_text("utf-8").strip()
-    used = int((group / "memory.current").read_text("utf-8"))
-    if limit != "max":
-      found.append(max(int(limit) - used, 0))
+    lines = (system / "proc/self/cgroup").read_text("utf-8").splitlines()
   except OSError:
-    pass
-  return min(found, default=None)
+    lines = []
+  for _, names, path in (line.split(":", 2) for line in lines):
+    if controllers in names.split(","):
+      own = pathlib.PurePosixPath(path.strip("/"))
+      return [str(each) for each in (own, *own.parents)]
+  return ["."]
+
+
+def _left_bytes(group: pathlib.Path, files: _GroupFiles) -> int | None:
+  """What a group leaves; None if it is not there or has no limit.
+
+  The kernel gives pages of files up before it refuses memory, those that were
+  not read lately first. So these are not counted as used.
+  """
+  try:
+    limit = (group / files.limit).read_text("utf-8").strip()
+    usage_bytes = int((group / files.usage).read_text("utf-8"))
+    if limit == "max" or int(limit) > _UNLIMITED_BYTES:
+      return None
+    stat = (group / "memory.stat").read_text("utf-8").splitlines()
+  except OSError:
+    return None
+  counts = dict(line.split(maxsplit=1) for line in stat)
+  used_bytes = max(usage_bytes - int(counts.get(files.inactive, 0)), 0)
+  return max(int(limit) - used_bytes, 0)

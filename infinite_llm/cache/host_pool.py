@@ -159,8 +159,8 @@ class HostPool:
       num_blocks: rBlocks with the null block, which takes no memory.
       run: Runs its programs.
       batch_blocks: Most rBlocks of a batch.
-      verify: Whether to compare checksums of both ends of every move, which
-        blocks the host; for debugging.
+      verify: Whether to compare checksums of both ends of each of its moves,
+        which blocks the host; for debugging.
       progress: Told how many rBlocks of how many are allocated.
     """
     self._row = row
@@ -223,7 +223,7 @@ class HostPool:
     self._waiting[to_tier].extend(_Part(copy, move) for move in moves)
     return copy
 
-  def advance(self, pool: PoolArrays) -> PoolArrays:
+  def advance(self, pool: PoolArrays, *, is_behind: bool = False) -> PoolArrays:
     """Ends what is over and launches a batch each way; never waits.
 
     No more than that, since preparing a batch takes the host about half as long
@@ -233,6 +233,7 @@ class HostPool:
 
     Args:
       pool: The instance's pool in HBM.
+      is_behind: Whether something long is under way: then nothing is launched.
 
     Returns:
       The newest wrapper of the pool.
@@ -244,6 +245,8 @@ class HostPool:
     leaving, entering = self._under_way[Tier.HOST], self._under_way[Tier.HBM]
     while leaving and leaving[0].is_over():
       self._end_leaving(leaving[0])
+    if is_behind:
+      return pool
     # What may fail comes before the pool is donated.
     if self._has_room(Tier.HOST):
       self._begin_leaving(pool)

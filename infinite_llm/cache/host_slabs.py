@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -168,6 +168,7 @@ class SlabStream:
     parts: Iterator[tuple[jax.Array, ...]],
     hbm: NamedSharding,
     most_staged: int,
+    check: Callable[[tuple[jax.Array, ...]], None] | None = None,
   ):
     """Starts the first transfers.
 
@@ -175,6 +176,8 @@ class SlabStream:
       parts: Those used together, in the order of use, in host memory.
       hbm: How they lie on the devices.
       most_staged: How many such tuples are in HBM at once, at least 2.
+      check: Called with each tuple that is there, in order, before it is handed
+        out; raises if it is not what it should be.
     """
     if most_staged < 2:
       raise InvariantError(
@@ -184,6 +187,7 @@ class SlabStream:
     self._parts = parts
     self._hbm = hbm
     self._most_staged = most_staged
+    self._check = check
     self._staged: collections.deque[tuple[jax.Array, ...]] = collections.deque()
     self._used: collections.deque[Any] = collections.deque()
     self._top_up()
@@ -199,7 +203,7 @@ class SlabStream:
     Their user says `used` before it takes others, and keeps no reference.
 
     Raises:
-      InvariantError: If there is none.
+      InvariantError: If there is none, or it is not what it should be.
     """
     while not self._staged:
       if not self._used:
@@ -208,7 +212,10 @@ class SlabStream:
       self._top_up()
     jax.block_until_ready(self._staged[0])
     self._top_up()
-    return self._staged.popleft()
+    parts = self._staged.popleft()
+    if self._check is not None:
+      self._check(parts)
+    return parts
 
   def used(self, result: Any) -> None:
     """Notes what is computed from the parts taken last.

@@ -14,9 +14,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from infinite_llm.cache.checksum import block_checksums
 from infinite_llm.cache.kv_pool import PoolArrays
-from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, Shift
+from infinite_llm.types import (
+  INSTANCE_AXIS,
+  NULL_BLOCK_ID,
+  TENSOR_AXIS,
+  Shift,
+)
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
 
 
@@ -38,7 +45,30 @@ class Payloads(NamedTuple):
   dst_tag: jax.Array
 
 
-def exchange(pool: PoolArrays, payloads: Payloads, shift: Shift) -> PoolArrays:
+class Arrivals(NamedTuple):
+  """What an exchange that verifies moves tells of one instance.
+
+  Attributes:
+    block: `[1, 1, Q]` int32 rBlock that a payload was for.
+    is_accepted: `[1, 1, Q]` bool. Whether it was written there.
+    sent: `[1, 1, Q]` uint32 checksum of the tensor rank's part of it in the
+      sender's pool, before it was packed.
+    found: `[1, 1, Q]` uint32 the same of what then lay in the receiver's.
+  """
+
+  block: jax.Array
+  is_accepted: jax.Array
+  sent: jax.Array
+  found: jax.Array
+
+
+ARRIVAL_SPEC = PartitionSpec(INSTANCE_AXIS, TENSOR_AXIS)
+"""Of each field of `Arrivals`: all instances and ranks are `[I, tensor, Q]`."""
+
+
+def exchange(
+  pool: PoolArrays, payloads: Payloads, shift: Shift, *, verify: bool = False
+) -> tuple[PoolArrays, Arrivals | None]:
   """Sends and receives rBlocks; runs inside `shard_map`.
 
   Each instance i sends to i + shift. A block whose content is not what the
@@ -54,32 +84,50 @@ def exchange(pool: PoolArrays, payloads: Payloads, shift: Shift) -> PoolArrays:
     pool: This instance's pool.
     payloads: What this instance sends.
     shift: To whom, below the number of instances. Static, and the same on all.
+    verify: Whether to compute checksums of both ends.
 
   Returns:
-    The pool with all accepted payloads written.
+    The pool with all accepted payloads written, and what there is to compare;
+    None unless it verifies.
   """
   num_instances = jax.lax.axis_size(INSTANCE_AXIS)
   is_proved = pool.tag[payloads.src_block] == payloads.src_tag
   tag = jnp.where(is_proved, payloads.dst_tag, jnp.uint32(0))
   words = (payloads.dst_block, payloads.dst_epoch, tag)
+  if verify:
+    words += (block_checksums(pool.kv, payloads.src_block),)
   # As one: NCCL takes 3 us longer for each array more.
   labels = jnp.stack([word.astype(jnp.uint32) for word in words])
   sent = pack_blocks(pool.kv, payloads.src_block), labels
   forth = [(i, (i + shift) % num_instances) for i in range(num_instances)]
   blocks, labels = jax.lax.ppermute(sent, INSTANCE_AXIS, forth)
-  return _receive(pool, blocks, labels[0].astype(jnp.int32), *labels[1:])
+  target, epoch, tag, *sums = labels[0].astype(jnp.int32), *labels[1:]
+  accepted = _accepted(pool, target, epoch, tag)
+  pool = _receive(pool, blocks, target, tag, accepted)
+  if not verify:
+    return pool, None
+  (sent,) = sums
+  found = block_checksums(pool.kv, target)
+  arrivals = Arrivals(target, accepted, sent, found)
+  return pool, Arrivals(*(field[None, None] for field in arrivals))
+
+
+def _accepted(
+  pool: PoolArrays, target: jax.Array, epoch: jax.Array, tag: jax.Array
+) -> jax.Array:
+  """Which payloads this instance's device still expects."""
+  is_granted = (target != 0) & (epoch != 0) & (pool.epoch[target] == epoch)
+  return is_granted & (tag != 0)
 
 
 def _receive(
   pool: PoolArrays,
   blocks: jax.Array,
   target: jax.Array,
-  epoch: jax.Array,
   tag: jax.Array,
+  accepted: jax.Array,
 ) -> PoolArrays:
-  """Writes the payloads that this instance's device still expects."""
-  is_granted = (target != 0) & (epoch != 0) & (pool.epoch[target] == epoch)
-  accepted = is_granted & (tag != 0)
+  """Writes payloads and their tags."""
   out_of_bounds = pool.tag.shape[0]
   return pool._replace(
     kv=unpack_blocks(pool.kv, blocks, target, accepted),

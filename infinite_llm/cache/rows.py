@@ -4,7 +4,7 @@ Local programs run on an instance's own row of the mesh, group programs on all
 of it, and both must see the same buffers: nothing here copies device memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -45,6 +45,20 @@ def split_rows(
     )
     for row in rows
   ]
+
+
+def split_fields(
+  fields: Iterable[jax.Array], rows: Sequence[Mesh], spec: PartitionSpec
+) -> list[tuple[jax.Array, ...]]:
+  """Views several global arrays, of one partition, as a tuple for each row.
+
+  Args:
+    fields: As for `split_rows`; without any there are no tuples.
+    rows: As for `split_rows`.
+    spec: As for `split_rows`.
+  """
+  split = (split_rows(field, rows, spec) for field in fields)
+  return list(zip(*split, strict=True))
 
 
 def join_rows(

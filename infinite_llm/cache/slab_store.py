@@ -7,19 +7,25 @@ tags come with it, written by the program that packed it.
 
 import collections
 import dataclasses
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from infinite_llm.cache.checksum import checksum
 from infinite_llm.cache.host_pool import Run, TierMove
 from infinite_llm.cache.host_slabs import TABLE_SPECS, SlabStream, in_order
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.cache.packed_rows import place_rows
-from infinite_llm.cache.tier_moves import TierBatch, build_leave_as_slab
+from infinite_llm.cache.tier_moves import (
+  TierBatch,
+  build_leave_as_slab,
+  build_slab_sum,
+)
 from infinite_llm.errors import InvariantError
-from infinite_llm.types import NULL_BLOCK_ID, RequestUid
+from infinite_llm.types import NULL_BLOCK_ID, RequestUid, Tier
 from pallas_kernels.micro_attention.api import BlockTables
 
 MOST_STAGED = 6
@@ -32,6 +38,42 @@ type Staged = tuple[jax.Array, jax.Array, BlockTables]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SlabSums:
+  """What a slab was in HBM, where moves are verified.
+
+  Attributes:
+    uid: Its request.
+    first: Number of its first rBlock in the request.
+    sums: `[tensor, L]` uint32 checksums of each rank's part of each layer.
+  """
+
+  uid: RequestUid
+  first: int
+  sums: jax.Array
+
+  def compare(self, layer: int, found: Sequence[int], tier: Tier) -> None:
+    """Compares what arrived of a layer; blocks the host.
+
+    Args:
+      layer: Which one.
+      found: Checksum of what arrived of each rank's part.
+      tier: Where.
+
+    Raises:
+      InvariantError: If it changed.
+    """
+    left = np.asarray(self.sums)[:, layer]
+    for rank, (sent, there) in enumerate(zip(left, found, strict=True)):
+      if sent != there:
+        raise InvariantError(
+          f"Layer {layer} of the slab of request {self.uid} from rBlock"
+          f" {self.first} on must arrive as it left; it changed on its way to"
+          f" {tier.name}: it left HBM with checksum {int(sent):#x} and has"
+          f" {int(there):#x} on tensor rank {rank}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class HeldSlab:
   """S full rBlocks of one request, behind a null block.
 
@@ -39,11 +81,13 @@ class HeldSlab:
     layers: For each layer `[1 + S, 1, 2, K, P, D]` in host memory.
     tag: `[1 + S]` uint32 what the rBlocks hold, on the devices.
     tables: One row over them, on the devices.
+    sums: What is to arrive in HOST, and again in HBM; None if nobody compares.
   """
 
   layers: tuple[jax.Array, ...]
   tag: jax.Array
   tables: BlockTables
+  sums: SlabSums | None = None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -53,13 +97,11 @@ class LeavingSlab:
   Attributes:
     uid: Its request.
     slab: It, as it will be.
-    packed: Its layers in HBM; kept only if the copy is to be verified.
     is_dropped: Nobody wants it any more.
   """
 
   uid: RequestUid
   slab: HeldSlab
-  packed: tuple[jax.Array, ...]
   is_dropped: bool = False
 
   @property
@@ -87,9 +129,10 @@ class SlabStore:
       row: The instance's devices.
       name: Of the instance, in keys of programs.
       slab_blocks: S, rBlocks of every slab.
-      run: Runs its program.
-      verify: Whether to compare what arrived with what left, which blocks the
-        host; for debugging.
+      run: Runs its programs.
+      verify: Whether to compare checksums of what arrived in HOST, and of what
+        came back from there each time that it is attended, with those of what
+        left. It blocks the host; for debugging.
     """
     self._row = row
     self._name = name
@@ -128,14 +171,8 @@ class SlabStore:
       raise InvariantError(
         f"A slab takes {self._slab_blocks} rBlocks; got {len(moves)}."
       )
-    layers, tag = self._pack(pool, moves)
-    slab = HeldSlab(
-      layers=tuple(jax.device_put(list(layers), self._host)),
-      tag=tag,
-      tables=self._tables(logical_ids),
-    )
-    packed = layers if self._verify else ()
-    leaving = LeavingSlab(uid=uid, slab=slab, packed=packed)
+    slab = self._begin(pool, uid, moves, logical_ids)
+    leaving = LeavingSlab(uid=uid, slab=slab)
     self._leaving.append(leaving)
     return leaving
 
@@ -146,16 +183,14 @@ class SlabStore:
       InvariantError: If copies are verified and this one changed its content.
     """
     self._leaving.remove(leaving)
-    for layer, (sent, got) in enumerate(
-      zip(leaving.packed, leaving.slab.layers, strict=bool(leaving.packed))
-    ):
-      if np.asarray(sent).tobytes() != np.asarray(got).tobytes():
-        raise InvariantError(
-          f"Layer {layer} of a slab of request {leaving.uid} must arrive as it"
-          " left; it changed on its way to HOST."
-        )
+    slab = leaving.slab
+    if slab.sums is not None:
+      for layer, there in enumerate(slab.layers):
+        ranks = (np.asarray(shard.data) for shard in there.addressable_shards)
+        found = [int(checksum(rank)) for rank in ranks]
+        slab.sums.compare(layer, found, Tier.HOST)
     if not leaving.is_dropped:
-      self._slabs[leaving.uid].append(leaving.slab)
+      self._slabs[leaving.uid].append(slab)
 
   def drop(self, uid: RequestUid) -> None:
     """Forgets the slabs of a request, also those on their way."""
@@ -169,9 +204,14 @@ class SlabStore:
     Args:
       slabs: Those to be attended.
       together: Whose parts of a layer are attended at a time.
+
+    Returns:
+      Gives their parts; raises `InvariantError` before one that changed, if
+      moves are verified.
     """
     parts = in_order([slab.layers for slab in slabs], together)
-    return SlabStream(parts, self._hbm, MOST_STAGED)
+    check = self._check_of(slabs, together) if self._verify else None
+    return SlabStream(parts, self._hbm, MOST_STAGED, check)
 
   def staged(
     self,
@@ -209,21 +249,57 @@ class SlabStore:
     return self._nothing
 
   def warm_up(self, pool: PoolArrays) -> HeldSlab:
-    """Compiles the program, and runs it over null blocks.
+    """Compiles the program that packs, and runs it over null blocks.
 
     Returns:
-      A slab that holds nothing.
+      A slab that holds nothing; to stream it compiles what verifies.
     """
-    layers, tag = self._pack(pool, ())
+    return self._begin(pool, 0, (), ())
+
+  def _begin(
+    self,
+    pool: PoolArrays,
+    uid: RequestUid,
+    moves: Sequence[TierMove],
+    logical_ids: Sequence[int],
+  ) -> HeldSlab:
+    """Packs rBlocks, as many as there are, and begins their transfer."""
+    layers, tag, sums = self._pack(pool, moves)
+    if sums is not None:
+      first = logical_ids[0] if logical_ids else 0
+      sums = SlabSums(uid=uid, first=first, sums=sums)
     return HeldSlab(
       layers=tuple(jax.device_put(list(layers), self._host)),
       tag=tag,
-      tables=self._tables(()),
+      tables=self._tables(logical_ids),
+      sums=sums,
     )
+
+  def _check_of(
+    self, slabs: Sequence[HeldSlab], together: int
+  ) -> Callable[[tuple[jax.Array, ...]], None]:
+    """What compares the parts of a stream, in their order."""
+    num_layers = len(slabs[0].layers) if slabs else 0
+    order = itertools.product(
+      range(num_layers), itertools.batched(slabs, together)
+    )
+
+    def check(parts: tuple[jax.Array, ...]) -> None:
+      layer, those = next(order)
+      for slab, part in zip(those, parts, strict=True):
+        if slab.sums is not None:
+          found = self._run(
+            ("sum of a slab's part", self._name),
+            lambda: build_slab_sum(self._row),
+            (part,),
+          )
+          slab.sums.compare(layer, np.asarray(found).tolist(), Tier.HBM)
+
+    return check
 
   def _pack(
     self, pool: PoolArrays, moves: Sequence[TierMove]
-  ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+  ) -> tuple[Sequence[jax.Array], jax.Array, jax.Array | None]:
     batch = TierBatch(
       *(np.zeros(self._slab_blocks, t) for t in ("i4", "u4", "i4", "u4"))
     )
@@ -233,7 +309,7 @@ class SlabStore:
       batch.dst_tag[q] = move.dst_tag
     return self._run(
       ("leave HBM as a slab", self._name),
-      lambda: build_leave_as_slab(self._row),
+      lambda: build_leave_as_slab(self._row, verify=self._verify),
       (pool.kv, pool.tag, place_rows([batch], self._row, [self._row])),
     )
 

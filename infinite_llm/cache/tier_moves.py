@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from infinite_llm.cache.checksum import checksum
+from infinite_llm.cache.checksum import block_checksums, checksum
 from infinite_llm.cache.kv_pool import POOL_SPECS, PoolArrays
 from infinite_llm.types import INSTANCE_AXIS, NULL_BLOCK_ID, TENSOR_AXIS
 from pallas_kernels.copy_blocks.api import pack_blocks, unpack_blocks
@@ -49,7 +49,8 @@ class Checks(NamedTuple):
   sums: jax.Array
 
 
-_CHECK_SPECS = Checks(_REPLICATED, PartitionSpec(TENSOR_AXIS))
+_PER_RANK = PartitionSpec(TENSOR_AXIS)
+_CHECK_SPECS = Checks(_REPLICATED, _PER_RANK)
 
 Blocks = tuple[jax.Array, ...]
 """rBlocks, an array `[1, L, 2, K, P, D]` each."""
@@ -75,7 +76,8 @@ def build_leave(
     is_proved = tag[batch.src_block] == batch.src_tag
     blocks = _pack_each(kv, batch.src_block)
     host_tag = _set_tags(host_tag, batch, is_proved)
-    return blocks, host_tag, _checks(blocks, is_proved) if verify else None
+    checks = _checks(kv, batch.src_block, is_proved) if verify else None
+    return blocks, host_tag, checks
 
   return jax.jit(
     jax.shard_map(
@@ -117,7 +119,7 @@ def build_enter(
     )
     if not verify:
       return pool, None
-    return pool, _checks(_pack_each(pool.kv, batch.dst_block), is_proved)
+    return pool, _checks(pool.kv, batch.dst_block, is_proved)
 
   return jax.jit(
     jax.shard_map(
@@ -137,19 +139,21 @@ def build_enter(
 
 
 def build_leave_as_slab(
-  mesh: Mesh,
-) -> Callable[..., tuple[tuple[jax.Array, ...], jax.Array]]:
+  mesh: Mesh, *, verify: bool = False
+) -> Callable[..., tuple[Blocks, jax.Array, jax.Array | None]]:
   """Builds the program that takes rBlocks out of a pool layer by layer.
 
   Args:
     mesh: Row of the instance.
+    verify: Whether to compute checksums.
 
   Returns:
-    Jitted `(kv, tag, batch) -> (layers, slab_tag)`, where `batch` is a packed
-    `TierBatch`: for each layer the `Q` rBlocks of the batch as `[1 + Q, 1, 2,
-    K, P, D]`, behind a null block, and `[1 + Q]` uint32 what they hold.
-    Destinations of the batch mean nothing. Donates nothing: the pool is only
-    read.
+    Jitted `(kv, tag, batch) -> (layers, slab_tag, sums)`, where `batch` is a
+    packed `TierBatch`: for each layer the `Q` rBlocks of the batch as `[1 + Q,
+    1, 2, K, P, D]`, behind a null block, `[1 + Q]` uint32 what they hold, and,
+    if it verifies, `[tensor, L]` uint32 checksums of each rank's part of each
+    layer where it lay in the pool. Destinations of the batch mean nothing.
+    Donates nothing: the pool is only read.
   """
 
   def body(kv, tag, batch):
@@ -157,15 +161,45 @@ def build_leave_as_slab(
     is_proved = tag[batch.src_block] == batch.src_tag
     slab_tag = jnp.where(is_proved, batch.dst_tag, jnp.uint32(0))
     null = jnp.full(1, NULL_BLOCK_ID, jnp.int32)
-    layers = pack_by_layer(kv, jnp.concatenate([null, batch.src_block]))
-    return layers, jnp.concatenate([jnp.zeros(1, jnp.uint32), slab_tag])
+    block_ids = jnp.concatenate([null, batch.src_block])
+    layers = pack_by_layer(kv, block_ids)
+    slab_tag = jnp.concatenate([jnp.zeros(1, jnp.uint32), slab_tag])
+    if not verify:
+      return layers, slab_tag, None
+    sums = [checksum(kv[block_ids, layer]) for layer in range(len(layers))]
+    return layers, slab_tag, jnp.stack(sums)[None]
 
   return jax.jit(
     jax.shard_map(
       body,
       mesh=mesh,
       in_specs=(POOL_SPECS.kv, POOL_SPECS.tag, _PER_INSTANCE),
-      out_specs=(POOL_SPECS.kv, POOL_SPECS.tag),
+      out_specs=(
+        POOL_SPECS.kv,
+        POOL_SPECS.tag,
+        _PER_RANK if verify else None,
+      ),
+      check_vma=False,
+    )
+  )
+
+
+def build_slab_sum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  """Builds the program that sums what came of a slab, where moves are verified.
+
+  Args:
+    mesh: Row of the instance.
+
+  Returns:
+    Jitted `part -> sums`: `[tensor]` uint32 checksum of each rank's part of a
+    layer of a slab, `[1 + Q, 1, 2, K, P, D]` in HBM.
+  """
+  return jax.jit(
+    jax.shard_map(
+      lambda part: checksum(part)[None],
+      mesh=mesh,
+      in_specs=POOL_SPECS.kv,
+      out_specs=_PER_RANK,
       check_vma=False,
     )
   )
@@ -217,6 +251,7 @@ def _set_tags(
   )
 
 
-def _checks(blocks: Sequence[jax.Array], is_proved: jax.Array) -> Checks:
-  sums = jnp.stack([checksum(block) for block in blocks])
-  return Checks(is_proved, sums[None])
+def _checks(
+  kv: jax.Array, block_ids: jax.Array, is_proved: jax.Array
+) -> Checks:
+  return Checks(is_proved, block_checksums(kv, block_ids)[None])

@@ -280,7 +280,7 @@ class Engine:
     # A turn may have to wait for them; the next step returns their tokens.
     self._commit(self._in_flight.wait(at_once=True))
     self.group.tick()
-    has_moved = self.group.talk()
+    has_moved = self.group.talk(self._in_flight.has_long_on)
     turn = None if self._order.is_shared else self._planner.next_turn()
     return self._move(turn) or has_moved
 
@@ -300,7 +300,7 @@ class Engine:
     Returns:
       Outputs of the requests that got a token or ended.
     """
-    has_moved = self.group.talk()
+    has_moved = self.group.talk(self._in_flight.has_long_on)
     turn = self._planner.next_turn()
     has_moved |= self._move(turn)
     self._launch(lambda: self._planner.plans(turn), turn)

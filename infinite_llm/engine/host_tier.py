@@ -25,6 +25,7 @@ from infinite_llm.scheduler.effects import (
   SwapBlocks,
 )
 from infinite_llm.scheduler.overflow import OverflowRule
+from infinite_llm.scheduler.rmanager import RManager
 from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.scheduler.swapping import HostTier
 from infinite_llm.types import InstanceId, RequestUid, Tier
@@ -39,6 +40,13 @@ class _Copying(NamedTuple):
   instance: InstanceId
   effect: SwapBlocks | OverflowBlocks
   copy: Copy | LeavingSlab
+
+
+class _Waiting(NamedTuple):
+  """A slab that is to leave an instance's HBM."""
+
+  instance: InstanceId
+  effect: OverflowBlocks
 
 
 class HostTiers:
@@ -66,6 +74,8 @@ class HostTiers:
     self.pools: list[HostPool] = []
     self.slabs: list[SlabStore] = []
     self._copies: list[_Copying] = []
+    self._waiting: list[_Waiting] = []
+    self._dropped: list[_Waiting] = []
     if not cache.host_blocks:
       return
     num_blocks = cache.host_blocks - 1
@@ -103,10 +113,13 @@ class HostTiers:
       for own, instance in enumerate(runner.instances)
     )
 
-  @property
-  def is_copying(self) -> bool:
-    """Whether any copy is under way."""
-    return bool(self._copies)
+  def is_moving(self, instance: InstanceId) -> bool:
+    """Whether moves of an instance's rBlocks wait for its steps."""
+    if not self.pools:
+      return False
+    own = self._runner.instances.index(instance)
+    is_waiting = any(each.instance == instance for each in self._waiting)
+    return is_waiting or not self.pools[own].is_idle
 
   def books(self, instance: InstanceId) -> HostTier | None:
     """Makes the books of an instance's HOST tier; None if it has none."""
@@ -119,6 +132,7 @@ class HostTiers:
         block_bytes=self._runner.pool.block_bytes,
         link_bytes_per_s=self._config.host_link_bytes_per_s,
         recompute_tokens_per_s=self._config.recompute_tokens_per_s,
+        doubling_tokens=self._runner.model.config.doubling_tokens,
       ),
     )
 
@@ -127,7 +141,7 @@ class HostTiers:
     instance: InstanceId,
     effect: SwapBlocks | OverflowBlocks | DropOverflow,
   ) -> None:
-    """Does what an instance's manager asks for.
+    """Does what an instance's manager asks for, as `advance` launches it.
 
     rBlocks of a preempted request are copied as soon as there is room for them,
     a slab at once, to where steps attend it; what was dropped is forgotten.
@@ -139,39 +153,84 @@ class HostTiers:
     match effect:
       case SwapBlocks(to_tier=to_tier, swaps=swaps):
         copy = self.pools[own].copy(to_tier, swaps)
-      case OverflowBlocks(uid=uid, swaps=swaps):
-        self.pools[own].release(swap.dst_block for swap in swaps)
-        copy = self.slabs[own].leave(
-          self._runner.pool.row(own),
-          uid,
-          swaps,
-          [swap.logical_id for swap in swaps],
-        )
+        self._copies.append(_Copying(instance, effect, copy))
+      case OverflowBlocks():
+        self._waiting.append(_Waiting(instance, effect))
       case DropOverflow(uid=uid):
         self.slabs[own].drop(uid)
-        return
-    self._copies.append(_Copying(instance, effect, copy))
+        gone = [each for each in self._waiting if each.effect.uid == uid]
+        self._waiting = [each for each in self._waiting if each not in gone]
+        self._dropped += gone
 
   def held(self, instance: InstanceId, uid: RequestUid) -> Sequence[HeldSlab]:
     """What steps of a request attend in host memory, oldest first."""
     return self.slabs[self._runner.instances.index(instance)].slabs(uid)
 
-  def advance(self) -> list[tuple[InstanceId, SwapBlocks | OverflowBlocks]]:
-    """Launches what there is room for; never waits.
+  def advance(
+    self,
+    managers: Sequence[RManager],
+    has_long_on: Callable[[InstanceId], bool],
+  ) -> bool:
+    """Launches what there is room for and tells what is done; never waits.
+
+    Args:
+      managers: Of the instances, in their order.
+      has_long_on: Whether a long program is under way on an instance. Nothing
+        is launched behind it: it would take up the link, and hold up others,
+        only once that is over.
 
     Returns:
-      Effects that were carried out, each with its instance.
+      Whether any rBlocks are or were on their way.
     """
-    for own, host in enumerate(self.pools):
+    if not self._is_copying:
+      return False
+    for own, manager in enumerate(managers):
+      is_behind = has_long_on(manager.instance)
+      host = self.pools[own]
       if not host.is_idle:
-        pool = host.advance(self._runner.pool.row(own))
+        pool = host.advance(self._runner.pool.row(own), is_behind=is_behind)
         self._runner.pool.set_row(own, pool)
+      if not is_behind:
+        self._begin_waiting(manager.instance)
+    for instance, effect in self._take_ended():
+      manager = managers[self._runner.instances.index(instance)]
+      if isinstance(effect, OverflowBlocks):
+        manager.overflow.on_copied(effect)
+      else:
+        manager.swapping.on_swapped(effect)
+    return True
+
+  def _begin_waiting(self, instance: InstanceId) -> None:
+    """Begins to copy the slabs of an instance that wait."""
+    own = self._runner.instances.index(instance)
+    for each in [each for each in self._waiting if each.instance == instance]:
+      effect = each.effect
+      self.pools[own].release(swap.dst_block for swap in effect.swaps)
+      leaving = self.slabs[own].leave(
+        self._runner.pool.row(own),
+        effect.uid,
+        effect.swaps,
+        [swap.logical_id for swap in effect.swaps],
+      )
+      self._copies.append(_Copying(instance, effect, leaving))
+      self._waiting.remove(each)  # Only now: what fails is tried again.
+
+  def _take_ended(
+    self,
+  ) -> list[tuple[InstanceId, SwapBlocks | OverflowBlocks]]:
+    """What was carried out, or is not wanted any more."""
     ended = [each for each in self._copies if each.copy.is_done]
+    for each in ended:
+      if isinstance(each.copy, LeavingSlab):
+        own = self._runner.instances.index(each.instance)
+        self.slabs[own].keep(each.copy)
     self._copies = [each for each in self._copies if each not in ended]
-    for instance, _, copy in ended:
-      if isinstance(copy, LeavingSlab):
-        self.slabs[self._runner.instances.index(instance)].keep(copy)
-    return [(instance, effect) for instance, effect, _ in ended]
+    dropped, self._dropped = self._dropped, []
+    return [*dropped, *((instance, effect) for instance, effect, _ in ended)]
+
+  @property
+  def _is_copying(self) -> bool:
+    return bool(self._copies or self._waiting or self._dropped)
 
   def warm_up(self) -> None:
     """Compiles the programs of the moves."""

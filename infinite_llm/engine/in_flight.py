@@ -108,6 +108,17 @@ class InFlight:
       for step in flight.steps
     )
 
+  def has_long_on(self, instance: InstanceId) -> bool:
+    """Whether a program is under way on an instance that may be no short one.
+
+    What group programs do that this process only answers is not known here.
+    """
+    return any(
+      flight.answered or any(step.kind.is_prefill for step in flight.steps)
+      for flight in self._flights
+      if flight.is_group or instance in flight.instances
+    )
+
   def holds(self, instance: InstanceId) -> bool:
     """Whether a step of an instance is under way."""
     return any(instance in flight.instances for flight in self._flights)

@@ -18,6 +18,7 @@ from infinite_llm.distributed.step_header import (
   StepHeader,
 )
 from infinite_llm.distributed.transport.base import Transport
+from infinite_llm.engine.arrival_check import check_arrivals
 from infinite_llm.engine.group_inputs import fill_payloads, fill_slots
 from infinite_llm.engine.host_tier import HostTiers
 from infinite_llm.engine.in_flight import IsReady, is_computed
@@ -146,15 +147,19 @@ class LendingGroup:
       manager.tick()
     self._talk()
 
-  def talk(self) -> bool:
+  def talk(self, has_long_on: Callable[[InstanceId], bool]) -> bool:
     """Lets managers talk, and tells them of a check that is over.
+
+    Args:
+      has_long_on: Whether a long program is under way on an instance: no move
+        between the tiers is launched behind it.
 
     Returns:
       Whether rBlocks were proved, or are on their way between tiers; messages
       alone are no progress.
     """
     self._talk()
-    has_gone_on = self._end_swaps()
+    has_gone_on = self.host_tiers.advance(self.managers, has_long_on)
     if self.has_answer:
       self._conclude()
       has_gone_on = True
@@ -307,17 +312,6 @@ class LendingGroup:
             self.host_tiers.carry_out(manager.instance, effect)
     return happened
 
-  def _end_swaps(self) -> bool:
-    """Moves rBlocks between the tiers; whether any are or were on their way."""
-    was_copying = self.host_tiers.is_copying
-    for instance, effect in self.host_tiers.advance():
-      manager = self.managers[self._runner.instances.index(instance)]
-      if isinstance(effect, OverflowBlocks):
-        manager.overflow.on_copied(effect)
-      else:
-        manager.swapping.on_swapped(effect)
-    return was_copying
-
   def _exchange(self, turn: StepHeader) -> bool:
     """Runs a turn's exchange with as many waiting moves as it takes.
 
@@ -331,14 +325,14 @@ class LendingGroup:
         else ()
         for own, manager in enumerate(self.managers)
       ]
-      self._runner.exchange(shift, [fill_payloads(x, quota) for x in sent])
-      for own, (manager, mine) in enumerate(
-        zip(self.managers, sent, strict=True)
-      ):
+      payloads = [fill_payloads(mine, quota) for mine in sent]
+      arrivals = self._runner.exchange(shift, payloads)
+      for own, mine in enumerate(sent):
         self._moves.drop(own, mine)
         self.num_blocks_moved += len(mine)
         if mine:
-          manager.on_exchanged(mine)
+          self.managers[own].on_exchanged(mine)
+      check_arrivals(arrivals, [manager.pool for manager in self.managers])
     return bool(turn.work.exchange)
 
   def _launch_check(

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinite_llm.attention.dist_attention import HostedRows, SpillSlots
 from infinite_llm.cache.kv_pool import KVPool, PoolArrays
-from infinite_llm.cache.movement import Payloads
+from infinite_llm.cache.movement import ARRIVAL_SPEC, Arrivals, Payloads
 from infinite_llm.cache.packed_rows import place_rows
-from infinite_llm.cache.rows import join_rows, split_rows
+from infinite_llm.cache.rows import join_rows, split_fields, split_rows
 from infinite_llm.cache.table_store import EntryWrites
 from infinite_llm.config import EngineConfig
 from infinite_llm.distributed.mesh import own_instances, row_mesh
@@ -53,6 +53,7 @@ class ModelRunner:
   where a single one is meant, it is named by its number in the whole group.
 
   Attributes:
+    model: What is run.
     instances: Numbers of this process's instances.
     row_meshes: The row of the mesh of each.
     params: What steps of the whole group read.
@@ -81,7 +82,7 @@ class ModelRunner:
     self._mesh = mesh = model.mesh
     self.instances = own_instances(mesh)
     self.row_meshes = [row_mesh(mesh, i) for i in self.instances]
-    self._model = model
+    self.model = model
     scales = place_kv_scales(model, config)
     self.params = params = programs.Params(model.state, scales)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
@@ -192,23 +193,17 @@ class ModelRunner:
       for instance, mine in zip(self.instances, rows, strict=True)
     ]
     group = self.answering(slots)
+    placed = place_rows(batches, self._mesh, self.row_meshes)
     kind = StepKind(is_group=True, is_prefill=is_prefill)
     pool, output = self.programs.run(
       (kind.name, bucket),
       lambda: self._build(kind, self._mesh, bucket),
-      (
-        self.params,
-        self.pool.group(),
-        place_rows(batches, self._mesh, self.row_meshes),
-        group,
-      ),
+      (self.params, self.pool.group(), placed, group),
     )
     self.pool.set_group(pool)
     self.launches[kind.name] += 1
-    split = (
-      split_rows(leaf, self.row_meshes, _PER_INSTANCE) for leaf in output
-    )
-    return [StepOutput(*row) for row in zip(*split, strict=True)]
+    split = split_fields(output, self.row_meshes, _PER_INSTANCE)
+    return [StepOutput(*row) for row in split]
 
   def verify(
     self,
@@ -249,21 +244,29 @@ class ModelRunner:
     self.launches["verify"] += 1
     return split_rows(proved, self.row_meshes, _PER_INSTANCE)
 
-  def exchange(self, shift: Shift, payloads: Sequence[Payloads]) -> None:
+  def exchange(
+    self, shift: Shift, payloads: Sequence[Payloads]
+  ) -> list[Arrivals]:
     """Sends rBlocks from each instance to the one that comes `shift` after it.
 
     Args:
       shift: In [1, I).
       payloads: What each instance sends, as numpy arrays, all of one quota.
+
+    Returns:
+      What each received, still being computed; empty unless moves are verified.
     """
     quota = len(payloads[0].src_block)
-    pool = self.programs.run(
+    verify = self._config.cache.verify_moves
+    pool, arrivals = self.programs.run(
       ("exchange", shift, quota),
-      lambda: programs.build_exchange(self._mesh, shift),
+      lambda: programs.build_exchange(self._mesh, shift, verify=verify),
       (self.pool.group(), place_rows(payloads, self._mesh, self.row_meshes)),
     )
     self.pool.set_group(pool)
     self.launches["exchange"] += 1
+    split = split_fields(arrivals or (), self.row_meshes, ARRIVAL_SPEC)
+    return [Arrivals(*row) for row in split]
 
   def grant_epochs(self, instance: int, epochs: Mapping[int, Epoch]) -> None:
     """Records under which epochs an instance's rBlocks may be received.
@@ -322,19 +325,16 @@ class ModelRunner:
       if tables.num_pending:  # No step brings them.
         self.write_entries(instance)
       self._upload_moved(instance)
+    named = [
+      (mine, shifts_of_slots(instance, mine))
+      for instance, mine in zip(self.instances, slots, strict=True)
+    ]
     return GroupInputs(
       hosted=jax.tree.map(
         lambda *leaves: join_rows(leaves, self._mesh, _PER_INSTANCE),
         *self._hosted_rows,
       ),
-      slots=place_rows(
-        [
-          (mine, shifts_of_slots(instance, mine))
-          for instance, mine in zip(self.instances, slots, strict=True)
-        ],
-        self._mesh,
-        self.row_meshes,
-      ),
+      slots=place_rows(named, self._mesh, self.row_meshes),
     )
 
   def _write(
@@ -356,8 +356,8 @@ class ModelRunner:
   def _build(self, kind: StepKind, mesh: Mesh, num_tokens: int):
     return programs.build_step(
       kind,
-      self._model.graphdef,
-      self._model.config,
+      self.model.graphdef,
+      self.model.config,
       self._param_specs,
       mesh,
       num_tokens=num_tokens,

@@ -28,6 +28,7 @@ from infinite_llm.cache.kv_pool import (
   coverage,
   write_entries,
 )
+from infinite_llm.cache.movement import ARRIVAL_SPEC, Arrivals
 from infinite_llm.cache.packed_rows import PackedRows
 from infinite_llm.models.registry import ModelConfig
 from infinite_llm.types import INSTANCE_AXIS, Shift
@@ -268,7 +269,9 @@ def build_verify(mesh: Mesh) -> Callable[..., jax.Array]:
   )
 
 
-def build_exchange(mesh: Mesh, shift: Shift) -> Callable[..., PoolArrays]:
+def build_exchange(
+  mesh: Mesh, shift: Shift, *, verify: bool = False
+) -> Callable[..., tuple[PoolArrays, Arrivals | None]]:
   """Builds the exchange of rBlocks between all instances i and i + shift.
 
   Contains no conditional: launching it never waits for a device.
@@ -276,10 +279,11 @@ def build_exchange(mesh: Mesh, shift: Shift) -> Callable[..., PoolArrays]:
   Args:
     mesh: Of the whole group.
     shift: In [1, I).
+    verify: Whether to compute checksums of both ends.
 
   Returns:
-    Jitted `(pool, payloads) -> pool`, with payloads of each instance, all of
-    one quota. Donates `pool`.
+    Jitted `(pool, payloads) -> (pool, arrivals)`, with payloads of each
+    instance, all of one quota. Donates `pool`.
 
   Raises:
     ValueError: If there is no such shift.
@@ -289,14 +293,14 @@ def build_exchange(mesh: Mesh, shift: Shift) -> Callable[..., PoolArrays]:
     raise ValueError(f"shift must be in [1, {num_instances}); got {shift}.")
 
   def body(pool, payloads):
-    return movement.exchange(pool, payloads.own(), shift)
+    return movement.exchange(pool, payloads.own(), shift, verify=verify)
 
   return jax.jit(
     jax.shard_map(
       body,
       mesh=mesh,
       in_specs=(POOL_SPECS, _PER_INSTANCE),
-      out_specs=POOL_SPECS,
+      out_specs=(POOL_SPECS, ARRIVAL_SPEC if verify else None),
       check_vma=False,
     ),
     donate_argnums=(0,),

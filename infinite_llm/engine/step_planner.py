@@ -134,15 +134,20 @@ class StepPlanner:
     # While turns go on, others would wait for two prompts.
     has_turns = self._clock() - self._turn_began_s < _RECENT_S
     is_second = has_turns and self._has_steps and self._in_flight.has_long
-    ceiling = Ceiling(
-      group=NOTHING,
-      long=not (is_second or self._order.is_called),
-      is_behind=True,
-    )
-    return [
-      batcher.plan(ceiling) if self._may_follow(instance) else StepPlan()
-      for instance, batcher in self._batchers.items()
-    ]
+    may_be_long = not (is_second or self._order.is_called)
+
+    def plan(instance: InstanceId, batcher: Batcher) -> StepPlan:
+      if not self._may_follow(instance):
+        return StepPlan()
+      # Moves are launched behind no long step. If one always followed another,
+      # they would wait for ever.
+      is_held_up = self._group.host_tiers.is_moving(
+        instance
+      ) and self._in_flight.has_long_on(instance)
+      long = may_be_long and not is_held_up
+      return batcher.plan(Ceiling(group=NOTHING, long=long, is_behind=True))
+
+    return [plan(*each) for each in self._batchers.items()]
 
   def hold(self) -> None:
     """Has each instance planned next when nothing of it is under way."""

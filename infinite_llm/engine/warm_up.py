@@ -12,7 +12,7 @@ from infinite_llm.engine.group_inputs import empty_payloads, empty_slots
 from infinite_llm.engine.model_runner import ModelRunner
 from infinite_llm.engine.programs import StepOutput
 from infinite_llm.engine.sampler import Sampler
-from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID
+from infinite_llm.types import NO_EPOCH, NULL_BLOCK_ID, Quota, Shift
 
 Progress = Callable[[str, int, int], None]
 """Called with what comes next, how many are done, how many there are."""
@@ -105,6 +105,9 @@ def _group_jobs(
   def check() -> None:
     runner.verify(nothing, slots)
 
+  def exchange(shift: Shift, quota: Quota) -> None:
+    runner.exchange(shift, [empty_payloads(quota) for _ in instances])
+
   yield "group decode", functools.partial(group, None, False)
   for bucket in lending.group_prefill_buckets:
     yield (
@@ -115,10 +118,9 @@ def _group_jobs(
   for shift, quota in itertools.product(
     range(1, num_instances), lending.exchange_buckets
   ):
-    payloads = [empty_payloads(quota) for _ in instances]
     yield (
       f"exchange, shift {shift}, {quota} rBlocks",
-      functools.partial(runner.exchange, shift, payloads),
+      functools.partial(exchange, shift, quota),
     )
   for instance in instances:
     yield (

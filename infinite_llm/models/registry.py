@@ -101,6 +101,26 @@ class ModelConfig:
       return self.sliding_window
     return None
 
+  @property
+  def doubling_tokens(self) -> float:
+    """Context at which attention has a token compute as much as all else.
+
+    By the products of matrices in the layers, of which attention's grow with
+    the context where there is no window; infinite if all layers have one.
+    """
+    q_dim, kv_dim = (
+      n * self.head_dim for n in (self.num_q_heads, self.num_kv_heads)
+    )
+    weights = 2 * self.model_dim * (q_dim + kv_dim) + 3 * (
+      self.model_dim * self.mlp_dim
+    )
+    windows = map(self.layer_window, range(self.num_layers))
+    num_growing = sum(window is None for window in windows)
+    if not num_growing:
+      return math.inf
+    # Two products for the query heads of each token that is attended.
+    return self.num_layers * weights / (num_growing * 2 * q_dim)
+
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
   """Reads a Hugging Face `config.json`, as old and new `transformers` write it.

@@ -29,7 +29,7 @@ from infinite_llm.scheduler.effects import (
 )
 from infinite_llm.scheduler.fault_points import Mishap, Place
 from infinite_llm.scheduler.overflow import OverflowRule
-from infinite_llm.scheduler.swap_costs import SwapCosts, swap_is_faster
+from infinite_llm.scheduler.swap_costs import SwapCosts
 from infinite_llm.types import FaultPoint, PoolCounts, RequestUid, Tier
 
 _NO_COUNTS = PoolCounts(used=0, free=0, hosted=0, reserved=0, total=0)
@@ -169,13 +169,9 @@ class Swapping:
       return False
     if uid in self._swapped:  # What is still there needs no copy.
       return True
-    costs = self._host.costs
     num_blocks = self._num_full(uid)
-    return swap_is_faster(
-      num_blocks * costs.block_bytes,
-      costs.link_bytes_per_s,
-      num_blocks * self._block_size,
-      costs.recompute_tokens_per_s,
+    return self._host.costs.swap_is_faster(
+      num_blocks, num_blocks * self._block_size
     )
 
   def swap_out(self, uid: RequestUid) -> bool:

@@ -24,11 +24,34 @@ def _system(tmp_path):
   return tmp_path
 
 
-def _limit_group(system, limit, used):
-  group = system / "sys/fs/cgroup"
-  group.mkdir(parents=True)
+_NO_LIMIT_V1 = 9223372036854771712
+
+
+def _limit_group(system, limit, used, inactive=0, path=""):
+  """Makes a control group of version 2."""
+  group = system / "sys/fs/cgroup" / path
+  group.mkdir(parents=True, exist_ok=True)
   (group / "memory.max").write_text(f"{limit}\n")
   (group / "memory.current").write_text(f"{used}\n")
+  (group / "memory.stat").write_text(
+    f"anon 4096\nfile {used}\ninactive_file {inactive}\nactive_file 77\n"
+  )
+
+
+def _limit_group_v1(system, limit, used, inactive=0, path=""):
+  group = system / "sys/fs/cgroup/memory" / path
+  group.mkdir(parents=True, exist_ok=True)
+  (group / "memory.limit_in_bytes").write_text(f"{limit}\n")
+  (group / "memory.usage_in_bytes").write_text(f"{used}\n")
+  (group / "memory.stat").write_text(
+    f"cache {used}\ninactive_file 7\ntotal_inactive_file {inactive}\n"
+  )
+
+
+def _put_into(system, *lines):
+  """Says which groups the process is in."""
+  (system / "proc/self").mkdir()
+  (system / "proc/self/cgroup").write_text("".join(f"{x}\n" for x in lines))
 
 
 def test_what_the_kernel_calls_available_counts(system):
@@ -42,9 +65,62 @@ def test_less_is_available_in_a_limited_group(system):
   assert host_memory({}, "cpu", system).available_bytes == 3 * GIB
 
 
+@pytest.mark.parametrize("limit_group", [_limit_group, _limit_group_v1])
+def test_files_that_are_kept_until_memory_is_short_are_available(
+  system, limit_group
+):
+  limit_group(system, 5 * GIB, 4 * GIB, inactive=3 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 4 * GIB
+
+
+@pytest.mark.parametrize("limit_group", [_limit_group, _limit_group_v1])
+def test_a_group_that_has_more_than_the_machine_leaves_that(
+  system, limit_group
+):
+  limit_group(system, 50 * GIB, 2 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 8 * GIB
+
+
+def test_less_is_available_in_a_limited_group_of_version_1(system):
+  _limit_group_v1(system, 5 * GIB, 2 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 3 * GIB
+
+
+def test_a_group_beyond_its_limit_leaves_nothing(system):
+  _limit_group(system, 2 * GIB, 3 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 0
+
+
+def test_the_narrowest_group_around_the_process_counts(system):
+  _put_into(system, "5:cpu,cpuacct:/else", "0::/job/step")
+  _limit_group(system, 6 * GIB, 2 * GIB, path="job")
+  _limit_group(system, "max", 1 * GIB, path="job/step")
+  _limit_group(system, 1 * GIB, 0, path="other")
+  assert host_memory({}, "cpu", system).available_bytes == 4 * GIB
+
+
+def test_the_narrowest_group_of_version_1_counts(system):
+  _put_into(system, "4:cpuset,memory:/job/step", "1:name=systemd:/", "0::/")
+  _limit_group_v1(system, _NO_LIMIT_V1, 9 * GIB)
+  _limit_group_v1(system, 6 * GIB, 2 * GIB, path="job/step")
+  assert host_memory({}, "cpu", system).available_bytes == 4 * GIB
+
+
+def test_a_container_has_its_group_at_the_mount(system):
+  _put_into(system, "4:memory:/docker/0123")
+  _limit_group_v1(system, 6 * GIB, 2 * GIB)
+  assert host_memory({}, "cpu", system).available_bytes == 4 * GIB
+
+
 def test_a_group_without_limit_changes_nothing(system):
   _limit_group(system, "max", 2 * GIB)
+  _limit_group_v1(system, _NO_LIMIT_V1, 2 * GIB)
   assert host_memory({}, "cpu", system).available_bytes == 8 * GIB
+
+
+def test_no_limit_of_version_1_is_no_number(tmp_path):
+  _limit_group_v1(tmp_path, _NO_LIMIT_V1, 2 * GIB)
+  assert host_memory({}, "cpu", tmp_path).available_bytes is None
 
 
 def test_a_system_that_does_not_tell_is_not_asked_again(tmp_path):

@@ -1,18 +1,22 @@
 """rBlocks that go to host memory and come back are what they were."""
 
 import dataclasses
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from infinite_llm.cache import host_pool as host_pool_module
+from infinite_llm.cache import tier_moves
 from infinite_llm.cache.host_pool import HostPool
 from infinite_llm.cache.kv_pool import KVPool
 from infinite_llm.distributed.mesh import make_mesh, row_mesh
 from infinite_llm.engine.program_cache import ProgramCache
 from infinite_llm.errors import InvariantError
 from infinite_llm.types import Tier
+from tests.testing import random_bits
 
 N, H, L, K, P, D = 24, 12, 2, 2, 8, 4
 BATCH = 3
@@ -49,10 +53,11 @@ def enter(was: int, src: int, dst: int, **changed) -> Move:
 
 
 class Tiers:
-  """Both tiers of an instance, filled with random KV.
+  """Both tiers of an instance, filled with random bits.
 
   Attributes:
-    kv: `[N, L, 2, K, P, D]` what lies in HBM, as numpy; `check` compares.
+    kv: `[N, L, 2, K, P, D]` what lies in HBM, as unsigned integers; `check`
+      compares.
     tag: `[N]` the same of tags.
   """
 
@@ -79,20 +84,18 @@ class Tiers:
       verify=verify,
       progress=lambda done, total: self.steps.append((done, total)),
     )
-    self.dtype = dtype
+    self._seeds = itertools.count()
     self.fill()
 
   def fill(self):
     """Puts new content into all of HBM."""
-    rng = np.random.default_rng(0)
     pool = self.pools.row(0)
-    self.kv = rng.normal(size=pool.kv.shape).astype(self.dtype)
-    self.kv = self.kv.view(pool.kv.dtype)  # The bits of float8.
+    self.kv = random_bits(pool.kv.shape, pool.kv.dtype, next(self._seeds))
     self.tag = np.arange(100, 100 + N, dtype=np.uint32)
     self.pools.set_row(
       0,
       pool._replace(
-        kv=jax.device_put(self.kv, pool.kv.sharding),
+        kv=jax.device_put(self.kv.view(pool.kv.dtype), pool.kv.sharding),
         tag=jax.device_put(self.tag, pool.tag.sharding),
       ),
     )
@@ -115,9 +118,12 @@ class Tiers:
       self.kv[move.dst_block] = self.left[was]
       self.tag[move.dst_block] = move.dst_tag
 
+  def bits(self, kv):
+    return np.asarray(kv).view(self.kv.dtype)
+
   def check(self):
     pool = self.pools.row(0)
-    np.testing.assert_array_equal(pool.kv, self.kv)
+    np.testing.assert_array_equal(self.bits(pool.kv), self.kv)
     np.testing.assert_array_equal(pool.tag, self.tag)
 
 
@@ -153,7 +159,7 @@ def test_what_leaves_lies_in_host_memory_bit_for_bit(tiers, count):
   tiers.check()
   for move in moves:
     kv, tag = tiers.host.read(move.dst_block)
-    np.testing.assert_array_equal(kv, tiers.left[move.src_block])
+    np.testing.assert_array_equal(tiers.bits(kv), tiers.left[move.src_block])
     assert tag == move.dst_tag
 
 
@@ -165,6 +171,7 @@ def test_random_lists_come_back_bit_for_bit_again_and_again(tiers):
     host = rng.choice(np.arange(1, H), count, replace=False).tolist()
     dst = rng.choice(np.arange(1, N), count, replace=False).tolist()
     tiers.fill()
+    tiers.left = tiers.kv.copy()
     tiers.run(Tier.HOST, *map(leave, src, host))
     back = list(map(enter, src, host, dst))
 
@@ -179,6 +186,9 @@ def test_narrow_numbers_come_back_bit_for_bit(dtype):
   tiers = Tiers(tensor_parallel=2, dtype=np.dtype(dtype))
   tiers.left = tiers.kv.copy()
   tiers.run(Tier.HOST, leave(3, 4), leave(5, 1))
+  for src, host in ((3, 4), (5, 1)):
+    kv, _ = tiers.host.read(host)
+    np.testing.assert_array_equal(tiers.bits(kv), tiers.left[src])
   back = [enter(3, 4, 9), enter(5, 1, 3)]
 
   tiers.run(Tier.HBM, *back)
@@ -200,7 +210,8 @@ def test_copies_in_both_directions_go_on_beside_each_other(tiers):
   tiers.arrived(*back)
   tiers.check()
   for i in range(6, 10):
-    np.testing.assert_array_equal(tiers.host.read(i)[0], tiers.left[i])
+    kv, _ = tiers.host.read(i)
+    np.testing.assert_array_equal(tiers.bits(kv), tiers.left[i])
 
 
 def test_small_copies_share_a_batch_and_end_in_order(tiers):
@@ -319,7 +330,7 @@ def test_an_old_copy_is_replaced(tiers):
   tiers.run(Tier.HOST, leave(3, 4))
   tiers.run(Tier.HOST, leave(5, 4))
   kv, tag = tiers.host.read(4)
-  np.testing.assert_array_equal(kv, tiers.left[5])
+  np.testing.assert_array_equal(tiers.bits(kv), tiers.left[5])
   assert tag == 1005
 
 
@@ -359,6 +370,33 @@ def test_a_move_that_changes_content_is_found(monkeypatch, to_tier):
     InvariantError, match=f"to {to_tier.name} changed an rBlock.*rank 1"
   ):
     tiers.run(to_tier, move)
+
+
+@pytest.mark.parametrize("axis", range(1, 6))
+@pytest.mark.parametrize("to_tier", list(Tier))
+def test_rblocks_that_a_program_turns_round_are_found(
+  monkeypatch, to_tier, axis
+):
+  pack, unpack = tier_moves.pack_blocks, tier_moves.unpack_blocks
+  with monkeypatch.context() as patch:
+    if to_tier is Tier.HOST:
+      patch.setattr(
+        tier_moves, "pack_blocks", lambda kv, ids: jnp.flip(pack(kv, ids), axis)
+      )
+    else:
+      patch.setattr(
+        tier_moves,
+        "unpack_blocks",
+        lambda kv, blocks, *at: unpack(kv, jnp.flip(blocks, axis), *at),
+      )
+    tiers = Tiers()
+    there = tiers.host.copy(Tier.HOST, [leave(3, 4)])
+    with pytest.raises(
+      InvariantError, match=rf"to {to_tier.name} changed an rBlock"
+    ):
+      tiers.drain()
+      assert there.is_done
+      tiers.run(Tier.HBM, enter(3, 4, 7))
 
 
 @pytest.mark.parametrize("to_tier", list(Tier))

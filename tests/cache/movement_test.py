@@ -13,8 +13,10 @@ from infinite_llm.distributed.mesh import make_mesh, row_mesh
 from infinite_llm.engine import programs
 from infinite_llm.engine.group_inputs import fill_payloads, shift_of
 from infinite_llm.scheduler.effects import Move
+from pallas_kernels.pool_layout import held_dtype
+from tests.testing import random_bits
 
-I, N, Q, P, D = 4, 8, 2, 8, 4
+I, N, Q, L, K, P, D = 4, 8, 2, 3, 2, 8, 4
 EPOCH = 70
 
 
@@ -43,23 +45,26 @@ class Devices:
   """Pools of four instances, as numpy arrays with a leading instance axis.
 
   Attributes:
-    kv: `[I, N, 1, 2, 1, P, D]` float32, another value for each rBlock.
+    kv: `[I, N, L, 2, K, P, D]` random bits, as unsigned integers: bytes are
+      compared, and among the numbers are NaNs of all kinds.
     tag: `[I, N]` uint32.
     epoch: `[I, N]` uint32; `grant` sets it.
   """
 
-  def __init__(self):
+  def __init__(self, dtype, verify):
     self.mesh = make_mesh(I, 1)
+    self._dtype = held_dtype(dtype)
+    self._verify = verify
     rows = [row_mesh(self.mesh, i) for i in range(I)]
     self._place = lambda trees: place_rows(trees, self.mesh, rows)
     self._programs = {
-      shift: programs.build_exchange(self.mesh, shift) for shift in range(1, I)
+      shift: programs.build_exchange(self.mesh, shift, verify=verify)
+      for shift in range(1, I)
     }
     self.reset()
 
   def reset(self):
-    numbers = np.arange(I * N, dtype=np.float32).reshape(I, N, 1, 1, 1, 1, 1)
-    self.kv = np.broadcast_to(numbers, (I, N, 1, 2, 1, P, D)).copy()
+    self.kv = random_bits((I, N, L, 2, K, P, D), self._dtype)
     self.tag = np.asarray(
       [[tag_of(i, b) for b in range(N)] for i in range(I)], np.uint32
     )
@@ -94,7 +99,7 @@ class Devices:
     waiting = [m for m in moves if m not in sent]
     entries = np.zeros((I * table_capacity(N),), np.int32)
     arrays = (
-      self.kv.reshape(I * N, 1, 2, 1, P, D),
+      self.kv.view(self._dtype).reshape(I * N, *self.kv.shape[2:]),
       self.tag.reshape(-1),
       self.epoch.reshape(-1),
       entries,
@@ -108,17 +113,37 @@ class Devices:
     )
     for shift in shifts:
       placed = self._place([fill_payloads(mine, Q) for mine in parts[shift]])
-      pool = self._programs[shift](pool, placed)
+      pool, arrivals = self._programs[shift](pool, placed)
+      assert (arrivals is not None) == self._verify
+      if arrivals is not None:
+        np.testing.assert_array_equal(
+          np.where(arrivals.is_accepted, arrivals.sent, 0),
+          np.where(arrivals.is_accepted, arrivals.found, 0),
+        )
     assert not np.asarray(pool.block_ids).any()
     np.testing.assert_array_equal(pool.epoch, self.epoch.reshape(-1))
-    self.kv = np.array(pool.kv).reshape(self.kv.shape)
+    kv = np.array(pool.kv).reshape(self.kv.shape)
+    self.kv = kv.view(self.kv.dtype)
     self.tag = np.array(pool.tag).reshape(I, N)
     return waiting
 
 
-@pytest.fixture(scope="module", name="shared")
-def _shared():
-  return Devices()
+KINDS = [
+  ("float32", False),
+  ("bfloat16", False),
+  ("float8_e4m3fn", False),
+  ("bfloat16", True),
+]
+
+
+@pytest.fixture(
+  scope="module",
+  name="shared",
+  params=KINDS,
+  ids=lambda kind: kind[0] + "_verified" * kind[1],
+)
+def _shared(request):
+  return Devices(*request.param)
 
 
 @pytest.fixture(name="devices")
@@ -206,7 +231,7 @@ def test_a_repeated_payload_leaves_the_copy_as_it_is(devices):
   devices.grant((1, 5))
   devices.exchange([again])
   # Its source belongs to somebody else by now.
-  devices.kv[0, 3] = 123.0
+  devices.kv[0, 3] ^= 1
   devices.tag[0, 3] = 77
   kv, tag = devices.kv.copy(), devices.tag.copy()
 
@@ -242,7 +267,8 @@ def test_what_is_over_a_pairs_quota_waits_in_order(devices):
 
 def test_granting_forgets_what_lay_there(devices):
   mesh = row_mesh(devices.mesh, 0)
-  arrays = (devices.kv[0], devices.tag[0], devices.epoch[0])
+  kv = devices.kv[0].astype(np.float32)
+  arrays = (kv, devices.tag[0], devices.epoch[0])
   entries = jnp.zeros((table_capacity(N),), jnp.int32)
   pool = PoolArrays(*map(jnp.asarray, arrays), entries, entries.copy())
   block_ids = np.asarray([3, 5, 0, 0], np.int32)

@@ -87,7 +87,7 @@ def test_an_exchange_is_as_large_as_what_waits_for_it(rig, monkeypatch):
     most = max(np.count_nonzero(sent.dst_block) for sent in payloads)
     (quota,) = {len(sent.dst_block) for sent in payloads}
     launched[most, quota] += 1
-    exchange(shift, payloads)
+    return exchange(shift, payloads)
 
   monkeypatch.setattr(rig.engine.runner, "exchange", note)
   rig.expected = right_answers()

@@ -419,7 +419,7 @@ class TestExchange:
         held.append(InFlight(rig, shift, payloads))
         payloads = list(payloads)
         payloads[OWNER] = held[0].lose()
-      exchange(shift, payloads)
+      return exchange(shift, payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", hold)
     return held, exchange
@@ -466,7 +466,7 @@ class TestExchange:
     def record(shift, payloads):
       if moves_of(shift, payloads):
         sent.append(InFlight(rig, shift, payloads))
-      exchange(shift, payloads)
+      return exchange(shift, payloads)
 
     monkeypatch.setattr(rig.engine.runner, "exchange", record)
     start(rig)
@@ -495,7 +495,7 @@ class TestExchange:
     def record(shift, payloads):
       if moves_of(shift, payloads):
         sent.append((shift, payloads))
-      exchange(shift, payloads)
+      return exchange(shift, payloads)
 
     def repeat():
       for shift, payloads in tuple(sent):
@@ -562,7 +562,7 @@ class TestPersistentFault:
 
     def lose(shift, payloads):
       nothing = empty_payloads(*payloads[OWNER].dst_block.shape)
-      exchange(
+      return exchange(
         shift,
         [
           nothing if instance == OWNER else sent

@@ -4,14 +4,19 @@ Every move is verified by checksums. Engines are shared by tests, which leave
 both tiers empty.
 """
 
+import collections
 import dataclasses
+import random
+import types
 
 import numpy as np
 import pytest
 
 from infinite_llm.cache import host_pool
+from infinite_llm.cache.host_memory import PINNED_LIMIT_VARIABLE
 from infinite_llm.config import engine_config
 from infinite_llm.distributed.mesh import make_mesh
+from infinite_llm.engine import host_tier
 from infinite_llm.engine.engine import Engine
 from infinite_llm.errors import ConfigError
 from infinite_llm.models.hf_loader import load_hf
@@ -36,7 +41,7 @@ def load(path, num_instances, tensor_parallel=1):
   return load_hf(path, mesh, dtype="float32")
 
 
-def build(model, **options) -> Engine:
+def build(model, is_ready=lockstep, **options) -> Engine:
   options = (
     SMALL_ENGINE
     | {
@@ -48,7 +53,7 @@ def build(model, **options) -> Engine:
     }
     | options
   )
-  return Engine(model, engine_config(**options), is_ready=lockstep)
+  return Engine(model, engine_config(**options), is_ready=is_ready)
 
 
 @pytest.fixture(scope="module", name="checkpoint")
@@ -243,6 +248,141 @@ def test_many_requests_take_turns(engine, oracle, monkeypatch):
   assert back > 0
 
 
+def watch_moves(engine, monkeypatch) -> dict[str, int]:
+  """Counts moves, those that waited, and those behind a long program."""
+  seen = collections.Counter()
+  tiers, in_flight = engine.group.host_tiers, engine._in_flight
+
+  def watch(kind, instance, place, method):
+    launch = getattr(place, method)
+
+    def launched(*args, **kwargs):
+      seen[kind] += 1
+      seen["behind"] += in_flight.has_long_on(instance)
+      return launch(*args, **kwargs)
+
+    monkeypatch.setattr(place, method, launched)
+
+  for instance, host in zip(engine.instances, tiers.pools, strict=True):
+    watch("out", instance, host, "_begin_leaving")
+    watch("in", instance, host, "_begin_entering")
+    watch("enter", instance, host, "_end_entering")
+  for instance, store in zip(engine.instances, tiers.slabs, strict=False):
+    watch("slab", instance, store, "leave")
+  advance = tiers.advance
+
+  def advanced(managers, has_long_on):
+    waits = tiers._is_copying and any(map(has_long_on, engine.instances))
+    seen["waited"] += waits
+    return advance(managers, has_long_on)
+
+  monkeypatch.setattr(tiers, "advance", advanced)
+  return seen
+
+
+def test_no_move_is_launched_behind_a_long_program(
+  checkpoint, oracle, monkeypatch
+):
+  """Chunks of prompts are under way in most steps, and some for long."""
+  rng = random.Random(0)
+  engine = build(
+    load(checkpoint, 1),
+    is_ready=lambda array: rng.random() < 0.5 and lockstep(array),
+    prefill_buckets=(16,),
+    prefill_rows=1,
+    num_blocks=13,
+  )
+  seen = watch_moves(engine, monkeypatch)
+  asked = {}
+  for n in range(24):
+    sampling = sampling_of(1 if n % 2 else 60)
+    name = engine.add_request(prompt_of(20 + 9 * n % 50, seed=n), sampling)
+    asked[name] = sampling
+  finished = {}
+  while engine.has_unfinished():
+    outputs = engine.step(meanwhile=lambda: True)  # Waits for nothing.
+    finished |= {each.request_id: each for each in outputs if each.is_finished}
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert min(seen[kind] for kind in ("out", "in", "enter", "waited")) > 0
+  assert seen["behind"] == 0
+  assert is_clean(engine)
+
+
+def test_a_prompt_of_many_chunks_holds_no_move_up(
+  checkpoint, oracle, monkeypatch
+):
+  """Else another chunk would follow each one, and be under way at any time."""
+  engine = build(load(checkpoint, 1), prefill_buckets=(16,), num_blocks=17)
+  seen = watch_moves(engine, monkeypatch)
+  asked = {}
+  # The first needs what the second has. When it has ended the second comes back
+  # while the third, of seven chunks, is computed.
+  for n, (length, count) in enumerate([(120, 60), (110, 60), (100, 4)]):
+    sampling = sampling_of(count)
+    asked[engine.add_request(prompt_of(length, seed=n), sampling)] = sampling
+  third = list(asked)[2]
+  entered_at, finished = [], {}
+  while engine.has_unfinished():
+    before = seen["enter"]
+    finished |= {o.request_id: o for o in engine.step() if o.is_finished}
+    if seen["enter"] > before:
+      entered_at.append(engine.progress(third))
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert entered_at
+  assert all(0 < computed < total for computed, total in entered_at)
+  assert seen["waited"] <= 1  # For the chunk that was planned with it.
+  assert seen["behind"] == 0
+  assert is_clean(engine)
+
+
+def test_a_prompt_gets_on_while_a_slow_link_is_busy(
+  checkpoint, oracle, monkeypatch
+):
+  """With a decode step under way at any time, all plans are behind one."""
+  num_looks = collections.Counter()
+  is_over = host_pool._Batch.is_over
+
+  def is_over_late(batch):
+    num_looks[id(batch)] += 1
+    return num_looks[id(batch)] >= 40 and is_over(batch)
+
+  monkeypatch.setattr(host_pool._Batch, "is_over", is_over_late)
+  engine = build(
+    load(checkpoint, 1), prefill_buckets=(16,), num_blocks=33, host_blocks=33
+  )
+  asked = {}
+
+  def add(length, count, seed):
+    sampling = sampling_of(count)
+    name = engine.add_request(prompt_of(length, seed), sampling)
+    asked[name] = sampling
+    return name
+
+  add(8, 60, 0)
+  swapped = add(100, 8, 1)
+  while engine.progress(swapped)[0] < 100:
+    engine.step()
+  prompt = add(100, 4, 2)
+  while engine.progress(prompt)[0] == 0:  # Later nobody overtakes the second.
+    engine.step()
+  while engine._in_flight:  # All are to be at rest where one is set aside.
+    engine._planner.hold()
+    engine._commit(engine._in_flight.wait())
+  engine.batchers[0].set_aside(engine._book.find(swapped).request.uid)
+  finished, num_steps = {}, 0
+  while prompt not in finished:
+    num_steps += 1
+    finished |= {o.request_id: o for o in engine.step() if o.is_finished}
+  assert engine.group.host_tiers.is_moving(0)
+  assert num_steps < 30
+  finished |= drain(engine)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert is_clean(engine)
+
+
 def test_instances_that_lend_swap_what_is_at_home(lenders, oracle):
   """Borrowing comes first: requests are preempted once nobody has room."""
   before = moved(lenders)
@@ -326,6 +466,7 @@ def test_a_copy_may_end_before_and_after_an_abort(
   assert engine.settle()  # A slow link is no stall.
   host = engine.group.managers[0].counts(Tier.HOST)
   assert host.free < host.total
+  assert engine.use().instances[0].host_counts == host
   if not is_late:
     monkeypatch.undo()
     while stage_of(engine, younger) is stage:
@@ -401,3 +542,41 @@ def test_warm_up_compiles_the_moves(checkpoint, oracle):
 def test_more_host_memory_than_there_is_is_refused(checkpoint):
   with pytest.raises(ConfigError, match="host_blocks must fit in the host"):
     build(load(checkpoint, 1), host_blocks=10**12)
+
+
+@pytest.fixture(name="on_gpus")
+def _on_gpus(monkeypatch):
+  """Has host memory be limited as on GPUs, to 1 GiB and its margin."""
+  gpus = types.SimpleNamespace(default_backend=lambda: "gpu")
+  monkeypatch.setattr(host_tier, "jax", gpus)
+  monkeypatch.setenv(PINNED_LIMIT_VARIABLE, "2")
+
+
+@pytest.mark.parametrize("host_attention", [False, True])
+def test_more_than_gpus_may_pin_is_refused_before_it_is_allocated(
+  host_attention, checkpoint, on_gpus, monkeypatch
+):
+  """Two instances have little more than half a GiB each."""
+  model = load(checkpoint, 2)
+  options = {"num_instances": 2, "policy": "borrow"}
+  probe = build(model, host_blocks=0, **options)
+  host_blocks = 2 + (1 << 29) // probe.runner.pool.block_bytes
+
+  def allocate(*args, **kwargs):
+    raise AssertionError("Nothing must be allocated.")
+
+  monkeypatch.setattr(host_tier, "HostPool", allocate)
+  monkeypatch.setattr(host_tier, "SlabStore", allocate)
+  options |= {"host_blocks": host_blocks, "host_attention": host_attention}
+  with pytest.raises(
+    ConfigError,
+    match=(
+      f"{PINNED_LIMIT_VARIABLE} must be at least 3 when JAX starts, for"
+      rf" host_blocks={host_blocks} .*; got 2\."
+    ),
+  ):
+    build(model, **options)
+
+
+def test_what_gpus_may_pin_is_allocated(checkpoint, on_gpus):
+  assert len(build(load(checkpoint, 1)).group.host_tiers.pools) == 1

@@ -17,6 +17,7 @@ from infinite_llm.models.hf_loader import load_hf
 from infinite_llm.sampling_params import SamplingParams
 from infinite_llm.scheduler.account import Phase
 from infinite_llm.types import Tier
+from tests.engine.host_tier_test import watch_moves
 from tests.testing import (
   GOLDEN,
   SMALL_ENGINE,
@@ -204,6 +205,18 @@ def test_a_second_long_request_waits_and_short_ones_overtake_it(engine, oracle):
   finished = drain(engine)
   check(oracle, finished[first[0]], first[1])
   check(oracle, finished[second[0]], second[1])
+
+
+def test_no_slab_leaves_behind_a_long_program(engine, oracle, monkeypatch):
+  seen = watch_moves(engine, monkeypatch)
+  asked = dict(add(engine, 60, 40 + n, text=n) for n in range(1, 3))
+  asked |= dict([add(engine, 300, 12)])
+  asked |= dict(add(engine, 60, 1, text=n) for n in range(3, 9))
+  finished = drain(engine)
+  for name, sampling in asked.items():
+    check(oracle, finished[name], sampling)
+  assert seen["slab"] > 0
+  assert seen["behind"] == 0
 
 
 def test_it_gives_way_to_elder_requests(engine, oracle):

@@ -30,6 +30,7 @@ def _config():
   config.step.context = 32
   config.step.steps, config.step.rounds = 3, 2
   config.tiers.blocks = (1, 20)
+  config.links.arrays, config.links.bytes = 3, 4096
   config.host_reads.bytes = 2 * 3 * 4 * 4096
   config.host_reads.programs = 2
   config.host_attention.kv_dtypes = ("float32",)
@@ -58,6 +59,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
     "tier moves there and back": 1,
     "tier moves": 2 * (2 * 2 + 1),
     "decode beside tier moves": 2,
+    "links": 2 * 3,
     "host memory": 2,
     "host attention": 1,
     "exchange": 2,
@@ -82,7 +84,7 @@ def test_every_part_runs_and_is_right(config, tmp_path):
 
 def test_what_one_device_cannot_do_is_named(config, tmp_path):
   config.num_devices = 1
-  config.tiers.run = config.host_reads.run = False
+  config.tiers.run = config.links.run = config.host_reads.run = False
   config.host_attention.run = False
   config.attention.num_instances = (2,)
 
@@ -97,7 +99,7 @@ def test_what_one_device_cannot_do_is_named(config, tmp_path):
 
 
 def test_kv_that_does_not_fit_is_named(config, tmp_path):
-  config.tiers.run = config.host_reads.run = False
+  config.tiers.run = config.links.run = config.host_reads.run = False
   config.host_attention.run = False
   config.exchange.run = config.collectives.run = False
   config.attention.num_instances = (1,)
@@ -110,7 +112,7 @@ def test_kv_that_does_not_fit_is_named(config, tmp_path):
 
 
 def test_only_the_ways_that_are_named_are_timed(config, tmp_path):
-  config.tiers.run = config.host_reads.run = False
+  config.tiers.run = config.links.run = config.host_reads.run = False
   config.host_attention.run = False
   config.exchange.run = config.collectives.run = False
   config.attention.ways = ("one device", "dist")

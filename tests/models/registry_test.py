@@ -261,3 +261,26 @@ def test_a_window_is_not_asked_for_by_a_text():
 def test_windowed_layers_must_exist():
   with pytest.raises(ConfigError, match=r"windowed_layers must be in \[0, 3\)"):
     dataclasses.replace(CONFIG, windowed_layers=(3,))
+
+
+class TestDoublingTokens:
+  def test_it_weighs_attention_against_the_other_products(self):
+    # A layer of an 8B Llama 3 multiplies by 218 M weights, and attention by
+    # 2 * 4096 numbers for each token.
+    config = dataclasses.replace(
+      CONFIG,
+      model_dim=4096,
+      mlp_dim=14336,
+      num_layers=32,
+      num_q_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+    )
+    weights = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    assert config.doubling_tokens == weights / 8192 == 26624
+
+  def test_layers_with_a_window_do_not_grow(self):
+    few = dataclasses.replace(CONFIG, sliding_window=8, windowed_layers=(0, 2))
+    none = dataclasses.replace(CONFIG, sliding_window=8)
+    assert few.doubling_tokens == 3 * CONFIG.doubling_tokens
+    assert none.doubling_tokens == math.inf

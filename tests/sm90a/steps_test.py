@@ -200,15 +200,16 @@ def test_group_steps_compute_while_they_exchange(
 
 @pytest.mark.parametrize("num_instances", [2, 4])
 @pytest.mark.parametrize("quota", LendingConfig().exchange_buckets)
+@pytest.mark.parametrize("verify", [False, True])
 def test_no_device_decides_what_an_exchange_runs(
-  sm90a_devices, monkeypatch, num_instances, quota
+  sm90a_devices, monkeypatch, num_instances, quota, verify
 ):
   sm90a = sm90a_devices(num_instances)
   # The kernels for GPUs are taken where JAX runs on one.
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   mesh = make_mesh(num_instances, 1, sm90a.devices)
   compiled, _ = sm90a.compile(
-    build_exchange(mesh, num_instances - 1),
+    build_exchange(mesh, num_instances - 1, verify=verify),
     on_mesh(mesh, _pool(jnp.bfloat16), POOL_SPECS, num_instances),
     on_mesh(mesh, pack(empty_payloads(quota)), PER_INSTANCE, num_instances),
     donate_argnums=0,

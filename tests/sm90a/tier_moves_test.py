@@ -37,9 +37,10 @@ def _row(sm90a, monkeypatch):
   return make_mesh(1, 1, sm90a.devices)
 
 
-def test_leaving_stages_only_what_leaves(sm90a, row):
+@pytest.mark.parametrize("verify", [False, True])
+def test_leaving_stages_only_what_leaves(sm90a, row, verify):
   tag = _ints(POOL[0], jnp.uint32)
-  leave = build_leave(row, Q, verify=False)
+  leave = build_leave(row, Q, verify=verify)
   compiled, spills = sm90a.compile(leave, _block(POOL[0]), tag, HOST_TAG, BATCH)
   assert spills
   assert not any(spills)
@@ -48,7 +49,8 @@ def test_leaving_stages_only_what_leaves(sm90a, row):
   assert memory.output_size_in_bytes < (Q + 1) * BLOCK_BYTES
 
 
-def test_entering_writes_the_pool_in_place(sm90a, row):
+@pytest.mark.parametrize("verify", [False, True])
+def test_entering_writes_the_pool_in_place(sm90a, row, verify):
   pool = PoolArrays(
     kv=_block(POOL[0]),
     tag=_ints(POOL[0], jnp.uint32),
@@ -56,7 +58,7 @@ def test_entering_writes_the_pool_in_place(sm90a, row):
     block_ids=_ints(16_384),
     logical_ids=_ints(16_384),
   )
-  enter = build_enter(row, Q, verify=False)
+  enter = build_enter(row, Q, verify=verify)
   compiled, spills = sm90a.compile(
     enter, pool, HOST_TAG, BATCH, (_block(1),) * Q, donate_argnums=0
   )
