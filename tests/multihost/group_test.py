@@ -176,11 +176,23 @@ def test_a_process_without_a_leader_gives_up(requests, tmp_path):
   assert re.search(r"Process 1 found no process 0 at .* within 3 s\.", text)
 
 
+# Not before the other one is there, too, and waits: that calls process 0.
 _DIES_WHERE_JAX_STARTS = """
-import os, sys
+import os, socket, sys, time
 from experiments import run
 from infinite_llm.distributed import runtime
-runtime._start_jax = lambda *_: os._exit(9)
+
+def die(options, platform):
+  host, _, port = options.coordinator.rpartition(":")
+  address = host, int(port) + runtime._JAX_PORT_OFFSET
+  if options.process == 0:
+    socket.create_server(address).accept()
+  else:
+    while socket.socket().connect_ex(address):
+      time.sleep(0.1)
+  os._exit(9)
+
+runtime._start_jax = die
 sys.exit(run.main(sys.argv))
 """
 
