@@ -66,6 +66,7 @@ _INSTANCE_COLLECTIVES = (
   "infinite_llm.attention.decode_exchange",
   "infinite_llm.attention.dist_attention",
   "infinite_llm.cache.movement",
+  "infinite_llm.distributed.meeting",  # Before there is anything to attend.
 )
 _TENSOR_COLLECTIVES = "infinite_llm.models"
 

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping
 
 import jax
-from jax.experimental import multihost_utils
 
 from infinite_llm.distributed.group_link import (
   LeaderLink,
@@ -25,6 +24,8 @@ from infinite_llm.distributed.group_messages import (
   Refused,
   Welcome,
 )
+from infinite_llm.distributed.meeting import meet
+from infinite_llm.distributed.mesh import make_mesh
 from infinite_llm.distributed.platforms import check_platform, choose_platform
 from infinite_llm.distributed.transport.grpc_options import (
   GrpcOptions,
@@ -216,7 +217,12 @@ class ProcessGroup:
       raise
     try:
       self._connect(welcome)
-      _while_all_are_there(self.link, lambda: _start_jax(options, platform))
+
+      def start() -> None:
+        _start_jax(options, platform)
+        meet(make_mesh(num_instances, tensor_parallel))
+
+      _while_all_are_there(self.link, start)
     except BaseException:
       self.link.close()
       self.transport.close()
@@ -333,9 +339,6 @@ def _start_jax(options: GroupOptions, platform: str) -> None:
     shutdown_timeout_seconds=10,
   )
   check_platform(platform)
-  # Collectives on CPUs want all processes to come within half a minute of each
-  # other the first time. So they meet now, before anybody compiles.
-  multihost_utils.sync_global_devices("infinite_llm")
 
 
 def _link_options(options: GroupOptions, listen: str) -> GrpcOptions:

@@ -176,6 +176,36 @@ def test_a_process_without_a_leader_gives_up(requests, tmp_path):
   assert re.search(r"Process 1 found no process 0 at .* within 3 s\.", text)
 
 
+# Longer than XLA waits where devices have a collective for the first time.
+_COMPILES_FOR_LONG = """
+import sys, time
+from experiments import run
+from infinite_llm.engine.engine import Engine
+
+warm_up = Engine.warm_up
+
+def late(*args):
+  time.sleep(45)
+  warm_up(*args)
+
+Engine.warm_up = late
+sys.exit(run.main(sys.argv))
+"""
+
+
+def test_a_process_may_compile_for_longer_than_the_others(
+  requests, answers, tmp_path
+):
+  job, port = BatchJob(tmp_path, requests), free_port()
+  slow = job.start_alone(1, port, program=("-c", _COMPILES_FOR_LONG))
+  leader = job.start_alone(0, port)
+  text, _ = leader.communicate(timeout=300)
+  assert leader.returncode == 0, text
+  text, _ = slow.communicate(timeout=30)
+  assert slow.returncode == 0, text
+  assert job.answers() == answers
+
+
 # Not before the other one is there, too, and waits: that calls process 0.
 _DIES_WHERE_JAX_STARTS = """
 import os, socket, sys, time
