@@ -46,7 +46,8 @@ def get_config() -> ConfigDict:
 
   config.scheduler = ConfigDict()
   config.scheduler.max_num_seqs = 256
-  config.scheduler.chunk_tokens = 8192
+  # A program of a group step's size, for prompts that others wait for.
+  config.scheduler.prefill_buckets = (1024, 8192)
 
   config.trace = ConfigDict()
   config.trace.path = ""  # A .csv or .json file, in place of drawn traces.

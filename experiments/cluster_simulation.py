@@ -156,12 +156,13 @@ def _cluster(
   for tier in ("num_blocks", "host_blocks"):
     if sizes[tier]:
       sizes[tier] = 1 + devices * (sizes[tier] - 1)
-  chunk = config.scheduler.chunk_tokens
   rows = devices * config.scheduler.max_num_seqs
   cluster = ClusterConfig(
     lending=LendingConfig(policy=name, **config.lending),
     scheduler=SchedulerConfig(
-      max_num_seqs=rows, decode_buckets=(rows,), prefill_buckets=(chunk,)
+      max_num_seqs=rows,
+      decode_buckets=(rows,),
+      prefill_buckets=tuple(config.scheduler.prefill_buckets),
     ),
     has_dgfm=match[3] is None,
     seed=config.seed,
