@@ -41,7 +41,8 @@ class LendingConfig:
     bound_remote_share: Whether nobody is asked for more rBlocks than it can
       attend in the time that the borrower needs for its own, as long as there
       is room enough for that. By the profile; where there is none, by how much
-      each attends. None bounds it under "greedy" only, which plans so.
+      each attends. None bounds it under "greedy" only, which plans by
+      such a profile.
     spill_slots: Requests of one owner that may have rBlocks elsewhere at once.
     max_lent_blocks: Most rBlocks that an instance lends; None is no cap.
     headroom_blocks: Free rBlocks that a creditor keeps for itself. None has an
